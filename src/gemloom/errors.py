@@ -1,0 +1,103 @@
+"""Every exception Gemloom raises on purpose.
+
+    GemloomError                  500  internal_error
+    ├── WeightsError              500  weights_error        a file that cannot be used
+    │   ├── SourceError           500  source_unavailable   the bytes cannot be had
+    │   ├── FormatError           500  invalid_gguf         the bytes are no whole, valid GGUF
+    │   ├── ConfigError           500  invalid_config       metadata missing, contradictory, unknown
+    │   ├── TensorError           500  invalid_tensor       missing, extra, wrong shape, wrong type
+    │   └── TokenizerError        500  invalid_tokenizer    vocabulary or template unusable
+    ├── RequestError              400  invalid_request      what a caller asked for
+    │   ├── OptionError           400  invalid_option       an option outside its range
+    │   ├── ContextError          400  context_length_exceeded
+    │   └── StateError            400  invalid_state        saved state that does not fit this model
+    ├── DeviceError               500  device_error         a backend missing, lost or out of memory
+    └── ClosedError               503  model_closed         used after close()
+
+The type carries the HTTP status and the code of an API error, so that no other
+file decides either. A message is one line: it names the thing, and where there
+is something to do, says what.
+"""
+
+from typing import ClassVar
+
+
+class GemloomError(Exception):
+    """Base of everything here; raised itself only for a broken invariant of our own."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+
+
+class WeightsError(GemloomError):
+    """A model file that cannot be used."""
+
+    code = "weights_error"
+
+
+class SourceError(WeightsError):
+    """The bytes of a model cannot be had: no such file, no network, a part missing."""
+
+    code = "source_unavailable"
+
+
+class FormatError(WeightsError):
+    """The bytes are not a whole and valid GGUF file."""
+
+    code = "invalid_gguf"
+
+
+class ConfigError(WeightsError):
+    """Metadata that is missing, contradictory or of an unknown architecture."""
+
+    code = "invalid_config"
+
+
+class TensorError(WeightsError):
+    """A tensor that is missing, extra, wrongly shaped or of a type that cannot be used."""
+
+    code = "invalid_tensor"
+
+
+class TokenizerError(WeightsError):
+    """A vocabulary or chat template in the file that cannot be used."""
+
+    code = "invalid_tokenizer"
+
+
+class RequestError(GemloomError):
+    """Something a caller asked for that cannot be done."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class OptionError(RequestError):
+    """An option whose value is outside its range."""
+
+    code = "invalid_option"
+
+
+class ContextError(RequestError):
+    """More tokens than the context has room for."""
+
+    code = "context_length_exceeded"
+
+
+class StateError(RequestError):
+    """Saved state that is damaged or belongs to another model."""
+
+    code = "invalid_state"
+
+
+class DeviceError(GemloomError):
+    """A backend that is missing, was lost or has no memory left."""
+
+    code = "device_error"
+
+
+class ClosedError(GemloomError):
+    """The model was used after ``close()``."""
+
+    status = 503
+    code = "model_closed"
