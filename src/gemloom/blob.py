@@ -43,6 +43,13 @@ class Blob:
             return self.parts[index][start : start + length]
         return memoryview(self._join(index, offset, length))
 
+    def locate(self, offset: int, length: int) -> tuple[memoryview, int] | None:
+        """The part that holds all these bytes, and where in it they start; None if cut."""
+        index = bisect_right(self._ends, offset)
+        if length == 0 or offset + length > self.size or offset + length > self._ends[index]:
+            return None
+        return self.parts[index], offset - (self._ends[index] - self.parts[index].nbytes)
+
     def _join(self, index: int, offset: int, length: int) -> bytearray:
         joined = bytearray()
         while len(joined) < length:

@@ -1,0 +1,168 @@
+"""K/V cells: one store per layer that owns K/V, of a size fixed at load.
+
+A full layer has one cell a position. A sliding layer has a ring: position p lies in cell
+p mod ring, and the ring holds the window and one chunk more, so that a chunk may be written
+whole before its first row reads. Which cells a row may see is in the masks (``Span``); which
+sequence sits in which slot is decided elsewhere (``slots.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from gemloom.config import Config, LayerSpec
+from gemloom.ggml.device import Arena, Device, Tensor
+from gemloom.ggml.graph import Graph
+
+KV_TYPES = {
+    "f32": GGMLQuantizationType.F32,
+    "f16": GGMLQuantizationType.F16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+}
+PAD = 256  # cells are read in steps of this many, so that a graph serves as many positions
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How many cells a slot has, and how many of them a step reads; by kind of layer."""
+
+    full: int
+    sliding: int
+
+    def of(self, sliding: bool) -> int:
+        """The number for one kind of layer."""
+        return self.sliding if sliding else self.full
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The rows ``first`` to ``first + count`` of a step: one sequence's, with what they see."""
+
+    slot: int
+    first: int
+    count: int
+    cells: Extent  # cells read
+    full_mask: Tensor  # f16 [cells.full, count]
+    sliding_mask: Tensor  # f16 [cells.sliding, count]
+
+    def mask(self, sliding: bool) -> Tensor:
+        """The mask for one kind of layer."""
+        return self.sliding_mask if sliding else self.full_mask
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows that pass through a layer together, and the graph inputs that describe them."""
+
+    tokens: Tensor  # i32 [n]
+    positions: Tensor  # i32 [n]
+    spans: tuple[Span, ...]
+    full_cells: Tensor | None = None  # i64 [n], where K/V go; None for rows that write none
+    sliding_cells: Tensor | None = None
+    source: Tensor | None = None  # i32 [n], which of the step's rows these are; None: all
+
+    @property
+    def of_step(self) -> Tensor:
+        """i32 [n]: which of the step's rows these are."""
+        assert self.source is not None
+        return self.source
+
+    @property
+    def count(self) -> int:
+        """How many rows."""
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Store:
+    k: Tensor  # [head_dim * n_kv, cells * slots]
+    v: Tensor
+
+
+class KVCache:
+    """All stores. ``close()`` frees them. DeviceError where there is no memory for them."""
+
+    def __init__(
+        self, device: Device, config: Config, slots: int, context: int, chunk: int, kv_type: str
+    ) -> None:
+        self.slots, self.window, self.chunk, self.kv_type = slots, config.window, chunk, kv_type
+        full = -(-context // PAD) * PAD
+        ring = -(-(config.window + chunk) // 32) * 32
+        self.cells = Extent(full, min(full, ring))
+        self._specs = [spec for spec in config.layers if spec.owns_kv]
+        self._arena = Arena(device, 2 * len(self._specs))
+        self._stores = {spec.index: self._store(spec, KV_TYPES[kv_type]) for spec in self._specs}
+        self._arena.allocate(f"the K/V cells of {slots} x {context:,} positions")
+
+    def _store(self, spec: LayerSpec, kind: GGMLQuantizationType) -> _Store:
+        shape = (spec.head_dim * spec.n_kv, self.cells.of(spec.sliding) * self.slots)
+        return _Store(
+            self._arena.tensor(f"cache.{spec.index}.k", kind, shape),
+            self._arena.tensor(f"cache.{spec.index}.v", kind, shape),
+        )
+
+    def nbytes(self, sliding: bool) -> int:
+        """Memory of one kind of layer, in bytes."""
+        stores = (self._stores[spec.index] for spec in self._specs if spec.sliding == sliding)
+        return sum(store.k.nbytes + store.v.nbytes for store in stores)
+
+    def close(self) -> None:
+        """Free the cells."""
+        self._arena.close()
+
+    # -- numbers for the inputs of a graph ---------------------------------------------------
+
+    def extent(self, end: int) -> Extent:
+        """Cells to read when a slot holds ``end`` positions, padded so that graphs fit longer."""
+        padded = -(-end // PAD) * PAD
+        return Extent(min(self.cells.full, padded), min(self.cells.sliding, padded))
+
+    def indices(self, slot: int, positions: np.ndarray, sliding: bool) -> np.ndarray:
+        """The rows of a store where a slot keeps these positions; i64 as ``positions``."""
+        cells = self.cells.of(sliding)
+        return (positions % cells if sliding else positions).astype(np.int64) + slot * cells
+
+    def visible(self, positions: np.ndarray, end: int, cells: int, sliding: bool) -> np.ndarray:
+        """bool [n, cells]: which cells rows at ``positions`` see once ``end`` are written."""
+        held = np.arange(cells)
+        if not sliding:
+            return held[None, :] <= positions[:, None]
+        held = (end - 1) - (end - 1 - held) % self.cells.sliding  # the position in each cell
+        age = positions[:, None] - held[None, :]
+        return (held >= 0)[None, :] & (age >= 0) & (age < self.window)
+
+    # -- graph -------------------------------------------------------------------------------
+
+    def write(self, g: Graph, spec: LayerSpec, rows: Rows, k: Tensor, v: Tensor) -> None:
+        """Store k and v [head_dim, n_kv, n] of ``rows`` before any later read."""
+        store, size = self._stores[spec.index], spec.head_dim * spec.n_kv
+        cells = rows.sliding_cells if spec.sliding else rows.full_cells
+        assert cells is not None
+        g.set_rows(store.k, g.reshape(k, size, rows.count), cells)
+        g.set_rows(store.v, g.reshape(v, size, rows.count), cells)
+
+    def attend(self, g: Graph, spec: LayerSpec, rows: Rows, q: Tensor, scale: float) -> Tensor:
+        """q [head_dim, n_head, n] -> [head_dim * n_head, n]: each span over its own cells."""
+        parts = []
+        for span in rows.spans:
+            part = g.swap(g.slice(q, 2, span.first, span.first + span.count))
+            k, v = self._read(g, spec, span)
+            parts.append(g.attention(part, k, v, span.mask(spec.sliding), scale))
+        return reduce(g.concat, parts)
+
+    def _read(self, g: Graph, spec: LayerSpec, span: Span) -> tuple[Tensor, Tensor]:
+        """K and V of a span's slot, [head_dim, cells, n_kv], in place."""
+        store = self._stores[spec.kv_owner]
+        first = span.slot * self.cells.of(spec.sliding)
+        cells = span.cells.of(spec.sliding)
+        head = g.row_bytes(store.k.type, spec.head_dim)
+
+        def heads(x: Tensor) -> Tensor:
+            strides = (x.strides[0], x.strides[1], head)
+            return g.view(x, (spec.head_dim, cells, spec.n_kv), strides, first * x.strides[1])
+
+        return heads(store.k), heads(store.v)

@@ -1,0 +1,206 @@
+"""A conversation to the prompt that the model's own chat template makes of it.
+
+The template is Jinja, comes with the model file, and is run in Jinja's sandbox: no attribute
+that leads out of it, no change to what it is given, no range over 100,000. Loops inside loops
+and long strings are not bounded, so a hostile *model file* can still take time and memory;
+a hostile *message* cannot make special tokens (``encode_chat``).
+
+Not here: the way back, from the model's text to answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gemloom.errors import OptionError, RequestError, TokenizerError
+from gemloom.tokenizer import Tokenizer
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_OURS = ("messages", "bos_token", "eos_token", "raise_exception", "strftime_now")
+_GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters: no text needs them
+# Templates cut earlier thoughts out of an answer by these two, so they must find them whole.
+_THOUGHT = ("<|channel>", "<channel|>")
+
+Message = Mapping[str, Any]
+
+
+class _Parts(list[Any]):
+    """Content parts that read as their text where a template takes content for a string."""
+
+    def __str__(self) -> str:
+        return "".join(part["text"] for part in self)
+
+
+def render(
+    template: str,
+    messages: Sequence[Message],
+    bos: str,
+    eos: str,
+    *,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> str:
+    """The text ``template`` makes of ``messages``; ``bos`` and ``eos`` are tokens as strings.
+
+    A message has a role of ROLES and as content a string or a list of
+    ``{"type": "text", "text": ...}``; an assistant message with tool calls may have none.
+    ``variables`` go to the template as they are (``tools``, ``enable_thinking``).
+
+    Raises RequestError for a message of another form, and with the template's own words where it
+    refuses the conversation; OptionError for a variable that is not the caller's to set;
+    TokenizerError for a template that is no valid Jinja.
+    """
+    _check(messages)
+    variables["add_generation_prompt"] = add_generation_prompt
+    return _run(template, messages, bos, eos, variables)
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> list[int]:
+    """The prompt's ids, with exactly one BOS. As ``render``, by the tokenizer's own template.
+
+    Only the template writes special tokens: the string of one in a message or a variable stays
+    text. (An answer's thought markers are left for the template to cut the thought out.)
+    Raises RequestError where the model has no template, and what ``render`` raises.
+    """
+    if tokenizer.chat_template is None:
+        raise RequestError("this model has no chat template: give it a prompt, not messages")
+    _check(messages)
+    used = repr((messages, variables))  # where a noncharacter shows as its escape
+    guard = next((char for char in _GUARDS if ascii(char)[1:-1] not in used), None)
+    if guard is None:
+        raise RequestError("the messages hold all of U+FDD0 to U+FDEF: take one of them out")
+    text = _run(
+        tokenizer.chat_template,
+        [_guard_message(message, tokenizer.openers, guard) for message in messages],
+        tokenizer.token(tokenizer.bos).decode(),
+        tokenizer.token(tokenizer.eos).decode(),
+        {"add_generation_prompt": True, **_guard(variables, tokenizer.openers, guard)},
+    )
+    return tokenizer.with_bos(tokenizer.encode(text, special=True, guard=guard))
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise RequestError("messages must be a list of one message or more")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise RequestError(f"messages[{index}] must be an object with a role and content")
+        if message.get("role") not in ROLES:
+            raise RequestError(
+                f"messages[{index}]: the role {message.get('role')!r} is none of {', '.join(ROLES)}"
+            )
+        _check_content(index, message)
+
+
+def _check_content(index: int, message: Message) -> None:
+    content = message.get("content")
+    if isinstance(content, str):
+        return
+    if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+        return
+    if not isinstance(content, list):
+        raise RequestError(f"messages[{index}]: content must be a string or a list of text parts")
+    for number, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text":
+            raise RequestError(
+                f"messages[{index}]: content part {number} is of type {kind!r}: only 'text' is read"
+            )
+        if not isinstance(part.get("text"), str):
+            raise RequestError(f"messages[{index}]: content part {number} has no text")
+
+
+def _guard_message(message: Message, openers: frozenset[str], guard: str) -> Message:
+    guarded: dict[str, Any] = {
+        key: value if key == "role" else _guard(value, openers, guard)
+        for key, value in message.items()
+    }
+    if message["role"] == "assistant":
+        guarded["content"] = _unguard_thought(guarded.get("content"), guard)
+    return guarded
+
+
+def _guard(value: Any, openers: frozenset[str], guard: str) -> Any:
+    """``value`` with ``guard`` after every character that could open a special token."""
+    if isinstance(value, str):
+        for opener in openers:
+            value = value.replace(opener, opener + guard)
+        return value
+    if isinstance(value, Mapping):
+        return {
+            _guard(key, openers, guard): _guard(item, openers, guard) for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_guard(item, openers, guard) for item in value]
+    return value
+
+
+def _unguard_thought(content: Any, guard: str) -> Any:
+    if isinstance(content, str):
+        for marker in _THOUGHT:
+            content = content.replace(marker[0] + guard + marker[1:], marker)
+        return content
+    if isinstance(content, list):
+        return [{**part, "text": _unguard_thought(part["text"], guard)} for part in content]
+    return content
+
+
+def _run(
+    template: str, messages: Sequence[Message], bos: str, eos: str, variables: dict[str, Any]
+) -> str:
+    if taken := sorted(variables.keys() & set(_OURS)):
+        raise OptionError(f"the template variable {taken[0]} cannot be set")
+    compiled = _compile(template)
+    context = {"tools": None, "documents": None, **variables}
+    try:
+        return compiled.render(
+            context, messages=[_readable(m) for m in messages], bos_token=bos, eos_token=eos
+        )
+    except Exception as error:  # a template can fail in any way that an expression can
+        line = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(f"chat template: {line}") from error
+
+
+def _readable(message: Message) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": _Parts(content)} if isinstance(content, list) else {**message}
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(template)
+    except TemplateSyntaxError as error:
+        raise TokenizerError(
+            f"the chat template is no valid Jinja: line {error.lineno}: {error.message}"
+        ) from error
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON with letters as they are; Jinja's own filter escapes for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)

@@ -1,0 +1,1 @@
+"""The C boundary: no other folder imports ggml-python or speaks ctypes."""

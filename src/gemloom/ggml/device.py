@@ -1,0 +1,288 @@
+"""Backends, threads and long-lived memory: what ggml has on this machine.
+
+ggml answers a broken precondition by aborting the process. So everything that
+comes from outside is checked before it gets here, and what is checked here are
+our own invariants.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ggml
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from gemloom.errors import DeviceError
+from gemloom.gguf import nbytes
+
+ALIGNMENT = 32  # of a tensor's address, in bytes; ggml's CPU backend asserts it
+MAX_NODES = 16_384  # of one graph; the largest real model, 60 layers, has about 2,600
+
+_log = logging.getLogger("gemloom.ggml")
+_TYPES = {ggml.GGML_BACKEND_DEVICE_TYPE_CPU: "cpu", ggml.GGML_BACKEND_DEVICE_TYPE_ACCEL: "accel"}
+_NUMPY: dict[GGMLQuantizationType, np.dtype[Any]] = {
+    GGMLQuantizationType.F32: np.dtype(np.float32),
+    GGMLQuantizationType.F16: np.dtype(np.float16),
+    GGMLQuantizationType.I32: np.dtype(np.int32),
+    GGMLQuantizationType.I64: np.dtype(np.int64),
+}
+
+
+@ggml.ggml_log_callback
+def _on_log(level: int, text: bytes, _data: Any) -> None:
+    _log.debug("%s", text.decode("utf-8", "replace").rstrip())
+
+
+ggml.ggml_log_set(_on_log, None)
+
+
+class Tensor:
+    """A ggml tensor: its pointer, and what Python needs to know of it without asking C.
+
+    ``shape`` is in ggml order (fastest first) and has as many dimensions as were given.
+    """
+
+    __slots__ = ("name", "offset", "pointer", "shape", "strides", "type")
+
+    def __init__(
+        self,
+        pointer: Any,
+        type: GGMLQuantizationType,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...] | None = None,
+        name: str = "",
+    ) -> None:
+        self.pointer, self.type, self.shape, self.name = pointer, type, shape, name
+        self.strides = strides or contiguous_strides(type, shape)
+
+    def __repr__(self) -> str:
+        return f"<Tensor {self.name or '?'} {self.type.name} {list(self.shape)}>"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data, if contiguous."""
+        return nbytes(self.type, self.shape)
+
+    @property
+    def allocated(self) -> bool:
+        """Whether it has memory. An input that no node of a graph reads never gets any."""
+        return bool(self.pointer.contents.data)
+
+    def write(self, array: np.ndarray[Any, Any] | memoryview | bytes, offset: int = 0) -> None:
+        """Copy ``array`` in, from byte ``offset`` on."""
+        data = np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array
+        view = np.frombuffer(data, np.uint8)
+        if offset + view.nbytes > self.nbytes or not self.allocated:
+            raise AssertionError(f"{self}: cannot take {view.nbytes} bytes at {offset}")
+        ggml.ggml_backend_tensor_set(self.pointer, view.ctypes.data, offset, view.nbytes)
+
+    def read(self, offset: int = 0, length: int | None = None) -> bytearray:
+        """``length`` bytes from byte ``offset``; all of them if no length is given."""
+        length = self.nbytes - offset if length is None else length
+        if offset + length > self.nbytes or not self.allocated:
+            raise AssertionError(f"{self}: cannot give {length} bytes at {offset}")
+        out = bytearray(length)
+        address = np.frombuffer(out, np.uint8).ctypes.data
+        ggml.ggml_backend_tensor_get(self.pointer, address, offset, length)
+        return out
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """A copy as an array; the shape is reversed, slowest first, as numpy has it."""
+        return np.frombuffer(self.read(), _NUMPY[self.type]).reshape(self.shape[::-1])
+
+
+def contiguous_strides(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Bytes from one element (block, for quantized types) or row to the next."""
+    block, size = GGML_QUANT_SIZES[kind]
+    strides = [size, shape[0] // block * size]
+    for n in shape[1:]:
+        strides.append(strides[-1] * n)
+    return tuple(strides[: len(shape)])
+
+
+def address(view: memoryview) -> int:
+    """Where the first byte of a buffer lies."""
+    return int(np.frombuffer(view, np.uint8).ctypes.data)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """One device that this build of ggml knows."""
+
+    name: str
+    description: str
+    kind: str  # "cpu", "accel" (a library beside the CPU, such as BLAS) or "gpu"
+    free: int  # bytes
+    total: int  # bytes
+
+
+def devices() -> list[DeviceInfo]:
+    """Every device ggml has here."""
+    found = []
+    for index in range(ggml.ggml_backend_dev_count()):
+        device = ggml.ggml_backend_dev_get(index)
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        found.append(
+            DeviceInfo(
+                ggml.ggml_backend_dev_name(device).decode(),
+                ggml.ggml_backend_dev_description(device).decode(),
+                _TYPES.get(ggml.ggml_backend_dev_type(device), "gpu"),
+                free.value,
+                total.value,
+            )
+        )
+    return found
+
+
+def cpu_features() -> dict[str, bool]:
+    """The instruction sets that this build of ggml's CPU backend uses."""
+    prefix = "ggml_cpu_has_"
+    names = (
+        "sse3 ssse3 avx avx_vnni avx2 f16c fma bmi2 avx512 avx512_vbmi avx512_vnni avx512_bf16 "
+        "amx_int8 neon arm_fma fp16_va dotprod matmul_int8 sve sme riscv_v vsx llamafile"
+    )
+    return {name: bool(getattr(ggml, prefix + name)()) for name in names.split()}
+
+
+def ggml_version() -> str:
+    """The version of the ggml library itself."""
+    return str(ggml.ggml_version().decode())
+
+
+class Device:
+    """The backends a model computes on, with the scheduler that spreads a graph over them.
+
+    ``name`` is "auto" or "cpu": the CPU, with BLAS in front of it where ggml was built with it.
+    Raises DeviceError for any other name. Free with ``close()``.
+    """
+
+    def __init__(self, name: str = "auto", threads: int | None = None) -> None:
+        if name not in ("auto", "cpu"):
+            there = ", ".join(info.name for info in devices())
+            raise DeviceError(
+                f'device {name!r}: only "auto" and "cpu" are supported (here: {there})'
+            )
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self._closers: list[Callable[[], None]] = []
+        self.backends = [self._open(kind) for kind in self._kinds()]
+        self.cpu = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_CPU)
+        ggml.ggml_backend_cpu_set_n_threads(self.backends[-1], self.threads)
+        self.scheduler = self._schedule()
+        self.current: object = None  # the graph whose tensors have memory now
+
+    def _kinds(self) -> list[int]:
+        accelerated = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_ACCEL)
+        kinds = [ggml.GGML_BACKEND_DEVICE_TYPE_ACCEL] if accelerated else []
+        return [*kinds, ggml.GGML_BACKEND_DEVICE_TYPE_CPU]
+
+    def _open(self, kind: int) -> Any:
+        backend = ggml.ggml_backend_init_by_type(kind, None)
+        if not backend:
+            raise DeviceError(f"ggml's {_TYPES[kind]} backend did not start")
+        self._closers.append(lambda: ggml.ggml_backend_free(backend))
+        return backend
+
+    def _schedule(self) -> Any:
+        pointers = (ggml.ggml_backend_t_ctypes * len(self.backends))(*self.backends)
+        scheduler = ggml.ggml_backend_sched_new(
+            pointers, None, len(self.backends), MAX_NODES, False, False
+        )
+        self._closers.append(lambda: ggml.ggml_backend_sched_free(scheduler))
+        return scheduler
+
+    @property
+    def compute_bytes(self) -> int:
+        """Memory the scheduler holds for the intermediate tensors of graphs, in bytes."""
+        size = ggml.ggml_backend_sched_get_buffer_size
+        return sum(int(size(self.scheduler, backend)) for backend in self.backends)
+
+    @property
+    def names(self) -> list[str]:
+        """The backends in use, preferred first."""
+        return [ggml.ggml_backend_name(backend).decode() for backend in self.backends]
+
+    def close(self) -> None:
+        """Free scheduler and backends; no graph may be used afterwards."""
+        while self._closers:
+            self._closers.pop()()
+
+
+class Arena:
+    """Tensors that live as long as the model: weights, K/V cells.
+
+    Make them with ``tensor()``, put those whose bytes are in place with ``map()``, and give all
+    others memory with ``allocate()``. Free with ``close()``.
+    """
+
+    def __init__(self, device: Device, count: int) -> None:
+        self._device = device
+        params = ggml.ggml_init_params(count * ggml.ggml_tensor_overhead() + 1024, None, True)
+        self._context = ggml.ggml_init(params)
+        self._closers = [lambda: ggml.ggml_free(self._context)]
+        self._mapped: dict[int, Any] = {}
+        self._kept: list[memoryview] = []
+        self.bytes_allocated = 0
+
+    def tensor(self, name: str, kind: GGMLQuantizationType, shape: Sequence[int]) -> Tensor:
+        """A new tensor with no memory yet."""
+        sizes = (ctypes.c_int64 * len(shape))(*shape)
+        pointer = ggml.ggml_new_tensor(self._context, int(kind), len(shape), sizes)
+        ggml.ggml_set_name(pointer, name.encode())
+        return Tensor(pointer, kind, tuple(shape), name=name)
+
+    def map(self, tensor: Tensor, part: memoryview, start: int) -> bool:
+        """Let ``tensor`` use the bytes of ``part`` from ``start`` on, if their address allows.
+
+        Returns False, and changes nothing, where it is not aligned as ggml wants it. The part is
+        kept alive until ``close()``.
+        """
+        base = address(part)
+        if (base + start) % ALIGNMENT:
+            return False
+        if base not in self._mapped:
+            self._mapped[base] = self._host_buffer(base, part)
+        ggml.ggml_backend_tensor_alloc(self._mapped[base], tensor.pointer, base + start)
+        return True
+
+    def _host_buffer(self, base: int, part: memoryview) -> Any:
+        # ggml wants the buffer itself aligned; the bytes before the part are never touched.
+        slack = base % ALIGNMENT
+        buffer = ggml.ggml_backend_dev_buffer_from_host_ptr(
+            self._device.cpu, base - slack, part.nbytes + slack, part.nbytes
+        )
+        ggml.ggml_backend_buffer_set_usage(buffer, ggml.GGML_BACKEND_BUFFER_USAGE_WEIGHTS)
+        self._closers.append(lambda: ggml.ggml_backend_buffer_free(buffer))
+        self._kept.append(part)
+        return buffer
+
+    def allocate(self, what: str) -> None:
+        """Memory, cleared, for every tensor that has none yet. DeviceError if there is not enough.
+
+        ``what`` names it in the error.
+        """
+        kind = ggml.ggml_backend_dev_buffer_type(self._device.cpu)
+        size = ggml.ggml_backend_alloc_ctx_tensors_from_buft_size(self._context, kind)
+        if not size:
+            return
+        buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, kind)
+        if not buffer:
+            raise DeviceError(
+                f"no memory for {what}: {size / 2**20:,.0f} MiB could not be allocated"
+            )
+        ggml.ggml_backend_buffer_clear(buffer, 0)
+        self._closers.append(lambda: ggml.ggml_backend_buffer_free(buffer))
+        self.bytes_allocated += int(ggml.ggml_backend_buffer_get_size(buffer))
+
+    def close(self) -> None:
+        """Free buffers and tensors, and let go of what was mapped."""
+        while self._closers:
+            self._closers.pop()()
+        self._mapped.clear()
+        self._kept.clear()

@@ -1,0 +1,282 @@
+"""A compute graph: ops as methods that check shapes, name what they make, and keep order.
+
+Shapes in docstrings are in ggml order, fastest first. Results are float32 unless stated.
+A shape that does not fit is a bug of ours (AssertionError): ggml itself would abort.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection
+from math import prod
+from typing import Any
+
+import ggml
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from gemloom.errors import DeviceError
+from gemloom.ggml.device import Device, Tensor, contiguous_strides
+
+F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
+I32, I64 = GGMLQuantizationType.I32, GGMLQuantizationType.I64
+
+
+class Graph:
+    """One forward pass, built once and computed as often as its shapes fit.
+
+    ``taps`` are names of intermediates to keep; after ``compute()`` they are in ``tapped``.
+    Free with ``close()``.
+    """
+
+    def __init__(self, device: Device, max_nodes: int, taps: Collection[str] = ()) -> None:
+        self._device = device
+        size = (max_nodes + 64) * ggml.ggml_tensor_overhead()
+        size += ggml.ggml_graph_overhead_custom(max_nodes, False)
+        self._context = ggml.ggml_init(ggml.ggml_init_params(size, None, True))
+        self._graph = ggml.ggml_new_graph_custom(self._context, max_nodes, False)
+        self._taps = frozenset(taps)
+        self.tapped: dict[str, Tensor] = {}
+        self.names: list[str] = []
+
+    # -- inputs, outputs, running ------------------------------------------------------------
+
+    def input(self, name: str, kind: GGMLQuantizationType, *shape: int) -> Tensor:
+        """A tensor to be written before each ``compute()``."""
+        sizes = (ctypes.c_int64 * len(shape))(*shape)
+        pointer = ggml.ggml_new_tensor(self._context, int(kind), len(shape), sizes)
+        ggml.ggml_set_input(pointer)
+        ggml.ggml_set_name(pointer, name.encode())
+        return Tensor(pointer, kind, shape, name=name)
+
+    def output(self, x: Tensor) -> Tensor:
+        """Keep ``x`` so that it can be read after ``compute()``, and compute all it needs."""
+        ggml.ggml_set_output(x.pointer)
+        self.expand(x)
+        return x
+
+    def expand(self, x: Tensor) -> None:
+        """Put ``x`` and what it needs into the graph here, before whatever comes later."""
+        ggml.ggml_build_forward_expand(self._graph, x.pointer)
+
+    def name(self, x: Tensor, name: str) -> Tensor:
+        """Name an intermediate, so that it can be tapped; returns it."""
+        ggml.ggml_set_name(x.pointer, name.encode())
+        x.name = name
+        self.names.append(name)
+        if name in self._taps:
+            self.tapped[name] = self.output(self.cont(x))
+        return x
+
+    @property
+    def n_nodes(self) -> int:
+        """Operations in the graph."""
+        return int(ggml.ggml_graph_n_nodes(self._graph))
+
+    def reserve(self) -> None:
+        """Let the scheduler take the memory this graph needs. DeviceError if there is none."""
+        self._device.current = None
+        ggml.ggml_backend_sched_reset(self._device.scheduler)
+        if not ggml.ggml_backend_sched_reserve(self._device.scheduler, self._graph):
+            raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
+
+    def allocate(self) -> None:
+        """Give every tensor memory, taking it from the graph that had it before."""
+        if self._device.current is self:
+            return
+        self._device.current = None
+        ggml.ggml_backend_sched_reset(self._device.scheduler)
+        if not ggml.ggml_backend_sched_alloc_graph(self._device.scheduler, self._graph):
+            raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
+        self._device.current = self
+
+    def compute(self) -> None:
+        """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails."""
+        assert self._device.current is self
+        status = ggml.ggml_backend_sched_graph_compute(self._device.scheduler, self._graph)
+        if status != ggml.GGML_STATUS_SUCCESS:
+            reason = ggml.ggml_status_to_string(status).decode()
+            raise DeviceError(f"the backend failed to compute: {reason}")
+
+    def close(self) -> None:
+        """Free the graph and its tensors."""
+        if self._device.current is self:
+            self._device.current = None
+        if self._context:
+            ggml.ggml_free(self._context)
+            self._context = None
+
+    # -- products and rows -------------------------------------------------------------------
+
+    def mul_mat(self, w: Tensor, x: Tensor) -> Tensor:
+        """w [k, m, ...], x [k, n, ...] -> [m, n, ...]: each row of x times each row of w."""
+        assert w.shape[0] == x.shape[0], (w, x)
+        assert all(b % a == 0 for a, b in zip(w.shape[2:], x.shape[2:], strict=False)), (w, x)
+        result = ggml.ggml_mul_mat(self._context, w.pointer, x.pointer)
+        return Tensor(result, F32, (w.shape[1], *x.shape[1:]))
+
+    def mul_mat_id(self, w: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        """w [k, m, n_expert], x [k, 1 or used, n], ids [used, n] -> [m, used, n]."""
+        assert w.shape[0] == x.shape[0], (w, x)
+        assert x.shape[2] == ids.shape[1] and ids.shape[0] % x.shape[1] == 0, (x, ids)
+        result = ggml.ggml_mul_mat_id(self._context, w.pointer, x.pointer, ids.pointer)
+        return Tensor(result, F32, (w.shape[1], *ids.shape))
+
+    def get_rows(self, table: Tensor, ids: Tensor) -> Tensor:
+        """table [k, n] of any type, ids [m] i32 -> [k, m], the rows named by ids."""
+        assert len(table.shape) == 2 and len(ids.shape) == 1, (table, ids)
+        result = ggml.ggml_get_rows(self._context, table.pointer, ids.pointer)
+        return Tensor(result, F32, (table.shape[0], ids.shape[0]))
+
+    def get_experts(self, table: Tensor, ids: Tensor) -> Tensor:
+        """table [1, n_expert, n], ids [used, n] i32 -> [1, used, n], per row the entries named."""
+        assert table.shape[0] == 1 and table.shape[2] == ids.shape[1], (table, ids)
+        result = ggml.ggml_get_rows(self._context, table.pointer, ids.pointer)
+        return Tensor(result, F32, (1, *ids.shape))
+
+    def set_rows(self, table: Tensor, x: Tensor, ids: Tensor) -> None:
+        """Write x [k, m] into the rows ids [m] i64 of table [k, n], before whatever comes later."""
+        assert table.shape[0] == x.shape[0] and x.shape[1:] == ids.shape, (table, x, ids)
+        self.expand(
+            Tensor(
+                ggml.ggml_set_rows(self._context, table.pointer, x.pointer, ids.pointer),
+                table.type,
+                table.shape,
+            )
+        )
+
+    # -- element by element ------------------------------------------------------------------
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """a + b, b repeated where its dimensions are shorter."""
+        return self._binary(ggml.ggml_add, a, b)
+
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+        """a * b, b repeated where its dimensions are shorter."""
+        return self._binary(ggml.ggml_mul, a, b)
+
+    def div(self, a: Tensor, b: Tensor) -> Tensor:
+        """a / b, b repeated where its dimensions are shorter."""
+        return self._binary(ggml.ggml_div, a, b)
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """x * factor."""
+        return Tensor(ggml.ggml_scale(self._context, x.pointer, factor), F32, x.shape)
+
+    def tanh(self, x: Tensor) -> Tensor:
+        """tanh(x)."""
+        return Tensor(ggml.ggml_tanh(self._context, x.pointer), F32, x.shape)
+
+    def gelu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """gelu(gate) * up, GELU in its tanh form; both of one shape, rows contiguous."""
+        assert gate.shape == up.shape, (gate, up)
+        result = ggml.ggml_geglu_split(self._context, gate.pointer, up.pointer)
+        return Tensor(result, F32, gate.shape)
+
+    def rms_norm(self, x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) over the first dimension, times weight if there is one."""
+        result = Tensor(ggml.ggml_rms_norm(self._context, x.pointer, eps), F32, x.shape)
+        return self.mul(result, weight) if weight else result
+
+    def soft_max(self, x: Tensor) -> Tensor:
+        """Softmax over the first dimension."""
+        return Tensor(ggml.ggml_soft_max(self._context, x.pointer), F32, x.shape)
+
+    def sum_rows(self, x: Tensor) -> Tensor:
+        """x [k, ...] -> [1, ...]."""
+        return Tensor(ggml.ggml_sum_rows(self._context, x.pointer), F32, (1, *x.shape[1:]))
+
+    def top_k(self, x: Tensor, k: int) -> Tensor:
+        """x [n, m] -> i32 [k, m]: where the k largest are, the largest first."""
+        assert k <= x.shape[0], (x, k)
+        result = ggml.ggml_argsort_top_k(self._context, x.pointer, k)
+        return Tensor(result, I32, (k, *x.shape[1:]), contiguous_strides(I32, x.shape))
+
+    def _binary(self, op: Any, a: Tensor, b: Tensor) -> Tensor:
+        wide = b.shape + (1,) * (len(a.shape) - len(b.shape))
+        assert all(m % n == 0 for m, n in zip(a.shape, wide, strict=True)), (a, b)
+        return Tensor(op(self._context, a.pointer, b.pointer), F32, a.shape)
+
+    # -- attention ---------------------------------------------------------------------------
+
+    def rope(
+        self, x: Tensor, positions: Tensor, n_dims: int, base: float, scale: float,
+        factors: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Rotate x [head_dim, n_head, n] by positions [n] i32; pairs are (i, i + n_dims/2).
+
+        The angle of pair i is position * scale * base^(-2i/n_dims) / factors[i].
+        """
+        assert x.shape[2:] == positions.shape and n_dims <= x.shape[0], (x, positions)
+        assert factors is None or factors.shape == (n_dims // 2,), factors
+        result = ggml.ggml_rope_ext(
+            self._context, x.pointer, positions.pointer, factors and factors.pointer,
+            n_dims, ggml.GGML_ROPE_TYPE_NEOX, 0, base, scale, 0.0, 1.0, 0.0, 0.0,
+        )  # fmt: skip
+        return Tensor(result, F32, x.shape)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """Softmax(scale * q k + mask) v with accumulators in f32.
+
+        q [head_dim, n, n_head], k and v [head_dim, cells, n_kv], mask f16 [cells, n]
+        -> [head_dim * n_head, n].
+        """
+        assert q.shape[0] == k.shape[0] and k.shape == v.shape, (q, k, v)
+        assert q.shape[2] % k.shape[2] == 0 and mask.shape == (k.shape[1], q.shape[1]), (q, k, mask)
+        out = ggml.ggml_flash_attn_ext(
+            self._context, q.pointer, k.pointer, v.pointer, mask.pointer, scale, 0.0, 0.0
+        )
+        ggml.ggml_flash_attn_ext_set_prec(out, ggml.GGML_PREC_F32)
+        head_dim, n, n_head = q.shape
+        return self.reshape(Tensor(out, F32, (head_dim, n_head, n)), head_dim * n_head, n)
+
+    # -- the same bytes seen otherwise -------------------------------------------------------
+
+    def reshape(self, x: Tensor, *shape: int) -> Tensor:
+        """The same elements in another shape; x must be contiguous."""
+        assert prod(shape) == prod(x.shape), (x, shape)
+        ops = (ggml.ggml_reshape_1d, ggml.ggml_reshape_2d, ggml.ggml_reshape_3d)
+        return Tensor(ops[len(shape) - 1](self._context, x.pointer, *shape), x.type, shape)
+
+    def slice(self, x: Tensor, axis: int, start: int, stop: int) -> Tensor:
+        """x[start:stop] along ``axis``; in place. On axis 0, whole blocks of quantized types."""
+        assert 0 <= start < stop <= x.shape[axis], (x, axis, start, stop)
+        shape = (*x.shape[:axis], stop - start, *x.shape[axis + 1 :])
+        offset = start * x.strides[axis]
+        if axis == 0:
+            offset = self.row_bytes(x.type, start)
+        return self.view(x, shape, x.strides, offset)
+
+    def view(
+        self, x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
+    ) -> Tensor:
+        """Other shape and strides (bytes, one a dimension) from byte ``offset`` of x."""
+        ops = (None, ggml.ggml_view_1d, ggml.ggml_view_2d, ggml.ggml_view_3d)
+        result = ops[len(shape)](self._context, x.pointer, *shape, *strides[1:], offset)  # type: ignore[misc]
+        return Tensor(result, x.type, shape, strides)
+
+    @staticmethod
+    def row_bytes(kind: GGMLQuantizationType, n: int) -> int:
+        """Bytes of n elements in a row."""
+        return contiguous_strides(kind, (n, 1))[1]
+
+    def swap(self, x: Tensor) -> Tensor:
+        """[a, b, c] -> [a, c, b], in place."""
+        result = ggml.ggml_permute(self._context, x.pointer, 0, 2, 1, 3)
+        a, b, c = x.shape
+        return Tensor(result, x.type, (a, c, b), (x.strides[0], x.strides[2], x.strides[1]))
+
+    def cont(self, x: Tensor) -> Tensor:
+        """A contiguous copy."""
+        return Tensor(ggml.ggml_cont(self._context, x.pointer), x.type, x.shape)
+
+    def concat(self, a: Tensor, b: Tensor) -> Tensor:
+        """[k, m] and [k, n] -> [k, m + n]."""
+        assert a.shape[0] == b.shape[0] and len(a.shape) == 2, (a, b)
+        result = ggml.ggml_concat(self._context, a.pointer, b.pointer, 1)
+        return Tensor(result, a.type, (a.shape[0], a.shape[1] + b.shape[1]))
+
+
+def f16_mask(visible: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """bool [n, cells] -> f16 mask for ``attention``: 0 where visible, minus infinity elsewhere."""
+    return np.where(visible, np.float16(0), np.float16(-np.inf))

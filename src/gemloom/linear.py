@@ -1,0 +1,14 @@
+"""The one door through which activations meet a weight matrix."""
+
+from gemloom.ggml.device import Tensor
+from gemloom.ggml.graph import Graph
+
+
+def linear(g: Graph, w: Tensor, x: Tensor) -> Tensor:
+    """w [k, m], x [k, n] -> [m, n] = W x, named as the weight without ``.weight``."""
+    return g.name(g.mul_mat(w, x), w.name.removesuffix(".weight"))
+
+
+def expert_linear(g: Graph, w: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+    """w [k, m, n_expert], x [k, 1 or used, n], ids [used, n] -> [m, used, n], as named by ids."""
+    return g.name(g.mul_mat_id(w, x, ids), w.name.removesuffix(".weight"))

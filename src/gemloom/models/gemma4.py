@@ -1,0 +1,164 @@
+"""Gemma 4: the forward pass, top to bottom. Names are the file's tensor names.
+
+Shapes are in ggml order, fastest first: T rows, D = n_embd, KV key/value heads, hd = head_dim,
+P = n_per_layer. The arithmetic is that of the released checkpoints (transformers'
+modeling_gemma4.py); every fact that differs between layers is in their LayerSpec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from math import sqrt
+
+from gemloom.cache import KVCache, Rows
+from gemloom.config import Config, LayerSpec
+from gemloom.ggml.device import Tensor
+from gemloom.ggml.graph import Graph
+from gemloom.linear import expert_linear, linear
+from gemloom.models.decoder import Block, Decoder, Shapes, layer_shapes, model_shapes
+from gemloom.weights import PER_LAYER_TABLE, Layout
+
+
+class Gemma4(Decoder):
+    """E2B, E4B, 12B, 26B-A4B, 31B and any other size with the same keys."""
+
+    def forward(self, g: Graph, rows: Rows, wanted: Rows | None, kv: KVCache) -> Tensor | None:
+        """Logits [n_vocab, wanted rows]; None if no row's are wanted.
+
+        K/V of all ``rows`` are written. Once the last layer with K/V of its own has done so, only
+        the wanted rows go on.
+        """
+        n_layer, last = self.config.n_layer, self.config.last_owner
+        embedded = x = self.embed(g, rows)
+        per_layer = self._per_layer_inputs(g, rows, x, 0, n_layer if wanted is rows else last)
+        for spec, w in zip(self.config.layers, self.blk, strict=True):
+            h = self.norm(g, w["attn_norm"], x)
+            if spec.owns_kv:
+                kv.write(g, spec, rows, *self._keys_values(g, spec, w, rows, h))
+            if spec.index == last and wanted is not rows:
+                if wanted is None:
+                    return None
+                x, h, embedded = (g.get_rows(t, wanted.of_step) for t in (x, h, embedded))
+                rows = wanted
+                per_layer |= self._per_layer_inputs(g, rows, embedded, last, n_layer)
+            a = self.attention(g, spec, w, rows, h, kv)
+            x = g.add(x, self.norm(g, w["post_attention_norm"], a))
+            f = self._experts(g, spec, w, x) if spec.experts else self.mlp(g, w, x)
+            x = g.add(x, self.norm(g, w["post_ffw_norm"], f))
+            x = self._inject(g, spec, w, x, per_layer)
+            x = self.named(g, spec, "out", x)
+        return self.logits(g, x)
+
+    def _keys_values(
+        self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, h: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """K, normed and rotated, and V, normed without weight; [hd, KV, T] both."""
+        k = self.project(g, spec, w, "k", h)
+        v = self.project(g, spec, w, "v", h) if spec.has_v else k
+        k = self.rope(g, spec, rows.positions, self.norm(g, w["attn_k_norm"], k))
+        return k, g.rms_norm(v, self.config.eps)
+
+    def _inject(
+        self, g: Graph, spec: LayerSpec, w: Block, x: Tensor, per_layer: dict[int, Tensor]
+    ) -> Tensor:
+        """Add the layer's own input, gated by the stream x [D, T], and scale the layer's output."""
+        if self.config.n_per_layer:
+            gated = g.gelu_mul(linear(g, w["inp_gate"], x), per_layer[spec.index])
+            x = g.add(x, self.norm(g, w["post_norm"], linear(g, w["proj"], gated)))
+        return g.mul(x, w["layer_output_scale"]) if "layer_output_scale" in w else x
+
+    def _per_layer_inputs(
+        self, g: Graph, rows: Rows, embedded: Tensor, first: int, stop: int
+    ) -> dict[int, Tensor]:
+        """For each layer from first to stop its own input [P, T]: a table row and a projection."""
+        p, n = self.config.n_per_layer, stop - first
+        if not p or not n:
+            return {}
+        table = g.slice(self.weights[PER_LAYER_TABLE], 0, first * p, stop * p)
+        t = g.scale(g.get_rows(table, rows.tokens), sqrt(p))  # [P * n, T]
+        projection = g.slice(self.weights["per_layer_model_proj.weight"], 1, first * p, stop * p)
+        y = g.scale(linear(g, projection, embedded), self.config.n_embd**-0.5)
+        y = g.reshape(y, p, n, rows.count)
+        y = self.norm(g, self.weights["per_layer_proj_norm.weight"], y)
+        mixed = g.scale(g.add(y, g.reshape(t, p, n, rows.count)), sqrt(0.5))  # [P, n, T]
+        by_layer = g.cont(g.swap(mixed))  # [P, T, n]
+        slices = (g.slice(by_layer, 2, i, i + 1) for i in range(n))
+        return {first + i: g.reshape(s, p, rows.count) for i, s in enumerate(slices)}
+
+    def _experts(self, g: Graph, spec: LayerSpec, w: Block, x: Tensor) -> Tensor:
+        """The dense MLP and the chosen experts side by side, each with a norm of its own."""
+        assert spec.experts
+        dense = self.norm(g, w["post_ffw_norm_1"], self.mlp(g, w, x))
+        ids, shares = self._route(g, spec, w, x)
+        m = g.reshape(self.norm(g, w["pre_ffw_norm_2"], x), x.shape[0], 1, x.shape[1])
+        y = g.mul(self._expert_mlp(g, spec, w, m, ids), shares)  # [D, used, T]
+        total = g.cont(g.slice(y, 1, 0, 1))
+        for i in range(1, spec.experts.used):
+            total = g.add(total, g.slice(y, 1, i, i + 1))
+        return g.add(dense, self.norm(g, w["post_ffw_norm_2"], g.reshape(total, *x.shape)))
+
+    def _route(self, g: Graph, spec: LayerSpec, w: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which experts each row uses, i32 [used, T], and the share of each, [1, used, T].
+
+        The router reads the stream x [D, T] itself, normed without weight.
+        """
+        assert spec.experts
+        n, used, rows = spec.experts.count, spec.experts.used, x.shape[1]
+        r = g.scale(g.rms_norm(x, self.config.eps), self.config.n_embd**-0.5)
+        r = g.mul(r, w["ffn_gate_inp.scale"])
+        p = g.soft_max(linear(g, w["ffn_gate_inp"], r))  # [n_expert, T]
+        ids = g.top_k(p, used)
+        shares = g.reshape(g.get_experts(g.reshape(p, 1, n, rows), ids), used, rows)
+        shares = g.div(shares, g.sum_rows(shares))
+        each = g.reshape(g.cont(ids), used * rows)
+        scales = g.get_rows(g.reshape(w["ffn_down_exps.scale"], 1, n), each)  # [1, used * T]
+        return ids, g.reshape(g.mul(shares, g.reshape(scales, used, rows)), 1, used, rows)
+
+    def _expert_mlp(self, g: Graph, spec: LayerSpec, w: Block, m: Tensor, ids: Tensor) -> Tensor:
+        """The chosen experts on m [D, 1, T]: [D, used, T]."""
+        assert spec.experts
+        if "ffn_gate_up_exps" in w:
+            both, n_ff = expert_linear(g, w["ffn_gate_up_exps"], m, ids), spec.experts.n_ff
+            gate, up = g.slice(both, 0, 0, n_ff), g.slice(both, 0, n_ff, 2 * n_ff)
+        else:
+            gate = expert_linear(g, w["ffn_gate_exps"], m, ids)
+            up = expert_linear(g, w["ffn_up_exps"], m, ids)
+        return expert_linear(g, w["ffn_down_exps"], g.gelu_mul(gate, up), ids)
+
+    @staticmethod
+    def layout(config: Config, there: Collection[str]) -> Layout:
+        """The tensors of this architecture; ``there`` are the file's, where it has a choice."""
+        shapes, ignored = model_shapes(config, there), set()
+        if p := config.n_per_layer:
+            n = p * config.n_layer
+            shapes[PER_LAYER_TABLE] = (n, config.n_vocab)
+            shapes["per_layer_model_proj.weight"] = (config.n_embd, n)
+            shapes["per_layer_proj_norm.weight"] = (p,)
+        for spec in config.layers:
+            shapes |= layer_shapes(config, spec, there) | _gemma4_shapes(config, spec, there)
+            if not spec.owns_kv:  # some converters keep these, which nothing reads
+                names = ("attn_k", "attn_v", "attn_k_norm")
+                ignored |= {f"blk.{spec.index}.{name}.weight" for name in names}
+        return Layout(shapes, frozenset(ignored))
+
+
+def _gemma4_shapes(config: Config, spec: LayerSpec, there: Collection[str]) -> Shapes:
+    """What a Gemma 4 layer has beyond attention and dense feed-forward."""
+    d, p, blk = config.n_embd, config.n_per_layer, f"blk.{spec.index}"
+    shapes: Shapes = {}
+    if f"{blk}.layer_output_scale.weight" in there:
+        shapes["layer_output_scale.weight"] = (1,)
+    if p:
+        shapes |= {"inp_gate.weight": (d, p), "proj.weight": (p, d), "post_norm.weight": (d,)}
+    if e := spec.experts:
+        shapes |= {
+            "ffn_gate_inp.weight": (d, e.count), "ffn_gate_inp.scale": (d,),
+            "pre_ffw_norm_2.weight": (d,), "post_ffw_norm_1.weight": (d,),
+            "post_ffw_norm_2.weight": (d,), "ffn_down_exps.weight": (e.n_ff, d, e.count),
+            "ffn_down_exps.scale": (e.count,),
+        }  # fmt: skip
+        if f"{blk}.ffn_gate_exps.weight" in there:
+            shapes |= {f"ffn_{x}_exps.weight": (d, e.n_ff, e.count) for x in ("gate", "up")}
+        else:
+            shapes["ffn_gate_up_exps.weight"] = (d, 2 * e.n_ff, e.count)
+    return {f"{blk}.{name}": shape for name, shape in shapes.items()}

@@ -1,0 +1,187 @@
+"""The one impure step: a Batch becomes graph inputs, the graph runs, logits come back.
+
+A graph is built once for a shape of batch and kept while the next batches have the same
+(decode steps do, for hundreds of tokens); then a step only writes its inputs. Positions,
+cells and masks are inputs, so nothing about them is baked into a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemloom.cache import Extent, KVCache, Rows, Span
+from gemloom.config import Config
+from gemloom.ggml.device import Device, Tensor
+from gemloom.ggml.graph import F16, I32, I64, Graph, f16_mask
+from gemloom.models import ARCHITECTURES
+from gemloom.sequence import Batch, Chunk
+from gemloom.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What of a chunk decides the shape of the graph."""
+
+    slot: int
+    count: int
+    wanted: int
+    cells: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A graph with its inputs and its output."""
+
+    key: tuple[tuple[_Part, ...], frozenset[str]]
+    graph: Graph
+    rows: Rows
+    wanted: Rows | None
+    logits: Tensor | None
+
+
+class Runner:
+    """Runs batches on one model. Not thread-safe: one caller at a time. ``close()`` frees it."""
+
+    def __init__(self, device: Device, config: Config, weights: Weights, kv: KVCache) -> None:
+        self.config, self.kv = config, kv
+        self._device = device
+        self._model = ARCHITECTURES[config.architecture](config, weights)
+        self._plan: _Plan | None = None
+
+    def reserve(self) -> None:
+        """Take the compute memory of the largest prefill step now, rather than in a request."""
+        count = min(self.kv.chunk, self.kv.cells.full)
+        part = _Part(0, count, 1, self.kv.cells)
+        plan = self._build(((part,), frozenset()))
+        plan.graph.reserve()
+        plan.graph.close()
+
+    def run(self, batch: Batch, taps: Collection[str] = ()) -> np.ndarray:
+        """Compute a batch; float32 [wanted rows of all chunks, n_vocab].
+
+        K/V of every row are in the cache afterwards. With ``taps``, ``tapped()`` has their values.
+        """
+        key = (tuple(self._part(chunk) for chunk in batch), frozenset(taps))
+        if self._plan is None or self._plan.key != key:
+            self._forget()
+            self._plan = self._build(key)
+        plan = self._plan
+        plan.graph.allocate()
+        self._write_rows(plan.rows, batch)
+        if plan.wanted and plan.wanted is not plan.rows:
+            self._write_wanted(plan.wanted, batch)
+        plan.graph.compute()
+        if plan.logits is None:
+            return np.empty((0, self.config.n_vocab), np.float32)
+        return plan.logits.numpy()
+
+    def tapped(self) -> dict[str, np.ndarray]:
+        """Values of the last batch's taps; slowest dimension, the rows, first."""
+        assert self._plan
+        return {name: tensor.numpy() for name, tensor in self._plan.graph.tapped.items()}
+
+    def names(self) -> list[str]:
+        """Every name that can be tapped."""
+        part = _Part(0, 1, 1, self.kv.extent(1))
+        plan = self._build(((part,), frozenset()))
+        plan.graph.close()
+        return list(dict.fromkeys(plan.graph.names))
+
+    def close(self) -> None:
+        """Free the graph that is kept."""
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._plan:
+            self._plan.graph.close()
+            self._plan = None
+
+    # -- building ----------------------------------------------------------------------------
+
+    def _part(self, chunk: Chunk) -> _Part:
+        cells = self.kv.extent(chunk.end)
+        return _Part(chunk.slot, len(chunk.tokens), len(chunk.wanted), cells)
+
+    def _build(self, key: tuple[tuple[_Part, ...], frozenset[str]]) -> _Plan:
+        parts, taps = key
+        g = Graph(self._device, self.config.n_layer * (80 + 12 * len(parts)) + 128, taps)
+        rows = self._all_rows(g, parts)
+        wanted: Rows | None = self._wanted_rows(g, parts)
+        if all(part.wanted == part.count for part in parts):
+            wanted = rows
+        logits = self._model.forward(g, rows, wanted, self.kv)
+        return _Plan(key, g, rows, wanted, g.output(logits) if logits else None)
+
+    def _all_rows(self, g: Graph, parts: Sequence[_Part]) -> Rows:
+        n = sum(part.count for part in parts)
+        return Rows(
+            tokens=g.input("tokens", I32, n),
+            positions=g.input("positions", I32, n),
+            spans=self._spans(g, "", [(part, part.count) for part in parts]),
+            full_cells=g.input("full_cells", I64, n),
+            sliding_cells=g.input("sliding_cells", I64, n),
+        )
+
+    def _wanted_rows(self, g: Graph, parts: Sequence[_Part]) -> Rows | None:
+        n = sum(part.wanted for part in parts)
+        if not n:
+            return None
+        return Rows(
+            tokens=g.input("wanted_tokens", I32, n),
+            positions=g.input("wanted_positions", I32, n),
+            spans=self._spans(g, "wanted_", [(part, part.wanted) for part in parts if part.wanted]),
+            source=g.input("wanted_rows", I32, n),
+        )
+
+    def _spans(
+        self, g: Graph, prefix: str, counts: Sequence[tuple[_Part, int]]
+    ) -> tuple[Span, ...]:
+        spans, first = [], 0
+        for i, (part, count) in enumerate(counts):
+            full = g.input(f"{prefix}full_mask.{i}", F16, part.cells.full, count)
+            sliding = g.input(f"{prefix}sliding_mask.{i}", F16, part.cells.sliding, count)
+            spans.append(Span(part.slot, first, count, part.cells, full, sliding))
+            first += count
+        return tuple(spans)
+
+    # -- inputs ------------------------------------------------------------------------------
+
+    def _write_rows(self, rows: Rows, batch: Batch) -> None:
+        positions = [np.arange(chunk.start, chunk.end, dtype=np.int32) for chunk in batch]
+        self._write(rows.tokens, [np.asarray(chunk.tokens, np.int32) for chunk in batch])
+        self._write(rows.positions, positions)
+        for sliding, cells in ((False, rows.full_cells), (True, rows.sliding_cells)):
+            pairs = zip(batch, positions, strict=True)
+            self._write(cells, [self.kv.indices(c.slot, at, sliding) for c, at in pairs])
+        self._write_masks(rows, batch, positions)
+
+    def _write_wanted(self, rows: Rows, batch: Batch) -> None:
+        chunks = [chunk for chunk in batch if chunk.wanted]
+        wanted = [np.asarray(chunk.wanted, np.int32) for chunk in chunks]
+        firsts = np.cumsum([0, *(len(chunk.tokens) for chunk in batch)])
+        starts = [first for first, chunk in zip(firsts, batch, strict=False) if chunk.wanted]
+        positions = [chunk.start + w for chunk, w in zip(chunks, wanted, strict=True)]
+        tokens = [np.asarray(c.tokens, np.int32)[w] for c, w in zip(chunks, wanted, strict=True)]
+        self._write(rows.tokens, tokens)
+        self._write(rows.positions, positions)
+        self._write(rows.source, [w + s for w, s in zip(wanted, starts, strict=True)])
+        self._write_masks(rows, chunks, positions)
+
+    def _write_masks(
+        self, rows: Rows, chunks: Sequence[Chunk], positions: Sequence[np.ndarray]
+    ) -> None:
+        for span, chunk, at in zip(rows.spans, chunks, positions, strict=True):
+            for sliding in (False, True):
+                cells = span.cells.of(sliding)
+                visible = self.kv.visible(at, chunk.end, cells, sliding)
+                self._write(span.mask(sliding), [f16_mask(visible)])
+
+    @staticmethod
+    def _write(tensor: Tensor | None, arrays: Sequence[np.ndarray]) -> None:
+        if tensor is None or not tensor.allocated:
+            return  # an input that no node reads, such as a mask of a kind the model has not
+        dtype = {I32: np.int32, I64: np.int64, F16: np.float16}[tensor.type]
+        tensor.write(np.concatenate(arrays).astype(dtype, copy=False))

@@ -1,0 +1,144 @@
+"""A file's tensors as ggml tensors under their GGUF names; strict both ways.
+
+Bytes are used in place where one buffer holds them aligned, and copied, tensor by
+tensor, where not. Nothing is computed here but the widening of small f16/bf16 vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from gemloom.errors import TensorError
+from gemloom.ggml.device import Arena, Device, Tensor
+from gemloom.gguf import GGUF, TensorInfo
+
+F32 = GGMLQuantizationType.F32
+_FLOATS = {F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
+# Vision and audio parts that some makers keep in the same file; this is a text runtime.
+_OTHER_MODALITIES = ("v.", "a.", "mm.", "model.vision", "model.audio")
+PER_LAYER_TABLE = "per_layer_token_embd.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The tensors an architecture wants: name -> shape (ggml order), and names it can ignore."""
+
+    required: Mapping[str, tuple[int, ...]]
+    ignored: frozenset[str] = field(default_factory=frozenset)
+
+
+class Weights:
+    """All tensors of a model. ``close()`` frees them."""
+
+    def __init__(
+        self, device: Device, file: GGUF, layout: Layout, *, in_place: bool = True
+    ) -> None:
+        """Check the file against ``layout`` and give every tensor its bytes.
+
+        With ``in_place`` False everything is copied, and the file may go away afterwards.
+        Raises TensorError, before anything is allocated, for a tensor that is missing, extra,
+        of another shape or of a type that cannot be used.
+        """
+        self.ignored = check(file, layout)
+        self._arena = Arena(device, len(layout.required))
+        self._tensors: dict[str, Tensor] = {}
+        self.bytes_mapped = 0
+        infos = [file.tensors[name] for name in layout.required]
+        copies = [info for info in infos if not (in_place and self._map(info))]
+        self._arena.allocate("the weights")
+        for info in copies:
+            self._tensors[info.name].write(_bytes(info))
+        self.per_layer_bytes = self._size(file.tensors.get(PER_LAYER_TABLE))
+        self.bytes = sum(tensor.nbytes for tensor in self._tensors.values()) - self.per_layer_bytes
+
+    def _map(self, info: TensorInfo) -> bool:
+        kind = F32 if len(info.shape) == 1 else info.type
+        tensor = self._arena.tensor(info.name, kind, info.shape)
+        self._tensors[info.name] = tensor
+        if kind != info.type:
+            return False
+        place = info.blob.locate(info.offset, info.nbytes)
+        if place is None or not self._arena.map(tensor, *place):
+            return False
+        self.bytes_mapped += info.nbytes
+        return True
+
+    @staticmethod
+    def _size(info: TensorInfo | None) -> int:
+        return info.nbytes if info else 0
+
+    @property
+    def bytes_copied(self) -> int:
+        """Memory of tensors that could not be used in place."""
+        return self._arena.bytes_allocated
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor of that name, or None."""
+        return self._tensors.get(name)
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one layer, by their names without ``blk.N.`` and ``.weight``."""
+        prefix = f"blk.{index}."
+        return {
+            name.removeprefix(prefix).removesuffix(".weight"): tensor
+            for name, tensor in self._tensors.items()
+            if name.startswith(prefix)
+        }
+
+    def close(self) -> None:
+        """Free the tensors and let go of the file's bytes."""
+        self._arena.close()
+        self._tensors.clear()
+
+
+def check(file: GGUF, layout: Layout) -> tuple[str, ...]:
+    """Hold a file against the tensors wanted; returns the names that are not used.
+
+    Raises TensorError naming the first tensor that is missing, extra, misshapen or of a wrong type.
+    """
+    for name, shape in layout.required.items():
+        info = file.tensors.get(name)
+        if info is None:
+            raise TensorError(f"{file.name}: the tensor {name} is missing")
+        if _trim(info.shape) != _trim(shape):
+            raise TensorError(
+                f"{file.name}: the tensor {name} has the shape {list(info.shape)}, not {list(shape)}"
+            )
+        _check_type(file.name, info)
+    extra = [name for name in file.tensors if name not in layout.required]
+    for name in extra:
+        if name not in layout.ignored and not name.startswith(_OTHER_MODALITIES):
+            raise TensorError(
+                f"{file.name}: the tensor {name} does not belong to this architecture"
+            )
+    return tuple(extra)
+
+
+def _trim(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without trailing dimensions of 1, which files may have or not."""
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _check_type(name: str, info: TensorInfo) -> None:
+    vector = len(_trim(info.shape)) == 1
+    quantized = GGML_QUANT_SIZES[info.type][0] > 1
+    if info.type not in _FLOATS and (vector or not quantized):
+        raise TensorError(
+            f"{name}: the tensor {info.name} is of type {info.type.name}, unsupported"
+        )
+
+
+def _bytes(info: TensorInfo) -> memoryview | np.ndarray:
+    if len(info.shape) > 1 or info.type == F32:
+        return info.data()
+    return dequantize(np.frombuffer(info.data(), np.uint8), info.type)
