@@ -7,7 +7,6 @@ import functools
 import lzma
 import mmap
 import struct
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +75,58 @@ def small(arch: str) -> Tokenizer:
 
 
 SPOTS = (
-    "", " ", "\n", "\t", "\r\n", "a\r\nb\rc\n", "\x00", "a\x00b\x7f\x1b[0m\x85", "\ufeffbom",
-    "Hello world", " Hello World!", "  two  three   four", "end ", "tab\tin\t\tit", " \n \n\n \t\n",
-    "ied 4 ½ months", "3333", "12345678901234567890 3.14159e-10 0xDEADBEEF 1,234,567",
-    "Äpfel Öl Übel ß éà", "E\u0301te\u0301 a\u0308 n\u0303", "ﬁ ﬃ Ⅷ ² ﷺ", "ｆｕｌｌ　ｗｉｄｔｈ\u3000",
-    "🦙.cpp 👩‍👩‍👧‍👦 👍🏽 🇩🇪🇫🇷 ❤️ 🏴󠁧󠁢󠁳󠁣󠁴󠁿", "你好，世界。我喜欢编程", "日本語のテキスト、カタカナ", "안녕하세요 세계",
-    "مرحبا بالعالم ١٢٣", "สวัสดีชาวโลก", "नमस्ते दुनिया", "Привет, мир! Ёж", "שלום עולם", "ខ្មែរ ᚠᛇᚻ 𓀀 𝔘𝔫𝔦",
-    "a\u00a0b\u2003c\u200bd\u2028e\u202ef", "▁ ▁▁ a▁b ▁ ▁", "----==== ____ **** //// ......", "aaaa" * 9, "\ue000\U0010ffff\ufffe",
-    "def f(x):\n    if x > 0:\n\t\treturn {'a': [1, 2]}  # why\n\n\n", "for(int i=0;i<n;++i){a[i]+=b[i]*2;}",
-    '<table><tr><td class="x">1</td></tr></table> <h1>T</h1><b>x</b></s><s><<s>>', "&lt;b&gt; <br/> < s >",
-    "<0x0A><0xFF>", "<unused5> [multimodal] <image_soft_token>", "<bos> <eos><pad><unk><mask>", "<start_of_turn>user\nhi<end_of_turn>\n",
-    '<|turn>user\nhi<turn|>\n<|tool_call>call:f{a:<|"|>b<|"|>}<tool_call|><|channel>thought\n<channel|>', "<|turn", "<||turn>>", "https://example.com/a?b=c&d=%20#e",
-)  # fmt: skip
+    "",
+    " ",
+    "\n",
+    "\t",
+    "\r\n",
+    "a\r\nb\rc\n",
+    "\x00",
+    "a\x00b\x7f\x1b[0m\x85",
+    "\ufeffbom",
+    "Hello world",
+    " Hello World!",
+    "  two  three   four",
+    "end ",
+    "tab\tin\t\tit",
+    " \n \n\n \t\n",
+    "ied 4 ½ months",
+    "3333",
+    "12345678901234567890 3.14159e-10 0xDEADBEEF 1,234,567",
+    "Äpfel Öl Übel ß éà",
+    "E\u0301te\u0301 a\u0308 n\u0303",
+    "ﬁ ﬃ Ⅷ ² ﷺ",
+    "ｆｕｌｌ\u3000ｗｉｄｔｈ\u3000",
+    "🦙.cpp 👩\u200d👩\u200d👧\u200d👦 👍🏽 🇩🇪🇫🇷 ❤\ufe0f",
+    "🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f",
+    "你好，世界。我喜欢编程",
+    "日本語のテキスト、カタカナ",
+    "안녕하세요 세계",
+    "مرحبا بالعالم ١٢٣",
+    "สวัสดีชาวโลก",
+    "नमस्ते दुनिया",
+    "Привет, мир! Ёж",
+    "שלום עולם",
+    "ខ្មែរ ᚠᛇᚻ 𓀀 𝔘𝔫𝔦",
+    "a\xa0b\u2003c\u200bd\u2028e\u202ef",
+    "▁ ▁▁ a▁b ▁ ▁",
+    "----==== ____ **** //// ......",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "\ue000\U0010ffff\ufffe",
+    "def f(x):\n    if x > 0:\n\t\treturn {'a': [1, 2]}  # why\n\n\n",
+    "for(int i=0;i<n;++i){a[i]+=b[i]*2;}",
+    '<table><tr><td class="x">1</td></tr></table> <h1>T</h1><b>x</b></s><s><<s>>',
+    "&lt;b&gt; <br/> < s >",
+    "<0x0A><0xFF>",
+    "<unused5> [multimodal] <image_soft_token>",
+    "<bos> <eos><pad><unk><mask>",
+    "<start_of_turn>user\nhi<end_of_turn>\n",
+    '<|turn>user\nhi<turn|>\n<|tool_call>call:f{a:<|"|>b<|"|>}<tool_call|>',
+    "<|channel>thought\n<channel|>",
+    "<|turn",
+    "<||turn>>",
+    "https://example.com/a?b=c&d=%20#e",
+)
 RUNS = tuple(
     before + character * length + after
     for character in "\n \t"

@@ -1,1 +1,51 @@
-"""Gemloom."""
+"""Gemloom: Gemma 4 and Gemma 3 on your own machine, in Python over ggml.
+
+>>> import gemloom
+>>> with gemloom.load("model.gguf") as model:
+...     print(model.generate("The capital of France is", max_tokens=16).text)
+
+Importing this package loads no native library; ``load`` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gemloom import errors
+from gemloom.errors import GemloomError
+
+if TYPE_CHECKING:
+    from gemloom.generation import ChatCompletion, Completion, Run, Usage
+    from gemloom.model import Model, Options, load
+    from gemloom.sampling import SamplingParams
+    from gemloom.sequence import Piece
+
+__version__ = "0.1.0"
+__all__ = [
+    "ChatCompletion",
+    "Completion",
+    "GemloomError",
+    "Model",
+    "Options",
+    "Piece",
+    "Run",
+    "SamplingParams",
+    "Usage",
+    "errors",
+    "load",
+]
+_HOMES = {
+    "generation": ("ChatCompletion", "Completion", "Run", "Usage"),
+    "model": ("Model", "Options", "load"),
+    "sampling": ("SamplingParams",),
+    "sequence": ("Piece",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"gemloom.{home}"), name)
+    raise AttributeError(f"module 'gemloom' has no attribute {name!r}")

@@ -8,8 +8,10 @@ sequence sits in which slot is decided elsewhere (``slots.py``).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -23,6 +25,7 @@ KV_TYPES = {
     "f16": GGMLQuantizationType.F16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }
+Rotate = Callable[[Tensor], Tensor]
 PAD = 256  # cells are read in steps of this many, so that a graph serves as many positions
 
 
@@ -77,8 +80,7 @@ class Rows:
         return self.tokens.shape[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Store:
+class _Store(NamedTuple):
     k: Tensor  # [head_dim * n_kv, cells * slots]
     v: Tensor
 
@@ -135,6 +137,34 @@ class KVCache:
         age = positions[:, None] - held[None, :]
         return (held >= 0)[None, :] & (age >= 0) & (age < self.window)
 
+    # -- state -------------------------------------------------------------------------------
+
+    def _used(self, spec: LayerSpec, count: int) -> int:
+        return min(count, self.cells.of(spec.sliding))
+
+    def export_sizes(self, count: int) -> list[int]:
+        """Bytes of each part of the state of a slot that holds ``count`` positions."""
+        return [
+            self._used(spec, count) * store.strides[1]
+            for spec in self._specs
+            for store in self._stores[spec.index]
+        ]
+
+    def export(self, slot: int, count: int) -> Iterator[bytearray]:
+        """The cells of a slot that holds ``count`` positions: K and V of each owning layer."""
+        for spec in self._specs:
+            for store in self._stores[spec.index]:
+                first = slot * self.cells.of(spec.sliding) * store.strides[1]
+                yield store.read(first, self._used(spec, count) * store.strides[1])
+
+    def restore(self, slot: int, count: int, data: memoryview) -> None:
+        """Put back what ``export`` gave."""
+        for spec in self._specs:
+            for store in self._stores[spec.index]:
+                size = self._used(spec, count) * store.strides[1]
+                store.write(data[:size], slot * self.cells.of(spec.sliding) * store.strides[1])
+                data = data[size:]
+
     # -- graph -------------------------------------------------------------------------------
 
     def write(self, g: Graph, spec: LayerSpec, rows: Rows, k: Tensor, v: Tensor) -> None:
@@ -153,6 +183,15 @@ class KVCache:
             k, v = self._read(g, spec, span)
             parts.append(g.attention(part, k, v, span.mask(spec.sliding), scale))
         return reduce(g.concat, parts)
+
+    def move(self, g: Graph, spec: LayerSpec, rotate: Rotate, source: Tensor, to: Tensor) -> None:
+        """Copy cells i32 ``source`` [n] to i64 ``to`` [n], K through ``rotate`` [hd, KV, n]."""
+        store, size = self._stores[spec.index], spec.head_dim * spec.n_kv
+        n = source.shape[0]
+        k = rotate(g.reshape(g.get_rows(store.k, source), spec.head_dim, spec.n_kv, n))
+        v = g.get_rows(store.v, source)
+        g.set_rows(store.k, g.reshape(k, size, n), to)
+        g.set_rows(store.v, v, to)
 
     def _read(self, g: Graph, spec: LayerSpec, span: Span) -> tuple[Tensor, Tensor]:
         """K and V of a span's slot, [head_dim, cells, n_kv], in place."""

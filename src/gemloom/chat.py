@@ -62,7 +62,9 @@ def render(
     return _run(template, messages, bos, eos, variables)
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], /, **variables: Any
+) -> list[int]:
     """The prompt's ids, with exactly one BOS. As ``render``, by the tokenizer's own template.
 
     Only the template writes special tokens: the string of one in a message or a variable stays
@@ -72,17 +74,15 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **variables: 
     if tokenizer.chat_template is None:
         raise RequestError("this model has no chat template: give it a prompt, not messages")
     _check(messages)
-    used = repr((messages, variables))  # where a noncharacter shows as its escape
-    guard = next((char for char in _GUARDS if ascii(char)[1:-1] not in used), None)
-    if guard is None:
-        raise RequestError("the messages hold all of U+FDD0 to U+FDEF: take one of them out")
-    text = _run(
-        tokenizer.chat_template,
-        [_guard_message(message, tokenizer.openers, guard) for message in messages],
-        tokenizer.token(tokenizer.bos).decode(),
-        tokenizer.token(tokenizer.eos).decode(),
-        {"add_generation_prompt": True, **_guard(variables, tokenizer.openers, guard)},
-    )
+    openers = tokenizer.openers
+    try:
+        guard = _choose_guard((messages, variables))
+        messages = [_guard_message(message, openers, guard) for message in messages]
+        variables = {"add_generation_prompt": True, **_guard(variables, openers, guard)}
+    except RecursionError:
+        raise RequestError("the messages are nested too deep to be read") from None
+    bos, eos = (tokenizer.token(token).decode() for token in (tokenizer.bos, tokenizer.eos))
+    text = _run(tokenizer.chat_template, messages, bos, eos, variables)
     return tokenizer.with_bos(tokenizer.encode(text, special=True, guard=guard))
 
 
@@ -115,6 +115,15 @@ def _check_content(index: int, message: Message) -> None:
             )
         if not isinstance(part.get("text"), str):
             raise RequestError(f"messages[{index}]: content part {number} has no text")
+
+
+def _choose_guard(value: Any) -> str:
+    """A noncharacter that is nowhere in ``value``."""
+    used = repr(value)  # where a noncharacter shows as its escape
+    for char in _GUARDS:
+        if ascii(char)[1:-1] not in used:
+            return char
+    raise RequestError("the messages hold all of U+FDD0 to U+FDEF: take one of them out")
 
 
 def _guard_message(message: Message, openers: frozenset[str], guard: str) -> Message:

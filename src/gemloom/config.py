@@ -272,7 +272,7 @@ def _kv_owners(keys: _Keys, sliding: Sequence[bool]) -> list[int]:
 
 
 def _k_is_v(file: GGUF, sliding: Sequence[bool], owners: Sequence[int]) -> bool:
-    """Whether the full layers make V from K: no key says so, their attn_v is absent, all or none."""
+    """Whether full layers make V from K: no key says so, attn_v is absent from all of them."""
     full = [i for i, owner in enumerate(owners) if owner == i and not sliding[i]]
     absent = [i for i in full if not _has_v(file, i)]
     if absent and len(absent) < len(full):

@@ -99,7 +99,7 @@ class TensorInfo:
 def nbytes(kind: GGMLQuantizationType, shape: Sequence[int]) -> int:
     """Bytes of a tensor of this type and shape."""
     block, size = GGML_QUANT_SIZES[kind]
-    return prod(shape) // block * size
+    return int(prod(shape) // block * size)
 
 
 class Metadata(dict[str, Value]):

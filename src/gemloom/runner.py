@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -77,6 +78,43 @@ class Runner:
         if plan.logits is None:
             return np.empty((0, self.config.n_vocab), np.float32)
         return plan.logits.numpy()
+
+    def shift(self, slot: int, keep: int, drop: int, count: int) -> None:
+        """Drop ``drop`` positions after the first ``keep`` of a slot that holds ``count``.
+
+        What follows moves down by as much: K is rotated back, each layer with its own dimensions,
+        base and factors.
+        """
+        self._forget()
+        g = Graph(self._device, self.config.n_layer * 16 + 128)
+        moves = []
+        for sliding in (False, True):
+            first = max(keep + drop, count - self.kv.cells.sliding) if sliding else keep + drop
+            positions = np.arange(first, count, dtype=np.int32)
+            moves.append(self._move(g, slot, positions, drop, sliding))
+        g.allocate()
+        for inputs in moves:
+            for tensor, values in inputs:
+                self._write(tensor, [values])
+        g.compute()
+        g.close()
+
+    def _move(
+        self, g: Graph, slot: int, positions: np.ndarray, drop: int, sliding: bool
+    ) -> list[tuple[Tensor, np.ndarray]]:
+        """Put the moves of one kind of layer into the graph; gives its inputs."""
+        n, kind = len(positions), "sliding" if sliding else "full"
+        source, to = g.input(f"{kind}_source", I32, n), g.input(f"{kind}_to", I64, n)
+        by = g.input(f"{kind}_by", I32, n)
+        for spec in self.config.layers:
+            if spec.owns_kv and spec.sliding == sliding:
+                rotate = partial(self._model.rope, g, spec, by)
+                self.kv.move(g, spec, rotate, source, to)
+        return [
+            (source, self.kv.indices(slot, positions, sliding)),
+            (to, self.kv.indices(slot, positions - drop, sliding)),
+            (by, np.full(n, -drop)),
+        ]
 
     def tapped(self) -> dict[str, np.ndarray]:
         """Values of the last batch's taps; slowest dimension, the rows, first."""

@@ -319,7 +319,7 @@ def _place(weights: Doubles, total: float | None, params: SamplingParams, u: flo
             return None
         keep = min(keep, mass.size)
         whole = float(mass[keep - 1])
-    # "right" steps over weights of 0, so a token that is barred cannot be drawn
+    # "right", as u is below 1: each token owns its start and not its end, one of weight 0 nothing
     place = int(np.searchsorted(mass, u * whole, side="right"))
     return place if place < mass.size else None
 

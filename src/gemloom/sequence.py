@@ -1,9 +1,19 @@
-"""What one step computes: a ragged batch of chunks, each some rows of one sequence."""
+"""One request's state (Sequence), what one step computes (Batch), and what comes out (Piece).
+
+Nothing here touches a tensor: logits come in as numpy rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
+
+import numpy as np
+
+from gemloom.sampling import History, SamplingParams, generator, sample
+from gemloom.slots import Slot
+from gemloom.stopping import StopMatcher
+from gemloom.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +25,8 @@ class Chunk:
 
     slot: int
     start: int
-    tokens: Sequence[int]
-    wanted: Sequence[int] = ()
+    tokens: abc.Sequence[int]
+    wanted: abc.Sequence[int] = ()
 
     @property
     def end(self) -> int:
@@ -24,11 +34,91 @@ class Chunk:
         return self.start + len(self.tokens)
 
 
-Batch = Sequence[Chunk]
+Batch = abc.Sequence[Chunk]
 
 
-def split(slot: int, start: int, tokens: Sequence[int], size: int) -> list[Chunk]:
-    """Chunks of at most ``size`` rows; only the very last row's logits are wanted."""
-    chunks = [Chunk(slot, start + i, tokens[i : i + size]) for i in range(0, len(tokens), size)]
-    last = chunks[-1]
-    return [*chunks[:-1], Chunk(slot, last.start, last.tokens, (len(last.tokens) - 1,))]
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One generated token and the text it brought, which may be empty."""
+
+    text: str
+    token: int
+    logprob: float | None = None  # natural
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (id, logprob), most likely first
+    finish_reason: str | None = None  # "stop" or "length" on the last piece
+
+
+class Sequence:
+    """A request under way: its tokens, how many are in the cells, how the next is picked.
+
+    ``limit`` bounds the tokens it may generate, besides what its params say.
+    """
+
+    def __init__(
+        self,
+        prompt: abc.Sequence[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        slot: Slot,
+        limit: int | None,
+    ) -> None:
+        self.tokens = list(prompt)
+        self.params, self.slot = params, slot
+        self.n_prompt, self.n_cached, self.n_generated = len(prompt), len(slot.tokens), 0
+        self.finish_reason: str | None = None
+        self.shifted = False  # whether positions have been dropped from the cells
+        limits = [n for n in (limit, params.max_tokens) if n is not None]
+        self._limit = min(limits, default=None)
+        self._tokenizer = tokenizer
+        self._decoder, self._stops = StreamDecoder(tokenizer), StopMatcher(params.stop)
+        self._history, self._rng = History(set(prompt)), generator(params.seed)
+
+    @property
+    def n_done(self) -> int:
+        """Tokens whose K/V are in the cells."""
+        return len(self.slot.tokens)
+
+    def next_chunk(self, size: int) -> Chunk:
+        """At most ``size`` of the tokens not yet computed; logits for the last one only."""
+        tokens = self.tokens[self.n_done : self.n_done + size]
+        last = self.n_done + len(tokens) == len(self.tokens)
+        return Chunk(self.slot.index, self.n_done, tokens, (len(tokens) - 1,) if last else ())
+
+    def advance(self, chunk: Chunk) -> None:
+        """Take note that a chunk's K/V are in the cells."""
+        self.slot.tokens.extend(chunk.tokens)
+
+    def forget(self, keep: int, drop: int) -> None:
+        """Take note that the ``drop`` positions after the first ``keep`` have left the cells."""
+        del self.tokens[keep : keep + drop]
+        del self.slot.tokens[keep : keep + drop]
+        self.shifted = True
+
+    def accept(self, logits: np.ndarray) -> Piece:
+        """Pick the next token from logits float32 [n_vocab], and say what it brought."""
+        picked = sample(
+            logits, self.params, self._history, self._rng, tuple(self._tokenizer.suppress)
+        )
+        self.tokens.append(picked.token)
+        self.n_generated += 1
+        self._history.add(picked.token)
+        text = self._text(picked.token)
+        return Piece(text, picked.token, picked.logprob, picked.top, self.finish_reason)
+
+    def _text(self, token: int) -> str:
+        """Text that may be shown after ``token``; sets the reason if it is the last."""
+        if token in self._tokenizer.eog:
+            self.finish_reason = "stop"
+            return self._rest()
+        text, stopped = self._stops.push(self._decoder.push(token))
+        if stopped:
+            self.finish_reason = "stop"
+        elif self.n_generated == self._limit:
+            self.finish_reason = "length"
+            text += self._rest()
+        return text
+
+    def _rest(self) -> str:
+        """What decoder and stop matcher hold back."""
+        text, stopped = self._stops.push(self._decoder.flush())
+        return text if stopped else text + self._stops.flush()

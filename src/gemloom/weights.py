@@ -110,7 +110,8 @@ def check(file: GGUF, layout: Layout) -> tuple[str, ...]:
             raise TensorError(f"{file.name}: the tensor {name} is missing")
         if _trim(info.shape) != _trim(shape):
             raise TensorError(
-                f"{file.name}: the tensor {name} has the shape {list(info.shape)}, not {list(shape)}"
+                f"{file.name}: the tensor {name} has the shape {list(info.shape)}, "
+                f"not {list(shape)}"
             )
         _check_type(file.name, info)
     extra = [name for name in file.tensors if name not in layout.required]
@@ -141,4 +142,5 @@ def _check_type(name: str, info: TensorInfo) -> None:
 def _bytes(info: TensorInfo) -> memoryview | np.ndarray:
     if len(info.shape) > 1 or info.type == F32:
         return info.data()
-    return dequantize(np.frombuffer(info.data(), np.uint8), info.type)
+    wide: np.ndarray = dequantize(np.frombuffer(info.data(), np.uint8), info.type)
+    return wide

@@ -15,12 +15,13 @@ from tiny import VARIANTS, Variant
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SEED = 0
+PROMPT_SEED = 79  # no two experts nearly tie on this prompt, so rounding cannot swap them
 WINDOWS = 3
 
 
 def prompt(variant: Variant) -> np.ndarray:
     """<bos> and then any tokens, [tokens] i32."""
-    ids = np.random.RandomState(SEED).randint(variant.n_vocab, size=WINDOWS * variant.window)
+    ids = np.random.RandomState(PROMPT_SEED).randint(variant.n_vocab, size=WINDOWS * variant.window)
     ids[0] = 2
     return ids.astype(np.int32)
 

@@ -18,13 +18,14 @@ import hf
 pytestmark = pytest.mark.reference
 
 SEED = 1  # not the golden files' weights
+PROMPT_SEED = 9  # no two experts nearly tie on this prompt, so rounding cannot swap them
 TOKENS = 70
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
 def prompt(variant: Variant) -> list[int]:
     """<bos> and then any tokens, over four windows long."""
-    ids = np.random.RandomState(SEED).randint(variant.n_vocab, size=TOKENS)
+    ids = np.random.RandomState(PROMPT_SEED).randint(variant.n_vocab, size=TOKENS)
     return [2, *ids[1:].tolist()]
 
 

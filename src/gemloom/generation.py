@@ -1,0 +1,127 @@
+"""What a caller gets from a request: a Run to iterate over, or a finished Completion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Self
+
+from gemloom.sequence import Piece, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost so far."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int  # of the prompt, found in the K/V cells
+    prompt_seconds: float  # until the first token was picked
+    decode_seconds: float  # for the tokens after it
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Speed of prefill, over the tokens that had to be computed."""
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of decoding, the first token not counted."""
+        if not self.decode_seconds:
+            return 0.0
+        return (self.completion_tokens - 1) / self.decode_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Generated text. ``finish_reason`` is "stop" or "length"."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str | None
+    usage: Usage
+    pieces: list[Piece] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCompletion:
+    """An assistant's answer; ``message`` can be appended to the conversation as it is."""
+
+    message: dict[str, str]
+    finish_reason: str | None
+    usage: Usage
+
+
+class Run(Iterator[Piece]):
+    """A request under way: iterate over its pieces; ``close()``, or leave ``with``, to stop early.
+
+    ``step`` computes something of the sequence and gives a piece if that made one; ``finish`` is
+    called once, when no more will be asked for.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        step: Callable[[Sequence], Piece | None],
+        finish: Callable[[Sequence], None],
+    ) -> None:
+        self._sequence, self._step, self._finish = sequence, step, finish
+        self._open = True
+        self._started = perf_counter()
+        self._first = self._last = self._started
+
+    def __next__(self) -> Piece:
+        if not self._open:
+            raise StopIteration
+        try:
+            piece = None
+            while piece is None:
+                piece = self._step(self._sequence)
+        except BaseException:  # Ctrl-C among them: the slot must be free again
+            self.close()
+            raise
+        self._last = perf_counter()
+        if self._sequence.n_generated == 1:
+            self._first = self._last
+        if piece.finish_reason:
+            self.close()
+        return piece
+
+    @property
+    def usage(self) -> Usage:
+        """Counts and times so far."""
+        return Usage(
+            self._sequence.n_prompt,
+            self._sequence.n_generated,
+            self._sequence.n_cached,
+            self._first - self._started,
+            self._last - self._first,
+        )
+
+    def completion(self) -> Completion:
+        """Run to the end and put the pieces together."""
+        pieces = list(self)
+        return Completion(
+            "".join(piece.text for piece in pieces),
+            [piece.token for piece in pieces],
+            pieces[-1].finish_reason if pieces else None,
+            self.usage,
+            pieces,
+        )
+
+    def close(self) -> None:
+        """Stop, and free the slot; a second call does nothing."""
+        if self._open:
+            self._open = False
+            self._finish(self._sequence)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
