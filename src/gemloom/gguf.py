@@ -13,9 +13,12 @@ keys with their values; name, shape, type and offset of each tensor; padding to
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
+from operator import index as as_index
 from typing import Any, overload
 
 import numpy as np
@@ -27,6 +30,7 @@ from gemloom.errors import ConfigError, FormatError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_ENTRIES = 65_536  # keys or tensors; the largest real files have about 2,000
+MAX_KEY = 65_535  # bytes, as the format says
 MAX_NAME = 63  # bytes of a tensor name that ggml can hold
 MAX_DIMS = 4
 MAX_ELEMENTS = 2**62
@@ -45,7 +49,10 @@ _SCALARS: dict[int, np.dtype[Any]] = {
 
 
 class StringArray(Sequence[str]):
-    """An array of strings, still encoded; decoded on access."""
+    """An array of strings, still encoded; decoded on access.
+
+    Bytes that are not UTF-8 become U+FFFD, as in every string of a file; ``raw`` has them.
+    """
 
     def __init__(self, buffer: memoryview, start: int, count: int) -> None:
         self._buffer, self._start, self._count = buffer, start, count
@@ -63,14 +70,27 @@ class StringArray(Sequence[str]):
         return self._count
 
     def __iter__(self) -> Iterator[str]:
-        return (text.decode("utf-8", "surrogateescape") for text in self.raw())
+        return (text.decode("utf-8", "replace") for text in self.raw())
 
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        return list(self)[index]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        start = self._starts[as_index(index)]
+        length = _U64.unpack_from(self._buffer, start)[0]
+        return bytes(self._buffer[start + 8 : start + 8 + length]).decode("utf-8", "replace")
+
+    @cached_property
+    def _starts(self) -> array[int]:
+        """Where each string's length lies; found on the first access by index."""
+        starts, position = array("Q"), self._start
+        for _ in range(self._count):
+            starts.append(position)
+            position += 8 + _U64.unpack_from(self._buffer, position)[0]
+        return starts
 
 
 Value = bool | int | float | str | np.ndarray | StringArray
@@ -113,42 +133,44 @@ class Metadata(dict[str, Value]):
         """A non-negative integer. ConfigError if absent with no default, or not one."""
         value = self._scalar(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConfigError(f"{self.name}: {key} must be a non-negative integer, is {value!r}")
+            raise ConfigError(
+                f"{self.name}: {key} must be a non-negative integer, is {_shown(value)}"
+            )
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number. ConfigError if absent with no default, or not one."""
         value = self._scalar(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-            raise ConfigError(f"{self.name}: {key} must be a finite number, is {value!r}")
+            raise ConfigError(f"{self.name}: {key} must be a finite number, is {_shown(value)}")
         return float(value)
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
         """True or false. ConfigError if absent with no default, or neither."""
         value = self._scalar(key, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.name}: {key} must be true or false, is {value!r}")
+            raise ConfigError(f"{self.name}: {key} must be true or false, is {_shown(value)}")
         return value
 
     def string(self, key: str, default: str | None = None) -> str:
         """A string. ConfigError if absent with no default, or not one."""
         value = self._scalar(key, default)
         if not isinstance(value, str):
-            raise ConfigError(f"{self.name}: {key} must be a string, is {value!r}")
+            raise ConfigError(f"{self.name}: {key} must be a string, is {_shown(value)}")
         return value
 
     def strings(self, key: str) -> StringArray:
         """An array of strings. ConfigError if absent or not one."""
         value = self._scalar(key, None)
         if not isinstance(value, StringArray):
-            raise ConfigError(f"{self.name}: {key} must be an array of strings")
+            raise ConfigError(f"{self.name}: {key} must be an array of strings, is {_shown(value)}")
         return value
 
     def array(self, key: str) -> np.ndarray[Any, Any]:
         """An array of numbers or booleans. ConfigError if absent or not one."""
         value = self._scalar(key, None)
         if not isinstance(value, np.ndarray):
-            raise ConfigError(f"{self.name}: {key} must be an array of numbers")
+            raise ConfigError(f"{self.name}: {key} must be an array of numbers, is {_shown(value)}")
         return value
 
     def _scalar(self, key: str, default: Value | None) -> Value:
@@ -156,6 +178,14 @@ class Metadata(dict[str, Value]):
         if value is None:
             raise ConfigError(f"{self.name}: the key {key} is missing")
         return value
+
+
+def _shown(value: Value) -> str:
+    """A value in an error message, which is one line however large the value."""
+    if isinstance(value, np.ndarray | StringArray):
+        return f"an array of {len(value):,}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +214,10 @@ def read(blobs: Sequence[Blob]) -> GGUF:
                 raise FormatError(f"{file.name}: tensor {name} is in two parts of the split file")
             tensors[name] = info
     expected = files[0].metadata.get("split.tensors.count", len(tensors))
-    if expected != len(tensors):
-        raise FormatError(f"{files[0].name}: {len(tensors)} tensors in all parts, not {expected}")
+    if not _is(expected, len(tensors)):
+        raise FormatError(
+            f"{files[0].name}: {len(tensors)} tensors in all parts, not {_shown(expected)}"
+        )
     return GGUF(files[0].name, files[0].metadata, tensors)
 
 
@@ -203,17 +235,25 @@ def parse(blob: Blob) -> GGUF:
 
 def _check_unsplit(file: GGUF) -> None:
     count = file.metadata.get("split.count", 1)
-    if count not in (0, 1):
-        raise FormatError(f"{file.name}: one part of {count}; name the first part of a split file")
+    if not _is(count, 0, 1):
+        raise FormatError(
+            f"{file.name}: one part of {_shown(count)}; name the first part of a split file"
+        )
 
 
 def _check_part(file: GGUF, number: int, count: int) -> None:
-    there = (file.metadata.get("split.no"), file.metadata.get("split.count"))
-    if there != (number, count):
-        raise FormatError(
-            f"{file.name}: expected part {number + 1} of {count}, "
-            f"but its split.no and split.count are {there[0]} and {there[1]}"
-        )
+    for key, expected in (("split.no", number), ("split.count", count)):
+        value = file.metadata.get(key)
+        if value is None or not _is(value, expected):
+            found = "missing" if value is None else _shown(value)
+            raise FormatError(
+                f"{file.name}: expected part {number + 1} of {count}, but its {key} is {found}"
+            )
+
+
+def _is(value: Value, *wanted: int) -> bool:
+    """Whether a value is one of these integers, and not an array or anything else."""
+    return isinstance(value, int) and value in wanted
 
 
 class _EndOfHead(Exception):
@@ -230,24 +270,35 @@ class _Reader:
         if bytes(self.head[:4]) != MAGIC:
             found = bytes(self.head[:4])
             what = f"its first bytes are {found!r}" if found else "it is empty"
-            raise FormatError(f"{self.blob.name}: not a GGUF file: {what}")
+            order = "; are its parts in order?" if len(self.blob.parts) > 1 else ""
+            raise FormatError(f"{self.blob.name}: not a GGUF file: {what}{order}")
         self.position = 4
-        version = self._u32("header")
-        if version not in VERSIONS:
-            raise FormatError(
-                f"{self.blob.name}: GGUF version {version:,} is not one of {VERSIONS}"
-            )
+        self._check_version(self._u32("header"))
         n_tensors, n_keys = self._count("tensors"), self._count("keys")
         metadata = self._metadata(n_keys)
         infos = [self._tensor() for _ in range(n_tensors)]
         return GGUF(self.blob.name, metadata, self._place(metadata, infos))
 
+    def _check_version(self, version: int) -> None:
+        if version in VERSIONS:
+            return
+        if version and version & 0xFFFF == 0:
+            raise FormatError(f"{self.blob.name}: a big-endian GGUF; convert it to little-endian")
+        raise FormatError(
+            f"{self.blob.name}: GGUF version {version:,} is not one of {VERSIONS}; "
+            "convert the model again"
+        )
+
     def _metadata(self, count: int) -> Metadata:
         values: dict[str, Value] = {}
         for _ in range(count):
             key = self._string("metadata")
-            if not key or key in values:
-                raise FormatError(f"{self.blob.name}: metadata key {key!r} is empty or there twice")
+            if not key.isprintable() or not 0 < len(key.encode()) <= MAX_KEY:
+                raise FormatError(
+                    f"{self.blob.name}: metadata key {key[:80]!r} is empty, too long or unprintable"
+                )
+            if key in values:
+                raise FormatError(f"{self.blob.name}: metadata key {key[:80]} is there twice")
             values[key] = self._value(key, self._u32("metadata"))
         return Metadata(self.blob.name, values)
 
@@ -257,7 +308,7 @@ class _Reader:
         if kind == _ARRAY:
             return self._array(key)
         if kind not in _SCALARS:
-            raise FormatError(f"{self.blob.name}: {key}: {kind} is not a GGUF value type")
+            raise FormatError(f"{self.blob.name}: {key[:80]}: {kind} is not a GGUF value type")
         value: Value = self._numbers(_SCALARS[kind], 1)[0].item()
         return value
 
@@ -268,7 +319,9 @@ class _Reader:
             self.position = self._walk(count)
             return StringArray(self.head, start, count)
         if kind not in _SCALARS:
-            raise FormatError(f"{self.blob.name}: {key}: an array of type {kind} is not supported")
+            raise FormatError(
+                f"{self.blob.name}: {key[:80]}: an array of type {kind} is not supported"
+            )
         return self._numbers(_SCALARS[kind], count)
 
     def _walk(self, count: int) -> int:
@@ -291,8 +344,10 @@ class _Reader:
 
     def _tensor(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
         name = self._string("tensor table")
-        if not name or len(name.encode()) > MAX_NAME:
-            raise FormatError(f"{self.blob.name}: tensor name {name[:80]!r} is empty or too long")
+        if not name.isprintable() or not 0 < len(name.encode()) <= MAX_NAME:
+            raise FormatError(
+                f"{self.blob.name}: tensor name {name[:80]!r} is empty, too long or unprintable"
+            )
         n_dims = self._u32("tensor table")
         if not 1 <= n_dims <= MAX_DIMS:
             raise FormatError(
@@ -313,8 +368,14 @@ class _Reader:
         infos: list[tuple[str, GGMLQuantizationType, tuple[int, ...], int]],
     ) -> dict[str, TensorInfo]:
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-            raise FormatError(f"{self.blob.name}: general.alignment {alignment!r}: no power of two")
+        if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment <= 0:
+            raise FormatError(
+                f"{self.blob.name}: general.alignment is {_shown(alignment)}, no positive integer"
+            )
+        if alignment & (alignment - 1):
+            raise FormatError(
+                f"{self.blob.name}: general.alignment is {_shown(alignment)}, no power of two"
+            )
         data = -(-self.position // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
         for name, kind, shape, offset in infos:

@@ -215,8 +215,8 @@ class Model:
 
     def _finish(self, request: Request) -> None:
         with self._lock:
-            if request.shifted:  # cells that no prompt of these tokens would have
-                del request.slot.tokens[self.options.keep :]
+            if request.shifted:  # cells such as no prompt of these tokens would give
+                request.slot.tokens.clear()
             self._slots.release(request.slot)
 
     # -- looking inside ----------------------------------------------------------------------

@@ -13,6 +13,8 @@ import os
 import re
 import stat
 from collections.abc import Callable, Sequence
+from errno import EACCES, ENOSPC, EROFS
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +33,7 @@ _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf",
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<wanted>.+))?")
 _NO_MODEL = re.compile(r"(?<![a-z0-9])(mmproj|assistant|mtp|imatrix)(?![a-z0-9])", re.IGNORECASE)
 _PREFERRED = ("Q4_K_M", "Q4_0")
+_SECRET = re.compile(r"Bearer .*|hf_\w+")
 
 _T = TypeVar("_T")
 
@@ -87,7 +90,7 @@ def _named(name: str, builtin_too: bool) -> list[Blob]:
 def _split_names(name: str) -> list[str]:
     """Every file of the split GGUF whose first is ``name``; ``[name]`` where it is not split."""
     match = _SPLIT.fullmatch(name)
-    if match is None:
+    if match is None or int(match["count"]) == 0:
         return [name]
     stem, count = match["stem"], int(match["count"])
     first = f"{stem}-00001-of-{count:05}.gguf"
@@ -181,9 +184,9 @@ def _part(number: int, source: Any) -> tuple[str, memoryview]:
 
 
 def _file_object(file: Any) -> Blob:
-    if isinstance(file, io.TextIOBase):
-        raise OptionError(f"{_file_name(file)}: open in text mode; open it with 'rb'")
     name = _file_name(file)
+    if isinstance(file, io.TextIOBase):
+        raise OptionError(f"{name}: open in text mode; open it with 'rb'")
     if not _is_plain_file(file):
         return Blob(name, [_read(name, file)])
     try:
@@ -212,11 +215,13 @@ def _read(name: str, file: Any) -> memoryview:
         try:
             piece = file.read(_PIECE)
         except Exception as error:  # whatever the stream is made of may raise its own
-            raise SourceError(f"{name}: reading failed after {len(data):,} bytes: {error}") from error
-        if isinstance(piece, str):
-            raise OptionError(f"{name}: open in text mode; open it with 'rb'")
+            raise SourceError(
+                f"{name}: reading failed after {len(data):,} bytes: {error}"
+            ) from error
         if piece is None:
             raise SourceError(f"{name}: a non-blocking stream; make it blocking")
+        if not isinstance(piece, bytes | bytearray | memoryview):
+            raise OptionError(f"{name}: gives {type(piece).__name__}, not bytes; open it with 'rb'")
         if not piece:
             break
         data += piece
@@ -232,12 +237,11 @@ def _hub(name: str) -> list[Blob]:
     match = _HUB.fullmatch(name)
     if match is None:
         raise OptionError(f"{name}: write hf:owner/repo or hf:owner/repo:file.gguf")
-    repo, wanted = match["repo"], match["wanted"]
-    first = wanted
-    if wanted is None or not wanted.endswith(".gguf"):
-        first = _choose(name, _ask_hub(name, lambda: _hub_files(repo)), wanted)
+    repo, first = match["repo"], match["wanted"]
+    if first is None or not first.endswith(".gguf"):
+        first = _choose(repo, _ask_hub(name, partial(_hub_files, repo)), wanted=first)
     return [
-        Blob(f"hf:{repo}:{file}", [_map(_ask_hub(name, lambda file=file: _download(repo, file)))])
+        Blob(f"hf:{repo}:{file}", [_map(_ask_hub(name, partial(_download, repo, file)))])
         for file in _split_names(first)
     ]
 
@@ -259,20 +263,20 @@ def _hub_files(repo: str) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
 
 
-def _choose(name: str, files: list[str], wanted: str | None) -> str:
-    """The model to take: of the wanted type, or the only one, or the first preferred type."""
-    models = [file for file in sorted(files) if _is_model(file)]
+def _choose(repo: str, files: list[str], wanted: str | None) -> str:
+    """The one model of the wanted type; with none wanted the only one, or a preferred type."""
+    models = sorted(file for file in files if _is_model(file))
     if not models:
-        raise SourceError(f"{name}: no GGUF model in this repository")
-    found = models if wanted is None else [file for file in models if _has_type(file, wanted)]
-    for preferred in _PREFERRED if len(found) > 1 and wanted is None else ():
-        found = [file for file in models if _has_type(file, preferred)] or models
-        if len(found) < len(models):
+        raise SourceError(f"hf:{repo}: no GGUF model in this repository")
+    if wanted is None and len(models) == 1:
+        return models[0]
+    for kind in (wanted,) if wanted else _PREFERRED:
+        found = [file for file in models if _has_type(file, kind)]
+        if len(found) == 1:
+            return found[0]
+        if found:
             break
-    if len(found) == 1:
-        return found[0]
-    which = "none" if not found else f"{len(found)}"
-    raise SourceError(f"{name}: {which} of its files fit; add one, as in {name.rsplit(':', 1)}")
+    raise SourceError(f"hf:{repo}: name one model, as hf:{repo}:FILE, of {', '.join(models)}")
 
 
 def _is_model(file: str) -> bool:
@@ -288,5 +292,42 @@ def _has_type(file: str, kind: str) -> bool:
 
 
 def _ask_hub(name: str, question: Callable[[], _T]) -> _T:
-    """What the hub answers. Raises SourceError with one line that says what to do."""
-    raise NotImplementedError
+    """The hub's answer. Raises SourceError with one line that says what to do."""
+    try:
+        return question()
+    except Exception as error:  # errors of whichever HTTP library the hub package uses come through
+        reason = _hub_reason(error)
+    raise SourceError(f"{name}: {reason}")  # not "from": its text may quote the token
+
+
+def _hub_reason(error: BaseException) -> str:
+    from huggingface_hub import errors
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        if HF_HUB_OFFLINE:
+            return "not in the hub's cache, and HF_HUB_OFFLINE is set; unset it to download"
+        error = error.__cause__ or error
+    for kind, reason in (
+        (errors.GatedRepoError, "gated; accept its terms on its page, then set HF_TOKEN"),
+        (errors.RepositoryNotFoundError, "no such repository, or private; for that set HF_TOKEN"),
+        (errors.EntryNotFoundError, "no such file in the repository"),
+    ):
+        if isinstance(error, kind):
+            return reason
+    return _network_reason(error)
+
+
+def _network_reason(error: BaseException) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the hub refuses the token; set HF_TOKEN to a valid one, or unset it"
+    if status is not None:
+        return f"the hub answered with HTTP status {status}; try again later"
+    if isinstance(error, OSError) and error.errno in (ENOSPC, EACCES, EROFS):
+        return f"{error.filename or 'the cache'}: {error.strerror}"
+    lines = _SECRET.sub("***", str(error)).strip().splitlines() or [type(error).__name__]
+    return (
+        f"the hub cannot be reached ({lines[0][:200]}); "
+        "check the network, or set HF_HUB_OFFLINE=1 to use the cache alone"
+    )

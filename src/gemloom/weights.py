@@ -14,7 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from gemloom.errors import TensorError
-from gemloom.ggml.device import Arena, Device, Tensor
+from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor
 from gemloom.gguf import GGUF, TensorInfo
 
 F32 = GGMLQuantizationType.F32
@@ -62,8 +62,10 @@ class Weights:
         self._tensors[info.name] = tensor
         if kind != info.type:
             return False
+        # Rows of the per-layer table are copied out by get_rows, which takes any address.
+        alignment = 4 if info.name == PER_LAYER_TABLE else ALIGNMENT
         place = info.blob.locate(info.offset, info.nbytes)
-        if place is None or not self._arena.map(tensor, *place):
+        if place is None or not self._arena.map(tensor, *place, alignment):
             return False
         self.bytes_mapped += info.nbytes
         return True

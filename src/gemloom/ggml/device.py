@@ -21,7 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gemloom.errors import DeviceError
 from gemloom.gguf import nbytes
 
-ALIGNMENT = 32  # of a tensor's address, in bytes; ggml's CPU backend asserts it
+ALIGNMENT = 32  # bytes, of addresses that ggml's CPU kernels get
 MAX_NODES = 16_384  # of one graph; the largest real model, 60 layers, has about 2,600
 
 _log = logging.getLogger("gemloom.ggml")
@@ -237,14 +237,14 @@ class Arena:
         ggml.ggml_set_name(pointer, name.encode())
         return Tensor(pointer, kind, tuple(shape), name=name)
 
-    def map(self, tensor: Tensor, part: memoryview, start: int) -> bool:
+    def map(self, tensor: Tensor, part: memoryview, start: int, alignment: int) -> bool:
         """Let ``tensor`` use the bytes of ``part`` from ``start`` on, if their address allows.
 
-        Returns False, and changes nothing, where it is not aligned as ggml wants it. The part is
+        Returns False, and changes nothing, where it is no multiple of ``alignment``. The part is
         kept alive until ``close()``.
         """
         base = address(part)
-        if (base + start) % ALIGNMENT:
+        if (base + start) % alignment:
             return False
         if base not in self._mapped:
             self._mapped[base] = self._host_buffer(base, part)

@@ -1,0 +1,38 @@
+"""Fixtures of all tests: tiny models, made and closed for each."""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy loads: it would fight with ggml
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+import gemloom
+import tiny
+
+Load = Callable[..., gemloom.Model]
+
+
+@pytest.fixture
+def load() -> Iterator[Load]:
+    """``load("e2b", chunk=7, forms={"untied": True}, context=128)``: a tiny model."""
+    with ExitStack() as stack:
+
+        def make(
+            variant: str = "e2b", *, forms: dict[str, Any] | None = None, **options: Any
+        ) -> gemloom.Model:
+            data = tiny.gguf_bytes(tiny.VARIANTS[variant], **(forms or {}))
+            options = {"kv_type": "f32", "context": 256, **options}
+            return stack.enter_context(gemloom.load(data, **options))
+
+        yield make
+
+
+def prompt(n: int, seed: int = 9, n_vocab: int = 300) -> list[int]:
+    """<bos> and n - 1 tokens."""
+    import numpy as np
+
+    return [2, *np.random.RandomState(seed).randint(n_vocab, size=n - 1).tolist()]
