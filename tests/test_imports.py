@@ -1,0 +1,93 @@
+"""Who may import whom: the arrows of docs/architecture.md, read from the source."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "src" / "gemloom"
+FILES = {
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+FOREIGN_ONLY_IN = {  # a library that only one place may know
+    "ggml": "ggml",
+    "ctypes": "ggml",
+    "tokenizers": "tokenizer",
+    "jinja2": "chat",
+    "huggingface_hub": "source",
+    "typer": "cli",
+    "rich": ("cli", "builtin"),
+}
+PURE = ["sampling", "stopping", "slots", "sequence", "chat", "tokenizer", "gguf", "blob", "config"]
+ARROWS = {  # module: all it may import of this package; a name stands for what is below it too
+    "errors": [],
+    "blob": ["errors"],
+    "gguf": ["blob", "errors"],
+    "builtin": ["blob", "errors"],
+    "source": ["blob", "builtin", "errors", "gguf"],
+    "config": ["errors", "gguf"],
+    "tokenizer": ["errors", "gguf"],
+    "chat": ["errors", "tokenizer"],
+    "sampling": ["errors"],
+    "stopping": [],
+    "slots": ["errors"],
+    "sequence": ["sampling", "slots", "stopping", "tokenizer"],
+    "generation": ["sequence"],
+    "ggml": ["errors", "ggml", "gguf"],
+    "weights": ["errors", "ggml", "gguf"],
+    "linear": ["ggml"],
+    "cache": ["config", "errors", "ggml"],
+    "models": ["cache", "config", "ggml", "linear", "models", "weights"],
+    "runner": ["cache", "config", "ggml", "models", "sequence", "weights"],
+    "state": ["cache", "errors", "gguf", "slots"],
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module a file imports at any depth, but for type checking only."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module or ""
+            if node.module == "gemloom":
+                yield from (f"gemloom.{alias.name}" for alias in node.names)
+
+
+def ours(path: Path) -> set[str]:
+    names = {name.removeprefix("gemloom.") for name in imports(path) if name.startswith("gemloom.")}
+    return {name for name in names if name.split(".")[0] in {file.split(".")[0] for file in FILES}}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_foreign_libraries_have_one_door(module: str) -> None:
+    for name in imports(FILES[module]):
+        allowed = FOREIGN_ONLY_IN.get(name.split(".")[0])
+        assert allowed is None or module.startswith(allowed), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", ARROWS)
+def test_arrows(module: str) -> None:
+    for name, path in FILES.items():
+        if name.split(".")[0] == module:
+            extra = {used for used in ours(path) if used.split(".")[0] not in ARROWS[module]}
+            assert not extra, f"{name} imports {extra}"
+
+
+def reached(module: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and name in FILES:
+            found.add(name)
+            waiting += ours(FILES[name])
+    return found
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_policy_needs_no_native_library(module: str) -> None:
+    assert not [name for name in reached(module) if name.startswith("ggml")]

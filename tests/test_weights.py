@@ -1,0 +1,141 @@
+"""A file's tensors: strict both ways, and used in place wherever that is possible."""
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType
+
+import gemloom
+import tiny
+from conftest import Load, prompt
+from gemloom.errors import FormatError, TensorError
+from tiny import VARIANTS
+
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def aligned(data: bytes, shift: int) -> memoryview:
+    """The bytes at an address that is ``shift`` past a multiple of 64."""
+    room = np.zeros(len(data) + 128, np.uint8)
+    start = -room.ctypes.data % 64 + shift
+    room[start : start + len(data)] = np.frombuffer(data, np.uint8)
+    return memoryview(room)[start : start + len(data)]
+
+
+@variants
+def test_every_tensor_is_required(variant: str) -> None:
+    """Dropped one at a time: each is missed by its name, before anything is computed."""
+    made = VARIANTS[variant]
+    optional = {"rope_freqs.weight"} if variant.startswith("gemma3") else set()
+    for name in tiny.tensors(made):
+        if name in optional or name.endswith("layer_output_scale.weight"):
+            continue
+        if name.endswith("attn_v.weight") and not made.sliding(int(name.split(".")[1])):
+            continue  # its absence says that V is made from K
+        with pytest.raises(TensorError, match=name.replace(".", r"\.")):
+            gemloom.load(tiny.gguf_bytes(made, drop=(name,)))
+
+
+@variants
+def test_every_shape_is_checked(variant: str) -> None:
+    made = VARIANTS[variant]
+    for name in list(tiny.tensors(made))[:30]:
+
+        def shorten(metadata: object, tensors: dict[str, np.ndarray], name: str = name) -> None:
+            tensors[name] = np.concatenate([tensors[name], tensors[name]], axis=0)
+
+        with pytest.raises(TensorError, match=name.replace(".", r"\.")):
+            gemloom.load(tiny.gguf_bytes(made, edit=shorten))
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_gate.weight", "blk.99.attn_q.weight", "nonsense"])
+def test_an_extra_tensor_is_refused(name: str) -> None:
+    extra = {name: np.zeros((4, 32), np.float32)}
+    with pytest.raises(TensorError, match=f"{name} does not belong"):
+        gemloom.load(tiny.gguf_bytes(VARIANTS["e2b"], extra=extra))
+
+
+def test_parts_of_other_modalities_are_left_alone(load: Load) -> None:
+    extra = {"v.patch_embd.weight": np.zeros((4, 32), np.float32)}
+    model = load("e2b", forms={"extra": extra})
+    assert np.array_equal(model.logits(prompt(5)), load("e2b").logits(prompt(5)))
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_norm.weight", "blk.0.attn_q.weight"])
+def test_types_that_cannot_be_used(name: str) -> None:
+    """The type in the tensor table set to I32, which is as large as F32."""
+    data = bytearray(tiny.gguf_bytes(VARIANTS["e2b"]))
+    after_name = data.index(name.encode()) + len(name)
+    n_dims = int.from_bytes(data[after_name : after_name + 4], "little")
+    data[after_name + 4 + 8 * n_dims] = GGMLQuantizationType.I32
+    with pytest.raises(TensorError, match=f"{name} is of type I32"):
+        gemloom.load(data)
+
+
+@variants
+@pytest.mark.parametrize("types", [None, "q8_0"])
+def test_same_logits_from_anywhere(variant: str, types: str | None, tmp_path: Path) -> None:
+    """In place, misaligned, cut in parts, copied, from a file: not a bit differs."""
+    data = tiny.gguf_bytes(VARIANTS[variant], types=types)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    cuts = [data[:1000], data[1000:20_001], data[20_001:20_001], data[20_001:]]
+    mapped = mmap.mmap(-1, len(data))
+    mapped.write(data)
+    sources = [data, aligned(data, 0), aligned(data, 7), cuts, path, str(path), mapped]
+    results = []
+    for source in sources:
+        with gemloom.load(source, context=64) as model:
+            results.append(model.logits(prompt(20)))
+    with gemloom.load(path, context=64, mmap=False) as model:
+        assert model.memory()["mapped"] == 0
+        results.append(model.logits(prompt(20)))
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_a_file_is_mapped_and_not_copied(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny.gguf_bytes(VARIANTS["e2b"]))
+    with gemloom.load(path, context=64) as model:
+        memory = model.memory()
+    assert memory["copied"] == 0
+    assert memory["mapped"] == memory["weights"] + memory["per_layer_table"]
+
+
+@pytest.mark.parametrize(("shift", "copied"), [(0, False), (32, False), (16, True)])
+def test_buffers_are_copied_only_where_not_aligned(shift: int, copied: bool) -> None:
+    """The per-layer table, which is only read by rows, stays where it is either way."""
+    data = aligned(tiny.gguf_bytes(VARIANTS["e2b"]), shift)
+    with gemloom.load(data, context=64) as model:
+        memory = model.memory()
+        assert memory["mapped"] >= memory["per_layer_table"]
+        assert (memory["copied"] > 0) == copied
+
+
+def test_memory_is_what_the_parts_say(load: Load) -> None:
+    """K/V of E2B's structure by hand: cells x (K and V) x heads x head size x bytes."""
+    model = load("e2b", kv_type="f16", context=500, chunk=16)
+    owners = [spec for spec in model.config.layers if spec.owns_kv]
+    full = sum(512 * 2 * s.n_kv * s.head_dim * 2 for s in owners if not s.sliding)
+    sliding = sum(32 * 2 * s.n_kv * s.head_dim * 2 for s in owners if s.sliding)
+    memory = model.memory()
+    assert (memory["kv_full"], memory["kv_sliding"]) == (full, sliding)
+    model.generate(prompt(300), max_tokens=3)
+    assert model.memory() == memory  # nothing grows by itself
+
+
+def test_truncated_files(tmp_path: Path) -> None:
+    data = tiny.gguf_bytes(VARIANTS["gemma3"])
+    for length in (0, 3, 4, 20, 1000, len(data) // 2, len(data) - 33):
+        path = tmp_path / "cut.gguf"
+        path.write_bytes(data[:length])
+        with pytest.raises(FormatError, match=r"cut\.gguf: "):
+            gemloom.load(path)
+
+
+def test_parts_in_a_wrong_order() -> None:
+    data = tiny.gguf_bytes(VARIANTS["gemma3"])
+    with pytest.raises(FormatError, match="order"):
+        gemloom.load([data[5000:], data[:5000]])
