@@ -358,6 +358,10 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
         write([("k", STRING, "abc")]).replace(_string("abc"), struct.pack("<Q", 2**63) + b"abc"),
         r"truncated: the file ends in its metadata",
     ),
+    "last string cut": (
+        write([("k", (ARRAY, STRING), ["abc" * 20])])[:80],
+        r"truncated: the file ends in its metadata",
+    ),
     "2^63 strings": (
         write([("k", (ARRAY, STRING), ["abc"])]).replace(
             struct.pack("<IQ", STRING, 1), struct.pack("<IQ", STRING, 2**63)

@@ -587,6 +587,7 @@ def test_hub_file_is_chosen(name: str, files: list[str], hub: list[str]) -> None
     [
         ("hf:o/choices", SourceError, "name one model, as .*:FILE, of a-Q8_0.gguf, b-BF16.gguf$"),
         ("hf:o/preferred:Q4_K", SourceError, "name one model"),
+        ("hf:o/split:Q4_K", SourceError, "name one model"),
         ("hf:o/only:Q4_K_M", SourceError, "name one model, .* of model-BF16.gguf$"),
         ("hf:o/twice", SourceError, "of a-Q4_0.gguf, a-Q4_K_M.gguf, b-Q4_K_M.gguf$"),
         ("hf:o/drafter", SourceError, "no GGUF model in this repository"),
