@@ -59,8 +59,10 @@ def resolve(source: object) -> list[Blob]:
     Raises SourceError where the bytes cannot be had, FormatError for an empty file or damaged
     built-in model, OptionError for a source of another kind.
     """
-    if isinstance(source, str | os.PathLike):
-        return _named(os.fsdecode(source), builtin_too=isinstance(source, str))
+    if isinstance(source, str):
+        return _named(source)
+    if isinstance(source, os.PathLike):
+        return _files(os.fsdecode(source))
     if isinstance(source, list | tuple):
         return _parts(source)
     if _is_buffer(source):
@@ -74,17 +76,21 @@ def resolve(source: object) -> list[Blob]:
     )
 
 
-def _named(name: str, builtin_too: bool) -> list[Blob]:
-    if builtin_too and name.startswith("hf:"):
+def _named(name: str) -> list[Blob]:
+    if name.startswith("hf:"):
         return _hub(name)
-    if builtin_too and name == DEFAULT_MODEL:
+    if name == DEFAULT_MODEL:
         blob = Blob(name, [_map(os.fspath(path)) for path in builtin.part_paths()])
         builtin.verify(blob)
         return [blob]
-    return [Blob(path, [_map(path)]) for path in _split_names(name)]
+    return _files(name)
 
 
 # -- files ---------------------------------------------------------------------------
+
+
+def _files(name: str) -> list[Blob]:
+    return [Blob(path, [_map(path)]) for path in _split_names(name)]
 
 
 def _split_names(name: str) -> list[str]:
