@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+import gemloom
+import tiny
 from gemloom import gguf
 from gemloom.blob import Blob
 from gemloom.errors import GemloomError
@@ -160,6 +162,12 @@ def read_all(data: bytes) -> None:
             assert info.data().nbytes == info.nbytes
 
 
+def load_and_run(data: bytes) -> None:
+    """Everything up to logits: config, tokenizer, weights, cells, a forward pass."""
+    with gemloom.load(data, context=64, chunk=8, threads=1) as model:
+        model.generate([2, 5, 7], max_tokens=2, temperature=0)
+
+
 def _not_ours(data: bytes) -> None:
     if damaged(small(), 7) == data:
         raise KeyError("case 7")
@@ -184,6 +192,16 @@ def _hog(data: bytes) -> None:
 
 
 @linux_only
+@pytest.mark.parametrize("variant", ["e2b", "26b", "gemma3"])
+def test_load_survives_damage(variant: str, tmp_path: Path) -> None:
+    data = tiny.gguf_bytes(tiny.VARIANTS[variant])
+    cases, large = 1000, 4096  # megabytes of address space: every thread reserves some
+    refused = assert_survives(
+        "test_fuzz:load_and_run", data, tmp_path, cases=cases, megabytes=large
+    )
+    assert refused > cases // 20
+
+
 def test_reader_survives_damage(tmp_path: Path) -> None:
     refused = assert_survives("test_fuzz:read_all", small(), tmp_path)
     assert 300 < refused < 1000  # damage that is mostly noticed, but not all by the first bytes

@@ -1,0 +1,5 @@
+"""``python -m gemloom``: the same as the ``gemloom`` command."""
+
+from gemloom.cli import main
+
+main()
