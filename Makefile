@@ -13,7 +13,7 @@ help:
 	@echo "make format          ruff format"
 
 demo: $(VENV)/.demo
-	$(VENV)/bin/gemloom run --kv-type f32 --temperature 0 --max-tokens 48 "The capital of France is"
+	$(VENV)/bin/gemloom run --temperature 0 --max-tokens 48 "The capital of France is"
 
 test: $(VENV)/.dev $(VENV)/.demo
 	$(VENV)/bin/python -m pytest

@@ -237,11 +237,15 @@ def _feed_forward(shape: Shape, layer: int) -> Shapes:
 
 def types(shape: Shape, mix: Mix, shapes: Shapes) -> dict[str, Type]:
     """The type of every tensor."""
-    fixed = {"per_layer_model_proj.weight": Type.BF16}
+    kinds = {}
     for name, size in shapes.items():
         if len(size) == 1 or "ffn_gate_inp" in name:
-            fixed[name] = Type.F32
-    return {name: fixed.get(name) or mix(name, shape, shapes) for name in shapes}
+            kinds[name] = Type.F32
+        elif name == "per_layer_model_proj.weight":
+            kinds[name] = Type.BF16
+        else:
+            kinds[name] = mix(name, shape, shapes)
+    return kinds
 
 
 def data(name: str, size: tuple[int, ...], kind: Type, shape: Shape, seed: int) -> Iterator[Any]:
@@ -326,7 +330,7 @@ def check_disk(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < needed + MARGIN:
         raise RequestError(
-            f"{path}: needs {(needed + MARGIN) / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
+            f"{path}: needs {(needed + MARGIN) / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} are free"
         )
 
 

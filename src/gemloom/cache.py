@@ -17,7 +17,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from gemloom.config import Config, LayerSpec
-from gemloom.ggml.device import Arena, Device, Tensor
+from gemloom.ggml.device import Arena, Device, Tensor, contiguous_strides
 from gemloom.ggml.graph import Graph
 
 KV_TYPES = {
@@ -80,6 +80,19 @@ class Rows:
         return self.tokens.shape[0]
 
 
+def slot_cells(config: Config, context: int, chunk: int) -> Extent:
+    """The cells of one slot that holds ``context`` positions and is filled ``chunk`` at a time."""
+    full = -(-context // PAD) * PAD
+    ring = -(-(config.window + chunk) // 32) * 32
+    return Extent(full, min(full, ring))
+
+
+def cell_bytes(config: Config, kv_type: str, sliding: bool) -> int:
+    """Bytes that one cell takes in all layers of a kind together, K and V."""
+    sizes = [s.head_dim * s.n_kv for s in config.layers if s.owns_kv and s.sliding == sliding]
+    return sum(2 * contiguous_strides(KV_TYPES[kv_type], (size, 1))[1] for size in sizes)
+
+
 class _Store(NamedTuple):
     k: Tensor  # [head_dim * n_kv, cells * slots]
     v: Tensor
@@ -92,9 +105,7 @@ class KVCache:
         self, device: Device, config: Config, slots: int, context: int, chunk: int, kv_type: str
     ) -> None:
         self.slots, self.window, self.chunk, self.kv_type = slots, config.window, chunk, kv_type
-        full = -(-context // PAD) * PAD
-        ring = -(-(config.window + chunk) // 32) * 32
-        self.cells = Extent(full, min(full, ring))
+        self.cells = slot_cells(config, context, chunk)
         self._specs = [spec for spec in config.layers if spec.owns_kv]
         self._arena = Arena(device, 2 * len(self._specs))
         self._stores = {spec.index: self._store(spec, KV_TYPES[kv_type]) for spec in self._specs}

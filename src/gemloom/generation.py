@@ -68,7 +68,7 @@ class Run(Iterator[Piece]):
         finish: Callable[[Sequence], None],
     ) -> None:
         self._sequence, self._step, self._finish = sequence, step, finish
-        self._open = True
+        self._open, self._cancelled = True, False
         self._started = perf_counter()
         self._first = self._last = self._started
 
@@ -76,9 +76,7 @@ class Run(Iterator[Piece]):
         if not self._open:
             raise StopIteration
         try:
-            piece = None
-            while piece is None:
-                piece = self._step(self._sequence)
+            piece = self._compute()
         except BaseException:  # Ctrl-C among them: the slot must be free again
             self.close()
             raise
@@ -87,6 +85,15 @@ class Run(Iterator[Piece]):
             self._first = self._last
         if piece.finish_reason:
             self.close()
+        return piece
+
+    def _compute(self) -> Piece:
+        """The next piece. StopIteration if cancelled before there is one."""
+        piece = None
+        while piece is None:
+            if self._cancelled:
+                raise StopIteration
+            piece = self._step(self._sequence)
         return piece
 
     @property
@@ -100,6 +107,11 @@ class Run(Iterator[Piece]):
             self._last - self._first,
         )
 
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds so far by what was done outside the model's steps: sample, text."""
+        return dict(self._sequence.times)
+
     def completion(self) -> Completion:
         """Run to the end and put the pieces together."""
         pieces = list(self)
@@ -110,6 +122,14 @@ class Run(Iterator[Piece]):
             self.usage,
             pieces,
         )
+
+    def cancel(self) -> None:
+        """End the iteration before the next step; a signal handler or another thread may call it.
+
+        What has been computed stays in the cells, which an exception in the middle of a step does
+        not give.
+        """
+        self._cancelled = True
 
     def close(self) -> None:
         """Stop, and free the slot; a second call does nothing."""

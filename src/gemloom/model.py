@@ -45,6 +45,7 @@ class Options:
     kv_type: str = "f16"  # of the K/V cells: "f32", "f16" or "q8_0"
     mmap: bool = True  # use the file's bytes in place; False copies them into memory
     chunk: int = 512  # most rows of one prefill step
+    repack: bool = True  # copy matrices into the layout this CPU multiplies fastest
     keep: int | None = None  # shift the context when it is full, keeping so many first tokens
 
     def __post_init__(self) -> None:
@@ -60,6 +61,19 @@ class Options:
                 raise OptionError(f"{name} must be an integer from {low} to {high}, is {value!r}")
         if self.kv_type not in KV_TYPES:
             raise OptionError(f"kv_type must be one of {', '.join(KV_TYPES)}, is {self.kv_type!r}")
+
+    def context_for(self, config: Config) -> int:
+        """Positions a sequence may fill in this model. OptionError where it cannot have so many."""
+        trained = config.n_context
+        context = self.context or min(8192, trained)
+        if context > trained:
+            raise OptionError(f"context {context:,} is more than the model's {trained:,}")
+        if self.keep is not None and context - self.keep <= config.window:
+            raise OptionError(
+                f"keep {self.keep:,} leaves less than a window of {config.window:,} "
+                f"in a context of {context:,} to shift"
+            )
+        return context
 
 
 def load(weights: Any = source.DEFAULT_MODEL, **options: Any) -> Model:
@@ -86,14 +100,16 @@ class Model:
         self.name = file.name
         self.options = options
         self.config: Config = from_gguf(file)
-        self.context = self._checked_context(options)
+        self.context = options.context_for(self.config)
         self.tokenizer = Tokenizer(file.metadata)
         self._lock = threading.RLock()
         with ExitStack() as stack:
             self._device = Device(options.device, options.threads)
             stack.callback(self._device.close)
             layout = ARCHITECTURES[self.config.architecture].layout(self.config, file.tensors)
-            self._weights = Weights(self._device, file, layout, in_place=options.mmap)
+            self._weights = Weights(
+                self._device, file, layout, in_place=options.mmap, repack=options.repack
+            )
             stack.callback(self._weights.close)
             self._kv = KVCache(
                 self._device, self.config, options.slots, self.context, options.chunk,
@@ -107,18 +123,6 @@ class Model:
         self._slots = Slots(options.slots, self.config.window, self._kv.cells.sliding)
         self._fingerprint = state.fingerprint(file)
         self.closed = False
-
-    def _checked_context(self, options: Options) -> int:
-        trained = self.config.n_context
-        context = options.context or min(8192, trained)
-        if context > trained:
-            raise OptionError(f"context {context:,} is more than the model's {trained:,}")
-        if options.keep is not None and context - options.keep <= self.config.window:
-            raise OptionError(
-                f"keep {options.keep:,} leaves less than a window of {self.config.window:,} "
-                f"in a context of {context:,} to shift"
-            )
-        return context
 
     # -- text --------------------------------------------------------------------------------
 
@@ -282,6 +286,21 @@ class Model:
             with self._lock:
                 self._slots.release(slot)
 
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds since it was loaded by phase of a step: build, input, compute, read."""
+        return dict(self._runner.times)
+
+    @property
+    def backends(self) -> list[str]:
+        """What it computes on, preferred first."""
+        return self._device.names
+
+    @property
+    def threads(self) -> int:
+        """Threads it computes with."""
+        return self._device.threads
+
     def memory(self) -> dict[str, int]:
         """Bytes by kind; ``mapped`` of the weights are pages of the file itself."""
         return {
@@ -292,6 +311,7 @@ class Model:
             "compute": self._device.compute_bytes,
             "mapped": self._weights.bytes_mapped,
             "copied": self._weights.bytes_copied,
+            "repacked": self._weights.bytes_repacked,
         }
 
     # -- state -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 
 import numpy as np
 
@@ -44,13 +45,18 @@ class _Plan:
 
 
 class Runner:
-    """Runs batches on one model. Not thread-safe: one caller at a time. ``close()`` frees it."""
+    """Runs batches on one model. Not thread-safe: one caller at a time. ``close()`` frees it.
+
+    ``times`` are the seconds since then by phase of ``run``: build (and allocate), input,
+    compute, read.
+    """
 
     def __init__(self, device: Device, config: Config, weights: Weights, kv: KVCache) -> None:
         self.config, self.kv = config, kv
         self._device = device
         self._model = ARCHITECTURES[config.architecture](config, weights)
         self._plan: _Plan | None = None
+        self.times = dict.fromkeys(("build", "input", "compute", "read"), 0.0)
 
     def reserve(self) -> None:
         """Take the compute memory of the largest prefill step now, rather than in a request."""
@@ -65,19 +71,31 @@ class Runner:
 
         K/V of every row are in the cache afterwards. With ``taps``, ``tapped()`` has their values.
         """
+        start = perf_counter()
         key = (tuple(self._part(chunk) for chunk in batch), frozenset(taps))
         if self._plan is None or self._plan.key != key:
             self._forget()
             self._plan = self._build(key)
         plan = self._plan
         plan.graph.allocate()
+        start = self._lap("build", start)
         self._write_rows(plan.rows, batch)
         if plan.wanted and plan.wanted is not plan.rows:
             self._write_wanted(plan.wanted, batch)
+        start = self._lap("input", start)
         plan.graph.compute()
+        start = self._lap("compute", start)
         if plan.logits is None:
             return np.empty((0, self.config.n_vocab), np.float32)
-        return plan.logits.numpy()
+        logits = plan.logits.numpy()
+        self._lap("read", start)
+        return logits
+
+    def _lap(self, phase: str, start: float) -> float:
+        """Book the time since ``start`` on a phase; gives the time now."""
+        now = perf_counter()
+        self.times[phase] += now - start
+        return now
 
     def shift(self, slot: int, keep: int, drop: int, count: int) -> None:
         """Drop ``drop`` positions after the first ``keep`` of a slot that holds ``count``.

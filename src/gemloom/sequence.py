@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import abc
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 
@@ -51,7 +52,8 @@ class Piece:
 class Sequence:
     """A request under way: its tokens, how many are in the cells, how the next is picked.
 
-    ``limit`` bounds the tokens it may generate, besides what its params say.
+    ``limit`` bounds the tokens it may generate, besides what its params say. ``times`` are the
+    seconds so far spent on picking tokens (sample) and on their text (text).
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Sequence:
         self.params, self.slot = params, slot
         self.n_prompt, self.n_cached, self.n_generated = len(prompt), len(slot.tokens), 0
         self.finish_reason: str | None = None
+        self.times = {"sample": 0.0, "text": 0.0}
         self.shifted = False  # whether positions have been dropped from the cells
         limits = [n for n in (limit, params.max_tokens) if n is not None]
         self._limit = min(limits, default=None)
@@ -96,13 +99,17 @@ class Sequence:
 
     def accept(self, logits: np.ndarray) -> Piece:
         """Pick the next token from logits float32 [n_vocab], and say what it brought."""
+        start = perf_counter()
         picked = sample(
             logits, self.params, self._history, self._rng, tuple(self._tokenizer.suppress)
         )
         self.tokens.append(picked.token)
         self.n_generated += 1
         self._history.add(picked.token)
+        chosen = perf_counter()
         text = self._text(picked.token)
+        self.times["sample"] += chosen - start
+        self.times["text"] += perf_counter() - chosen
         return Piece(text, picked.token, picked.logprob, picked.top, self.finish_reason)
 
     def _text(self, token: int) -> str:

@@ -7,7 +7,9 @@ tensor, where not. Nothing is computed here but the widening of small f16/bf16 v
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -15,13 +17,14 @@ from gguf.quants import dequantize
 
 from gemloom.errors import TensorError
 from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor
-from gemloom.gguf import GGUF, TensorInfo
+from gemloom.gguf import GGUF, TensorInfo, nbytes
 
 F32 = GGMLQuantizationType.F32
 _FLOATS = {F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 # Vision and audio parts that some makers keep in the same file; this is a text runtime.
 _OTHER_MODALITIES = ("v.", "a.", "mm.", "model.vision", "model.audio")
 PER_LAYER_TABLE = "per_layer_token_embd.weight"
+_NOT_WHOLE = ("token_embd.weight", "per_layer_model_proj.weight", "attn_qkv.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +39,38 @@ class Weights:
     """All tensors of a model. ``close()`` frees them."""
 
     def __init__(
-        self, device: Device, file: GGUF, layout: Layout, *, in_place: bool = True
+        self, device: Device, file: GGUF, layout: Layout, *, in_place: bool, repack: bool
     ) -> None:
         """Check the file against ``layout`` and give every tensor its bytes.
 
-        With ``in_place`` False everything is copied, and the file may go away afterwards.
+        With ``in_place`` False everything is copied, and the file may go away afterwards. With
+        ``repack`` True matrices are copied into the layout that this CPU's kernels like best, if
+        there is one for their type.
         Raises TensorError, before anything is allocated, for a tensor that is missing, extra,
         of another shape or of a type that cannot be used.
         """
         self.ignored = check(file, layout)
-        self._arena = Arena(device, len(layout.required))
-        self.bytes_mapped = 0
         infos = [file.tensors[name] for name in layout.required]
-        self._tensors = {info.name: self._arena.tensor(*_form(info)) for info in infos}
-        copies = [info for info in infos if not (in_place and self._map(info))]
-        self._arena.allocate("the weights")
-        for info in copies:
-            self._tensors[info.name].write(_bytes(info))
+        self._arenas: dict[Any, Arena] = {}  # by buffer type; None: the CPU's own
+        self._tensors: dict[str, Tensor] = {}
+        self.bytes_mapped = 0
+        copies = []
+        for info in infos:
+            packed = _packed(device, info) if repack else None
+            if packed not in self._arenas:
+                self._arenas[packed] = Arena(device, len(infos), packed)
+            self._tensors[info.name] = self._arenas[packed].tensor(*_form(info))
+            if packed or not in_place or not self._map(info):
+                copies.append(info)
+        for arena in self._arenas.values():
+            arena.allocate("the weights")
+        with ThreadPoolExecutor(device.threads) as pool:
+            list(pool.map(self._copy, copies))
         self.per_layer_bytes = self._size(file.tensors.get(PER_LAYER_TABLE))
         self.bytes = sum(tensor.nbytes for tensor in self._tensors.values()) - self.per_layer_bytes
+
+    def _copy(self, info: TensorInfo) -> None:
+        self._tensors[info.name].write(_bytes(info))
 
     def _map(self, info: TensorInfo) -> bool:
         tensor = self._tensors[info.name]
@@ -63,7 +79,7 @@ class Weights:
         # Rows of the per-layer table are copied out by get_rows, which takes any address.
         alignment = 4 if info.name == PER_LAYER_TABLE else ALIGNMENT
         place = info.blob.locate(info.offset, info.nbytes)
-        if place is None or not self._arena.map(tensor, *place, alignment):
+        if place is None or not self._arenas[None].map(tensor, *place, alignment):
             return False
         self.bytes_mapped += info.nbytes
         return True
@@ -75,7 +91,12 @@ class Weights:
     @property
     def bytes_copied(self) -> int:
         """Memory of tensors that could not be used in place."""
-        return self._arena.bytes_allocated
+        return sum(arena.bytes_allocated for arena in self._arenas.values())
+
+    @property
+    def bytes_repacked(self) -> int:
+        """Of these, memory of matrices in a layout of the CPU's own."""
+        return sum(arena.bytes_allocated for kind, arena in self._arenas.items() if kind)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -95,8 +116,17 @@ class Weights:
 
     def close(self) -> None:
         """Free the tensors and let go of the file's bytes."""
-        self._arena.close()
+        for arena in self._arenas.values():
+            arena.close()
         self._tensors.clear()
+
+
+def planned_bytes(file: GGUF, layout: Layout) -> tuple[int, int]:
+    """Memory of the weights, and of the per-layer table apart; a missing tensor has none."""
+    infos = [file.tensors[name] for name in layout.required if name in file.tensors]
+    sizes = {name: nbytes(kind, shape) for name, kind, shape in map(_form, infos)}
+    table = sizes.pop(PER_LAYER_TABLE, 0)
+    return sum(sizes.values()), table
 
 
 def check(file: GGUF, layout: Layout) -> tuple[str, ...]:
@@ -137,6 +167,12 @@ def _check_type(name: str, info: TensorInfo) -> None:
         raise TensorError(
             f"{name}: the tensor {info.name} is of type {info.type.name}, unsupported"
         )
+
+
+def _packed(device: Device, info: TensorInfo) -> Any:
+    """The buffer type to repack a tensor into, or None: only matrices that are used whole."""
+    sliced_or_read_by_row = info.name.endswith(_NOT_WHOLE)
+    return None if sliced_or_read_by_row else device.repacked(info.type, info.shape)
 
 
 def _form(info: TensorInfo) -> tuple[str, GGMLQuantizationType, tuple[int, ...]]:

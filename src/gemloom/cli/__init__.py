@@ -1,12 +1,111 @@
-"""The ``gemloom`` command. One file a group of commands; what they need is imported inside them.
+"""The ``gemloom`` command: one file a group of commands, and here what all have in common.
 
-Exit status: 0, or 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, 141 where the reader of
-stdout has gone. An error is one line on stderr.
+Exit status: 0; 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, 141 where the reader of
+stdout has gone. An error is one line on stderr, with a traceback only under --debug.
+What a command needs is imported inside it, so that --help is quick.
 """
+
+import os
+import sys
+import traceback
+from typing import Annotated, Any
+
 import typer
+from typer.core import TyperCommand
+
+from gemloom import __version__
+from gemloom.cli.chatting import chat
+from gemloom.cli.doctor import doctor
+from gemloom.cli.inspecting import inspect, tokenize
 from gemloom.cli.running import run
-app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
-app.command()(run)
+from gemloom.cli.terminal import fail
+from gemloom.errors import GemloomError, OptionError
+
+_FAILED, _WRONG_USAGE, _INTERRUPTED, _NO_READER = 1, 2, 128 + 2, 128 + 13
+
+app = typer.Typer(
+    name="gemloom",
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class Command(TyperCommand):
+    """A command whose exceptions end in one line on stderr and an exit status."""
+
+    def invoke(self, ctx: Any) -> None:
+        """Run the command; typer.Exit for whatever went wrong."""
+        try:
+            super().invoke(ctx)
+            sys.stdout.flush()  # a reader that has gone, a full disk: now, not at exit
+        except typer.Exit:
+            raise
+        except BrokenPipeError:
+            _drop_stdout()
+            raise typer.Exit(_NO_READER) from None
+        except KeyboardInterrupt as error:
+            if sys.stderr.isatty():
+                sys.stderr.write("\n")
+            raise typer.Exit(_INTERRUPTED) from error
+        except Exception as error:
+            if isinstance(error, OSError):
+                _drop_stdout()  # it may be what failed
+            if ctx.find_root().params["debug"]:
+                traceback.print_exc()
+            fail(_explain(error))
+            raise typer.Exit(_WRONG_USAGE if isinstance(error, OptionError) else _FAILED) from error
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, GemloomError | OSError):
+        return str(error)
+    return f"internal error: {type(error).__name__}: {error} (gemloom --debug shows where)"
+
+
+def _drop_stdout() -> None:
+    """Let what is still buffered for a reader that has gone go nowhere, without a complaint."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gemloom {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def top(): pass
-def main(): app()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+) -> None:
+    """Gemma 4 and Gemma 3 on your own machine.
+
+    \b
+    Examples:
+      gemloom run "The capital of France is" -n 20
+      gemloom chat gemma-it.gguf
+      gemloom inspect gemma.gguf
+      gemloom COMMAND --help
+    """
+
+
+for _command in (run, chat, inspect, tokenize, doctor):
+    app.command(cls=Command)(_command)
+
+
+def main() -> None:
+    """Run the command line of this process, and end it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # letters that its encoding has not
+    app(prog_name="gemloom")

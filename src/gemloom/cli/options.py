@@ -7,7 +7,7 @@ then has an option for every field. What a value may be is checked where it is u
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Annotated, Any
 
 import typer
@@ -15,12 +15,10 @@ import typer
 from gemloom.errors import OptionError
 
 
-def _load(*names: str, help: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel="Loading", **more)
-
-
-def _sampling(*names: str, help: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel="Sampling", **more)
+def _option(*names: str, help: str, default: str = "", **more: Any) -> Any:
+    """``default`` is that of the library, told in the help: here None leaves it as it is."""
+    text = f"{help} [default: {default}]" if default else help
+    return typer.Option(*names, help=text, show_default=False, **more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,25 +27,33 @@ class LoadOptions:
 
     context: Annotated[
         int | None,
-        _load("--context", "-c", help="Positions.", show_default="8192, or what the model can"),
+        _option(
+            "--context",
+            "-c",
+            help="Tokens that fit.",
+            default="8192, or what the model was made for",
+        ),
     ] = None
     kv_type: Annotated[
-        str | None, _load(help="Type of the K/V cells: f32, f16, q8_0.", show_default="f16")
+        str | None, _option(help="Type of the K/V cells: f32, f16 or q8_0.", default="f16")
     ] = None
-    chunk: Annotated[
-        int | None, _load(help="Most prompt tokens in one step.", show_default="512")
-    ] = None
+    chunk: Annotated[int | None, _option(help="Prompt tokens in one step.", default="512")] = None
     keep: Annotated[
         int | None,
-        _load(help="When the context is full, go on, with so many first tokens kept."),
+        _option(
+            help="When the context is full, go on: keep so many tokens of its beginning, drop "
+            "the older half of the rest.",
+            default="stop there",
+        ),
     ] = None
     threads: Annotated[
-        int | None, _load("--threads", "-t", help="Threads.", show_default="one a usable core")
+        int | None, _option("--threads", "-t", help="Threads.", default="one a core")
     ] = None
-    device: Annotated[str | None, _load(help="auto or cpu.", show_default="auto")] = None
+    device: Annotated[str | None, _option(help="auto or cpu.", default="auto")] = None
     mmap: Annotated[
-        bool, _load(" /--no-mmap", help="Copy the weights and do not map the file.")
-    ] = True
+        bool | None,
+        _option("--mmap/--no-mmap", help="Use the file in place, or copy it.", default="in place"),
+    ] = None
 
     def given(self) -> dict[str, Any]:
         """The options that were set, as ``model.Options`` takes them."""
@@ -60,40 +66,41 @@ class SamplingOptions:
 
     max_tokens: Annotated[
         int | None,
-        _sampling("--max-tokens", "-n", help="Stop after so many.", show_default="context full"),
+        _option(
+            "--max-tokens", "-n", help="Most tokens to make.", default="what the context holds"
+        ),
     ] = None
     temperature: Annotated[
-        float | None, _sampling(help="0: always the likeliest token.", show_default="1.0")
+        float | None, _option(help="0 takes the likeliest token every time.", default="1.0")
     ] = None
     top_k: Annotated[
-        int | None, _sampling(help="Only the k likeliest; 0: all.", show_default="64")
+        int | None, _option(help="Pick among the k likeliest; 0: all.", default="64")
     ] = None
     top_p: Annotated[
-        float | None,
-        _sampling(help="Only the likeliest that make up p together.", show_default="0.95"),
+        float | None, _option(help="Pick among the likeliest that sum to p.", default="0.95")
     ] = None
     min_p: Annotated[
         float | None,
-        _sampling(help="Only those p times as likely as the first.", show_default="0.0"),
+        _option(help="Pick among those p times as likely as the likeliest.", default="0.0"),
     ] = None
     repetition_penalty: Annotated[
-        float | None, _sampling(help="Over prompt and answer; 1: off.", show_default="1.0")
+        float | None, _option(help="For tokens of prompt and answer; 1: off.", default="1.0")
     ] = None
     presence_penalty: Annotated[
-        float | None, _sampling(help="For tokens in the answer.", show_default="0.0")
+        float | None, _option(help="For tokens of the answer.", default="0.0")
     ] = None
     frequency_penalty: Annotated[
-        float | None, _sampling(help="The same, times their count.", show_default="0.0")
+        float | None, _option(help="The same, times their count.", default="0.0")
     ] = None
     seed: Annotated[
-        int | None, _sampling(help="Same seed, same text.", show_default="random")
+        int | None, _option(help="The same seed gives the same text.", default="random")
     ] = None
     stop: Annotated[
-        list[str] | None, _sampling(help="Stop before this text; may be repeated.")
+        list[str] | None, _option(metavar="TEXT", help="End before this text; repeatable.")
     ] = None
     logit_bias: Annotated[
         list[str] | None,
-        _sampling(metavar="ID=BIAS", help="Added to a token's logit; may be repeated."),
+        _option(metavar="ID=BIAS", help="Added to the logit of a token; repeatable."),
     ] = None
 
     def given(self) -> dict[str, Any]:
@@ -114,26 +121,21 @@ def _bias(text: str) -> tuple[int, float]:
     try:
         return int(token), float(bias)
     except ValueError:
-        raise OptionError(f"--logit-bias {text!r} is not ID=BIAS, as in 236789=-5") from None
+        raise OptionError(f"--logit-bias {text!r} is not ID=BIAS, as in 107=-5") from None
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with every parameter whose type is a group of options spread into its options."""
-    groups = {
-        name: parameter.annotation
-        for name, parameter in inspect.signature(command).parameters.items()
-        if parameter.annotation in (LoadOptions, SamplingOptions)
-    }
+    """The command, with each parameter that is a group of options spread into its options."""
+    own = list(inspect.signature(command).parameters.values())
+    groups = {p.name: p.annotation for p in own if p.annotation in (LoadOptions, SamplingOptions)}
+    shared = [_parameter(option) for group in groups.values() for option in fields(group)]
+    parameters = [p for p in own if p.name not in groups] + shared
 
     def spread(**values: Any) -> None:
         for name, group in groups.items():
-            own = {option.name: values.pop(option.name) for option in fields(group)}
-            values[name] = group(**own)
+            values[name] = group(**{item.name: values.pop(item.name) for item in fields(group)})
         command(**values)
 
-    own = [p for n, p in inspect.signature(command).parameters.items() if n not in groups]
-    shared = [_parameter(option) for group in groups.values() for option in fields(group)]
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own + shared]
     spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     spread.__annotations__ = {p.name: p.annotation for p in parameters}
     spread.__name__, spread.__doc__ = command.__name__, command.__doc__
@@ -141,7 +143,5 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(option: "Field[Any]") -> inspect.Parameter:
-    assert option.default is not MISSING
-    return inspect.Parameter(
-        option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type
-    )
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(option.name, kind, default=option.default, annotation=option.type)

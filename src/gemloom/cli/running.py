@@ -1,59 +1,100 @@
 """``gemloom run``: complete one prompt, streamed."""
 
-import os
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemloom.cli.opening import default_model, names_model, open_model
 from gemloom.cli.options import LoadOptions, SamplingOptions, with_options
+from gemloom.cli.terminal import note, print_json, read_stdin, show, speed
 from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
-    from gemloom.generation import Completion, Run, Usage
+    from gemloom.generation import Completion, Run
     from gemloom.model import Model
 
 
 @with_options
 def run(
     first: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Path, hf:owner/repo or built-in name.")
+        str | None, typer.Argument(metavar="MODEL", help="A file, hf:owner/repo, a built-in name.")
     ] = None,
     second: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="The text; - reads it from stdin.")
+        str | None, typer.Argument(metavar="PROMPT", help="The text; - reads it from stdin.")
     ] = None,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object at the end.")
+    ] = False,
     special: Annotated[
-        bool, typer.Option("--special", help="Read strings like <start_of_turn> as tokens.")
+        bool, typer.Option("--special", help="Read <start_of_turn> and such as tokens.")
     ] = False,
     load: LoadOptions,
     sampling: SamplingOptions,
 ) -> None:
-    """Complete a prompt; the text comes as it is made.
+    """Complete a prompt; the text is shown as it is made.
 
-    A single argument is the MODEL if it is hf:..., a built-in name, ends in .gguf or exists as a
-    file; else it is the PROMPT, for the built-in model. Without a PROMPT it is read from stdin,
-    less one newline at its end. The prompt goes to the model as it is, with no chat template;
-    gemloom chat is for conversations.
+    A single argument is the MODEL if it begins with hf:, ends in .gguf, is the
+    name of a built-in model or of a file that exists; else it is the PROMPT, for
+    the built-in model. Without a PROMPT it is read from stdin, less one newline
+    at its end. The model gets it as it is, without chat template; for
+    conversations there is gemloom chat.
 
+    \b
     Examples:
-
       gemloom run "The capital of France is" -n 20
-
       gemloom run gemma.gguf "Once upon a time" --temperature 0
-
       gemloom run hf:owner/repo:Q4_K_M --json < prompt.txt
     """
     from gemloom.sampling import from_options
 
-    model_name, prompt = _model_and_prompt(first, second)
+    name, text = _model_and_prompt(first, second)
     params = sampling.given()
-    from_options(params)  # a wrong option is an error before the model has been loaded
-    with open_model(model_name, load) as model:
-        request = model.stream(_ids(model, prompt) if special else prompt, **params)
+    from_options(params)  # wrong ones are told before the model has been loaded
+    with open_model(name, load) as model:
+        request = model.stream(_special_ids(model, text) if special else text, **params)
         if as_json:
-            _print_json(request.completion())
+            _print_completion(request.completion())
         else:
-            _print_text(request)
+            _print_stream(request)
+
+
+def _model_and_prompt(first: str | None, second: str | None) -> tuple[str, str]:
+    if second is None and first is not None and not names_model(first):
+        first, second = None, first
+    if second is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise OptionError('no prompt; give one, as in: gemloom run "Once upon a time"')
+    text = read_stdin() if second in (None, "-") else second
+    assert text is not None
+    return first or default_model(), text
+
+
+def _special_ids(model: "Model", text: str) -> list[int]:
+    return model.tokenizer.with_bos(model.tokenize(text, special=True)) if text else []
+
+
+def _print_completion(done: "Completion") -> None:
+    rates = {
+        "prompt_tokens_per_second": done.usage.prompt_tokens_per_second,
+        "tokens_per_second": done.usage.tokens_per_second,
+    }
+    print_json(
+        {
+            "text": done.text,
+            "tokens": done.tokens,
+            "finish_reason": done.finish_reason,
+            "usage": asdict(done.usage) | rates,
+        }
+    )
+
+
+def _print_stream(request: "Run") -> None:
+    reason, text = None, ""
+    for piece in request:
+        show(piece.text)
+        reason, text = piece.finish_reason, piece.text or text
+    if not text.endswith("\n"):
+        show("\n")
+    note(speed(request.usage, reason or "stop"))

@@ -1,7 +1,7 @@
 """What goes to the terminal and comes from it: text, notes, tables, JSON, a spinner.
 
-Text of a model or a file is other people's: on its way to a terminal it loses everything that
-a terminal would obey.
+Text of a model or of a file is other people's: on its way to a terminal it loses everything
+that a terminal would obey.
 """
 
 import json
@@ -15,9 +15,13 @@ from gemloom.errors import RequestError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
+
+    from gemloom.generation import Usage
 
 _SPINNER_AFTER = 1.0  # seconds
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def clean(text: str) -> str:
@@ -36,8 +40,13 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
+def fail(text: str) -> None:
+    """Write the one line of an error to stderr."""
+    sys.stderr.write(f"gemloom: {one_line(text)}\n")
+
+
 def note(text: str) -> None:
-    """One line to stderr; dim on a terminal."""
+    """Write one line to stderr; dim on a terminal."""
     if not sys.stderr.isatty():
         sys.stderr.write(f"{one_line(text)}\n")
         return
@@ -48,19 +57,48 @@ def note(text: str) -> None:
 
 
 def render(item: "RenderableType") -> None:
-    """A rich table or text to stdout, without colours if that is no terminal."""
+    """Write a rich table to stdout, without colours if that is no terminal."""
     from rich.console import Console
 
-    Console(file=sys.stdout, highlight=False).print(item)
+    Console(highlight=False, markup=False, emoji=False).print(item)
+
+
+def table(*columns: str) -> "Table":
+    """An empty table; a column whose name begins with > is aligned to the right."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        right = name.startswith(">")
+        made.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
+    return made
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON to stdout."""
+    """Write one line of JSON to stdout."""
     sys.stdout.write(f"{json.dumps(value)}\n")
 
 
+def size(n: int) -> str:
+    """Bytes for people: "235.2 MiB"."""
+    amount, unit = float(n), 0
+    while amount >= 1024 and unit < len(_UNITS) - 1:
+        amount, unit = amount / 1024, unit + 1
+    return f"{amount:,.1f} {_UNITS[unit]}" if unit else f"{n} B"
+
+
+def speed(usage: "Usage", end: str) -> str:
+    """Tokens and tokens a second of a request, and how it ended if not by itself, on a line."""
+    ended = {"stop": "", "length": "; limit reached"}.get(end, f"; {end}")
+    cached = f" ({usage.cached_tokens:,} cached)" if usage.cached_tokens else ""
+    return (
+        f"prompt {usage.prompt_tokens:,} tokens{cached}, {usage.prompt_tokens_per_second:,.1f} "
+        f"tok/s; generated {usage.completion_tokens:,}, {usage.tokens_per_second:,.1f} tok/s{ended}"
+    )
+
+
 def read_stdin() -> str:
-    """All of stdin as text, without the newline at its end. RequestError if it is not UTF-8."""
+    """All of stdin, without the newline at its end. RequestError if it is not UTF-8."""
     data = sys.stdin.buffer.read()
     try:
         return data.decode().removesuffix("\n").removesuffix("\r")

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import ggml
@@ -156,6 +157,13 @@ def ggml_version() -> str:
     return str(ggml.ggml_version().decode())
 
 
+def usable_cores() -> int:
+    """Cores this process may run on, and so the threads used where nobody says how many."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Device:
     """The backends a model computes on, with the scheduler that spreads a graph over them.
 
@@ -169,12 +177,14 @@ class Device:
             raise DeviceError(
                 f'device {name!r}: only "auto" and "cpu" are supported (here: {there})'
             )
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or usable_cores()
         self._closers: list[Callable[[], None]] = []
         self.backends = [self._open(kind) for kind in self._kinds()]
         self.cpu = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_CPU)
-        ggml.ggml_backend_cpu_set_n_threads(self.backends[-1], self.threads)
+        for backend in self.backends:
+            self._set_threads(backend)
         self.scheduler = self._schedule()
+        self._repacked: dict[tuple[GGMLQuantizationType, int], Any] = {}
         self.current: object = None  # the graph whose tensors have memory now
 
     def _kinds(self) -> list[int]:
@@ -188,6 +198,12 @@ class Device:
             raise DeviceError(f"ggml's {_TYPES[kind]} backend did not start")
         self._closers.append(lambda: ggml.ggml_backend_free(backend))
         return backend
+
+    def _set_threads(self, backend: Any) -> None:
+        registry = ggml.ggml_backend_dev_backend_reg(ggml.ggml_backend_get_device(backend))
+        function = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
+        if function:
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(function)(backend, self.threads)
 
     def _schedule(self) -> Any:
         pointers = (ggml.ggml_backend_t_ctypes * len(self.backends))(*self.backends)
@@ -208,6 +224,37 @@ class Device:
         """The backends in use, preferred first."""
         return [ggml.ggml_backend_name(backend).decode() for backend in self.backends]
 
+    def repacked(self, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Any:
+        """The buffer type whose kernels are faster for such a matrix, or None.
+
+        Its layout is its own: only whole matrix products can read what lies there.
+        """
+        if len(shape) < 2 or shape[1] % 16:
+            return None
+        key = (kind, len(shape))
+        if key not in self._repacked:
+            self._repacked[key] = self._find_repacked(kind, (shape[0], 16, 2)[: len(shape)])
+        return self._repacked[key]
+
+    def _find_repacked(self, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Any:
+        """Ask each extra buffer type of the CPU with a small matrix of the kind."""
+        registry = ggml.ggml_backend_dev_backend_reg(self.cpu)
+        address = ggml.ggml_backend_reg_get_proc_address(
+            registry, b"ggml_backend_dev_get_extra_bufts"
+        )
+        if not address:
+            return None
+        pointers = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
+        for buffer_type in takewhile(bool, pointers(self.cpu)):
+            arena = Arena(self, 8, buffer_type)
+            w = arena.tensor("w", kind, shape)
+            arena.allocate("a probe")
+            supported = arena.supports_product(w)
+            arena.close()
+            if supported:
+                return buffer_type
+        return None
+
     def close(self) -> None:
         """Free scheduler and backends; no graph may be used afterwards."""
         while self._closers:
@@ -221,8 +268,9 @@ class Arena:
     others memory with ``allocate()``. Free with ``close()``.
     """
 
-    def __init__(self, device: Device, count: int) -> None:
+    def __init__(self, device: Device, count: int, buffer_type: Any = None) -> None:
         self._device = device
+        self._buffer_type = buffer_type or ggml.ggml_backend_dev_buffer_type(device.cpu)
         params = ggml.ggml_init_params(count * ggml.ggml_tensor_overhead() + 1024, None, True)
         self._context = ggml.ggml_init(params)
         self._closers = [lambda: ggml.ggml_free(self._context)]
@@ -267,7 +315,7 @@ class Arena:
 
         ``what`` names it in the error.
         """
-        kind = ggml.ggml_backend_dev_buffer_type(self._device.cpu)
+        kind = self._buffer_type
         size = ggml.ggml_backend_alloc_ctx_tensors_from_buft_size(self._context, kind)
         if not size:
             return
@@ -279,6 +327,16 @@ class Arena:
         ggml.ggml_backend_buffer_clear(buffer, 0)
         self._closers.append(lambda: ggml.ggml_backend_buffer_free(buffer))
         self.bytes_allocated += int(ggml.ggml_backend_buffer_get_size(buffer))
+
+    def supports_product(self, w: Tensor) -> bool:
+        """Whether the CPU can multiply with ``w`` as it lies here."""
+        x = ggml.ggml_new_tensor_3d(self._context, int(GGMLQuantizationType.F32), w.shape[0], 1, 1)
+        if len(w.shape) == 2:
+            product = ggml.ggml_mul_mat(self._context, w.pointer, x)
+        else:
+            ids = ggml.ggml_new_tensor_2d(self._context, int(GGMLQuantizationType.I32), 1, 1)
+            product = ggml.ggml_mul_mat_id(self._context, w.pointer, x, ids)
+        return bool(ggml.ggml_backend_dev_supports_op(self._device.cpu, product))
 
     def close(self) -> None:
         """Free buffers and tensors, and let go of what was mapped."""

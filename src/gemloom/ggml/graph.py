@@ -164,14 +164,23 @@ class Graph:
         return Tensor(ggml.ggml_scale(self._context, x.pointer, factor), F32, x.shape)
 
     def tanh(self, x: Tensor) -> Tensor:
-        """tanh(x)."""
-        return Tensor(ggml.ggml_tanh(self._context, x.pointer), F32, x.shape)
+        """tanh(x); x contiguous."""
+        wide = self._spread(x)
+        result = Tensor(ggml.ggml_tanh(self._context, wide.pointer), F32, wide.shape)
+        return self.reshape(result, *x.shape)
 
     def gelu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """gelu(gate) * up, GELU in its tanh form; both of one shape, rows contiguous."""
         assert gate.shape == up.shape, (gate, up)
-        result = ggml.ggml_geglu_split(self._context, gate.pointer, up.pointer)
-        return Tensor(result, F32, gate.shape)
+        a, b = self._spread(gate), self._spread(up)
+        result = ggml.ggml_geglu_split(self._context, a.pointer, b.pointer)
+        return self.reshape(Tensor(result, F32, a.shape), *gate.shape)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """The same elements in 16 times as many rows: ggml never gives two threads one row."""
+        if x.shape[0] % 16 or x.strides != contiguous_strides(x.type, x.shape):
+            return x
+        return self.reshape(x, x.shape[0] // 16, prod(x.shape[1:]) * 16)
 
     def rms_norm(self, x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
         """x / sqrt(mean(x^2) + eps) over the first dimension, times weight if there is one."""

@@ -13,12 +13,8 @@ from gemloom.errors import OptionError
 from gemloom.gguf import nbytes
 
 # What ggml quantizes without an importance matrix; for any other type it would abort.
-QUANTIZABLE = frozenset(
-    GGMLQuantizationType[name]
-    for name in (
-        "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K TQ1_0 TQ2_0 IQ4_NL IQ4_XS"
-    ).split()
-)
+_NAMES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K TQ1_0 TQ2_0 IQ4_NL IQ4_XS"
+QUANTIZABLE = frozenset(GGMLQuantizationType[name] for name in _NAMES.split())
 
 
 def quantize(values: NDArray[np.float32], kind: GGMLQuantizationType) -> bytearray:

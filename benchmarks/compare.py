@@ -1,0 +1,223 @@
+"""Gemloom and llama.cpp side by side: same files, same threads, in turn.
+
+    python benchmarks/compare.py [--quick] [--pairs N] [--models M ...] [--prompts N ...]
+                                 [--depths N ...] [--name NAME] [--cache DIR] [--peer PYTHON]
+
+Each measurement runs in a fresh process. A pair is one of Gemloom's and one of llama.cpp's, the
+one right after the other and each first in turn, so that what else the machine does meets both;
+a ratio is taken within a pair, and the median of the pairs' ratios is what counts. Ratios above
+1 are in Gemloom's favour. What each side's process does is in ours.py and peer.py.
+
+Writes a table, and ``results/NAME.json`` with every single figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ceilings
+import synthetic
+import work
+from machine import available_memory, describe, warm
+from rich.console import Console
+from rich.table import Table
+from sides import OURS, Side, peer_side, run
+
+from gemloom.errors import GemloomError, OptionError, RequestError
+from gemloom.ggml.device import usable_cores
+
+HERE = Path(__file__).parent
+DECODED = 32  # tokens decoded at each depth
+MEMORY_CONTEXT, MEMORY_PROMPT = 4096, 512
+PLANS: dict[str, tuple[list[int], list[int]]] = {  # prompts and depths
+    "e2b-q4_k_m": ([128, 512, 2048, 8192], [0, 2048, 8192]),
+    "e4b-q4_k_m": ([128, 512, 2048], [0, 2048]),
+    "e2b-qat": ([512], [0]),
+    "e4b-qat": ([512], [0]),
+    "26b-cut": ([512], [0]),
+}
+QUICK = {"e2b-q4_k_m": ([128, 512], [0])}
+err = Console(stderr=True)
+
+
+@dataclass(slots=True)
+class Figure:
+    """One thing measured on both sides, pair by pair."""
+
+    unit: str
+    higher_is_better: bool
+    ours: list[float] = field(default_factory=list)
+    peer: list[float] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)  # of the ceilings, from 0 to 1
+
+    @property
+    def ratios(self) -> list[float]:
+        """One a pair; above 1 in Gemloom's favour."""
+        pairs = zip(self.ours, self.peer, strict=bool(self.peer))
+        return [a / b if self.higher_is_better else b / a for a, b in pairs]
+
+    def json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"unit": self.unit, "gemloom": self.ours}
+        if self.peer:
+            found |= {"llama.cpp": self.peer, "ratio": spread(self.ratios)}
+        return found | ({"share_of_ceiling": self.shares} if self.shares else {})
+
+
+Figures = dict[str, Figure]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+# --- one model ----------------------------------------------------------------
+
+
+def measure(path: Path, sides: list[Side], options: argparse.Namespace, plan: Any) -> Figures:
+    """All pairs of one model."""
+    figures: Figures = {}
+    prompts, depths = plan
+    context = -(-(max([1, *prompts, *depths]) + DECODED + 2) // 256) * 256
+    speed = {
+        "task": "speed", "prompts": prompts, "depths": depths, "decode": DECODED,
+        "context": context,
+    }  # fmt: skip
+    start = {"task": "start", "prompt": MEMORY_PROMPT, "context": MEMORY_CONTEXT}
+    for pair in range(options.pairs):
+        for side in sides if pair % 2 == 0 else sides[::-1]:
+            for job in (start, speed):
+                what = f"{path.stem}, pair {pair + 1} of {options.pairs}: {side.name} {job['task']}"
+                with err.status(what):
+                    answer = run(side, {"model": str(path), "threads": options.threads, **job})
+                take = _take_start if job is start else _take_speed
+                take(figures, side, answer)
+    return figures
+
+
+def _add(
+    figures: Figures, name: str, side: Side, value: float, unit: str, *, higher: bool = False
+) -> None:
+    figure = figures.setdefault(name, Figure(unit, higher))
+    (figure.ours if side is OURS else figure.peer).append(value)
+
+
+def _take_speed(figures: Figures, side: Side, answer: dict[str, Any]) -> None:
+    for n, seconds in answer["prompt"].items():
+        _add(figures, f"prompt {n}", side, int(n) / seconds, "tokens/s", higher=True)
+    for n, seconds in answer["decode"].items():
+        _add(figures, f"decode at {n}", side, DECODED / seconds, "tokens/s", higher=True)
+
+
+def _take_start(figures: Figures, side: Side, answer: dict[str, Any]) -> None:
+    _add(figures, "load", side, answer["load"], "s")
+    _add(figures, "first token", side, answer["first"], "s")
+    _add(figures, "load to first token", side, answer["load"] + answer["first"], "s")
+    _add(figures, "peak memory", side, answer["peak_anonymous"] / 2**20, "MiB")
+
+
+def add_shares(figures: Figures, model: work.Work, limits: ceilings.Ceilings) -> None:
+    """Hold Gemloom's medians against the machine's best rates."""
+    for name, figure in figures.items():
+        n = int(name.split()[-1]) if name[-1].isdigit() else 0
+        kinds, amount = ["f32", "int8"], 0.0
+        if name.startswith("prompt"):
+            amount = model.prompt(n) / n
+        elif name.startswith("decode"):
+            kinds, amount = ["read"], model.decoded(n)
+        rate = amount * median(figure.ours) / 1e9
+        figure.shares = {
+            kind: rate / float(limits[kind]["best"]) for kind in kinds if amount and kind in limits
+        }
+
+
+# --- showing ------------------------------------------------------------------
+
+
+def table(models: dict[str, Figures], *, pairs: int) -> Table:
+    title = f"Median of {pairs} pairs; ratios above 1 are in Gemloom's favour"
+    grid = Table(title=title, title_justify="left")
+    for column in ("model", "", "unit", "Gemloom", "llama.cpp", "ratio", "min to max", "ceiling"):
+        text = column in ("model", "", "unit", "ceiling")
+        grid.add_column(column, justify="left" if text else "right")
+    for model, figures in models.items():
+        for name, figure in figures.items():
+            grid.add_row(model, name, figure.unit, *_cells(figure))
+        grid.add_section()
+    return grid
+
+
+def _cells(figure: Figure) -> list[str]:
+    cells = [f"{median(figure.ours):,.2f}"]
+    if figure.peer:
+        ratio = spread(figure.ratios)
+        cells += [f"{median(figure.peer):,.2f}", f"{ratio['median']:.2f}"]
+        cells += [f"{ratio['min']:.2f} to {ratio['max']:.2f}"]
+    else:
+        cells += ["", "", ""]
+    return [*cells, ", ".join(f"{share:.0%} {kind}" for kind, share in figure.shares.items())]
+
+
+def save(path: Path, result: dict[str, Any], models: dict[str, Figures]) -> None:
+    """Write the JSON whole or not at all; called after each model, so that a stop loses one."""
+    found = {
+        model: {name: figure.json() for name, figure in figures.items()}
+        for model, figures in models.items()
+    }
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps(result | {"models": found}, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+# --- the whole ----------------------------------------------------------------
+
+
+def compare(options: argparse.Namespace) -> Path:
+    """Measure everything that ``options`` name; gives where the figures are."""
+    plans = _plans(options)
+    peer = peer_side(options.peer, err)
+    sides = [OURS, peer] if peer else [OURS]
+    with err.status("what the machine can do at most"):
+        limits = ceilings.measure(options.threads)
+    versions = {side.name: run(side, {"task": "version"}) for side in sides}
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    result = {
+        "when": when, "machine": describe(options.threads), "ceilings": limits,
+        "versions": versions, "pairs": options.pairs, "decoded": DECODED,
+    }  # fmt: skip
+    path = HERE / "results" / f"{options.name or _slug(result['machine'])}.json"
+    models: dict[str, Figures] = {}
+    for model, plan in plans.items():
+        file = _model(model, options.cache)
+        if not _fits(file):
+            continue
+        warm(file)
+        models[model] = measure(file, sides, options, plan)
+        add_shares(models[model], work.of(file), limits)
+        save(path, result, models)
+    if not models:
+        raise RequestError("no model fits in this machine's memory: nothing was measured")
+    Console().print(table(models, pairs=options.pairs))
+    _show_limits(limits)
+    return path
+
+
+def _plans(options: argparse.Namespace) -> dict[str, tuple[list[int], list[int]]]:
+    default = QUICK if options.quick else PLANS
+    return {
+        model: (
+            PLANS[model][0] if options.prompts is None else options.prompts,
+            PLANS[model][1] if options.depths is None else options.depths,
+        )
+        if not options.quick or options.prompts or options.depths
+        else default[model]
+        for model in options.models or default
+    }

@@ -1,0 +1,98 @@
+"""One measurement of Gemloom in a process of its own; run by compare.py and scale.py.
+
+    python ours.py '{"model": "...", "threads": 2, "task": "speed", ...}'
+
+Everything goes through ``Model.stream`` as a caller would: sampling and text are in the times.
+Prints one JSON object.
+"""
+
+import json
+import sys
+from time import perf_counter
+
+IMPORTING = perf_counter()
+import numpy as np  # noqa: E402
+
+import gemloom  # noqa: E402
+from gemloom.generation import Run  # noqa: E402
+
+IMPORTED = perf_counter()
+
+
+def _open(job: dict) -> gemloom.Model:
+    return gemloom.load(job["model"], threads=job["threads"], context=job["context"])
+
+
+def _stream(model: gemloom.Model, n: int, generate: int, seed: int) -> Run:
+    """``n`` random tokens, then exactly ``generate``."""
+    ids = np.random.RandomState(seed).randint(model.config.n_vocab, size=n).tolist()
+    bias = dict.fromkeys(model.tokenizer.eog, -100.0)
+    return model.stream(ids, max_tokens=generate, seed=seed, logit_bias=bias)
+
+
+def _first(run: Run) -> float:
+    """Seconds until the first token."""
+    begin = perf_counter()
+    next(run)
+    assert run.usage.cached_tokens == 0, "the first token of two prompts was the same"
+    return perf_counter() - begin
+
+
+def speed(job: dict) -> dict:
+    """Seconds of each prompt, and of decoding at each depth."""
+    prompts, decodes, memory = {}, {}, {}
+    with _open(job) as model:
+        _first(_stream(model, 32, 1, seed=0))  # wakes the threads, brings the weights into memory
+        for n in sorted({*job["prompts"], *job["depths"]}):
+            with _stream(model, max(n, 1), job["decode"] + 1, seed=n + 1) as run:
+                prompts[n] = _first(run)
+                if n in job["depths"]:
+                    begin = perf_counter()
+                    for _ in range(job["decode"]):
+                        next(run)
+                    decodes[n] = perf_counter() - begin
+        memory = model.memory()
+    return {
+        "prompt": {n: prompts[n] for n in job["prompts"]}, "decode": decodes, "memory": memory
+    }  # fmt: skip
+
+
+def start(job: dict) -> dict:
+    """Seconds to load, and then to the first token after a prompt of one."""
+    begin = perf_counter()
+    with _open(job) as model:
+        loaded = perf_counter()
+        with _stream(model, 1, 1, seed=1) as run:
+            first = _first(run)
+        with _stream(model, job["prompt"], 2, seed=2) as run:
+            list(run)  # so that whatever grows with use has grown
+    return {"import": IMPORTED - IMPORTING, "load": loaded - begin, "first": first}
+
+
+def version(job: dict) -> dict:
+    """What is measured."""
+    from importlib.metadata import version as of
+
+    from gemloom.ggml.device import Device, cpu_features, ggml_version
+
+    device = Device()
+    try:
+        names = device.names
+    finally:
+        device.close()
+    return {
+        "gemloom": gemloom.__version__,
+        "ggml-python": of("ggml-python"),
+        "ggml": ggml_version(),
+        "backends": names,
+        "features": [name for name, there in cpu_features().items() if there],
+    }
+
+
+if __name__ == "__main__":
+    wanted = json.loads(sys.argv[1])
+    try:
+        answer = {"speed": speed, "start": start, "version": version}[wanted["task"]](wanted)
+    except gemloom.GemloomError as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(answer))

@@ -1,0 +1,114 @@
+"""One measurement of llama.cpp in a process of its own; run by compare.py in its environment.
+
+    python peer.py '{"model": "...", "threads": 2, "task": "speed", ...}'
+
+Speaks to the library's C functions, so that no Python of the binding's is in the times. Set up
+as llama.cpp's own tools do: batches of 2,048 in pieces of 512, flash attention where it can, the
+sliding cache no larger than needed, f16 K/V. Prints one JSON object; must not import gemloom.
+"""
+
+import json
+import random
+import sys
+from time import perf_counter
+
+IMPORTING = perf_counter()
+import llama_cpp as api  # noqa: E402
+
+IMPORTED = perf_counter()
+BATCH, PIECE = 2048, 512
+
+
+class Peer:
+    """A loaded model with a context."""
+
+    def __init__(self, path: str, threads: int, context: int) -> None:
+        api.llama_backend_init()
+        self.model = api.llama_model_load_from_file(
+            path.encode(), api.llama_model_default_params()
+        )
+        if not self.model:
+            sys.exit(f"error: llama.cpp cannot load {path}")
+        params = api.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = context, BATCH, PIECE
+        params.n_threads = params.n_threads_batch = threads
+        params.swa_full = False
+        self.context = api.llama_init_from_model(self.model, params)
+        if not self.context:
+            sys.exit(f"error: llama.cpp cannot make a context of {context}")
+        vocabulary = api.llama_model_get_vocab(self.model)
+        self.n_vocab = api.llama_vocab_n_tokens(vocabulary)
+        self.batch = api.llama_batch_init(BATCH, 0, 1)
+        self.random = random.Random(0)
+
+    def clear(self) -> None:
+        """Forget every position."""
+        api.llama_memory_clear(api.llama_get_memory(self.context), True)
+
+    def evaluate(self, start: int, count: int) -> None:
+        """Compute ``count`` random tokens from position ``start``; logits of the last one only."""
+        for first in range(0, count, BATCH):
+            n = min(BATCH, count - first)
+            self._fill(start + first, n, last=first + n == count)
+            if api.llama_decode(self.context, self.batch):
+                sys.exit(f"error: llama.cpp cannot compute {n} tokens at {start + first}")
+        api.llama_synchronize(self.context)
+
+    def _fill(self, start: int, n: int, last: bool) -> None:
+        batch = self.batch
+        batch.n_tokens = n
+        for i in range(n):
+            batch.token[i] = self.random.randrange(self.n_vocab)
+            batch.pos[i] = start + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = last and i == n - 1
+
+
+def speed(job: dict) -> dict:
+    """Seconds of each prompt, and of decoding at each depth."""
+    peer = Peer(job["model"], job["threads"], job["context"])
+    peer.evaluate(0, 32)  # wakes the threads and brings the weights into memory
+    prompts, decodes = {}, {}
+    for n in sorted({*job["prompts"], *job["depths"]}):
+        peer.clear()
+        start = perf_counter()
+        peer.evaluate(0, max(n, 1))
+        prompts[n] = perf_counter() - start
+        if n in job["depths"]:
+            start = perf_counter()
+            for i in range(job["decode"]):
+                peer.evaluate(max(n, 1) + i, 1)
+            decodes[n] = perf_counter() - start
+    return {"prompt": {n: prompts[n] for n in job["prompts"]}, "decode": decodes}
+
+
+def start(job: dict) -> dict:
+    """Seconds to load, and then to the logits after a prompt of one token."""
+    begin = perf_counter()
+    peer = Peer(job["model"], job["threads"], job["context"])
+    loaded = perf_counter()
+    peer.evaluate(0, 1)
+    first = perf_counter()
+    peer.evaluate(1, job["prompt"])  # so that whatever grows with use has grown
+    peer.evaluate(1 + job["prompt"], 1)
+    return {"import": IMPORTED - IMPORTING, "load": loaded - begin, "first": first - loaded}
+
+
+def version(job: dict) -> dict:
+    """What is measured."""
+    return {
+        "llama-cpp-python": api.__version__,
+        "features": api.llama_print_system_info().decode().strip(),
+    }
+
+
+@api.llama_log_callback
+def _quiet(level: int, text: bytes, data: object) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    api.llama_log_set(_quiet, None)
+    wanted = json.loads(sys.argv[1])
+    print(json.dumps({"speed": speed, "start": start, "version": version}[wanted["task"]](wanted)))

@@ -1,0 +1,299 @@
+"""How fast a loaded model is here, where the time goes, and what memory it takes.
+
+Everything is done as a caller would, through ``Model.stream``: sampling and text are part of
+what is measured. Not a comparison with anything else; that is ``benchmarks/compare.py``.
+
+A prompt is measured cold: its tokens are new each time, so nothing of it is found in the cells.
+Decoding is measured after as many positions as its depth says are filled, one step a token,
+with the sampling that requests get if they ask for nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemloom.errors import OptionError
+from gemloom.generation import Run
+from gemloom.ggml.device import cpu_features, devices, ggml_version
+from gemloom.model import Model
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+MAX_REPETITIONS = 1_000
+PHASES = ("build", "input", "compute", "read", "sample", "text", "other")
+_NEVER = -100.0  # logit bias of the tokens that would end a generation early
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What it ran on."""
+
+    processor: str
+    backends: list[str]  # ggml's, preferred first
+    threads: int
+    kernels: list[str]  # what multiplies the weights
+    features: list[str]  # instruction sets this build of ggml uses
+    ggml: str  # version
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """One measurement, repeated: a prompt of ``tokens``, or as many decoded after ``depth``."""
+
+    kind: str  # "prompt" or "decode"
+    tokens: int
+    depth: int
+    seconds: list[float]  # one a repetition
+    phases: dict[str, float]  # median milliseconds by phase: of a prompt, or of one decoded token
+
+    @property
+    def speeds(self) -> list[float]:
+        """Tokens per second, one a repetition."""
+        return [self.tokens / seconds for seconds in self.seconds]
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second, the median."""
+        return median(self.speeds)
+
+    @property
+    def python_share(self) -> float:
+        """How much of the time was spent outside ggml's computation, from 0 to 1."""
+        return 1 - self.phases["compute"] / sum(self.phases.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that was measured of one model."""
+
+    model: str
+    architecture: str
+    context: int
+    kv_type: str
+    chunk: int
+    machine: Machine
+    memory: dict[str, int]  # bytes, as ``Model.memory``
+    tests: list[Test]
+
+    def json(self) -> dict[str, Any]:
+        """Everything as values that JSON has, with medians and ranges."""
+        tests = [
+            asdict(test)
+            | {"tokens_per_second": _spread(test.speeds), "python_share": test.python_share}
+            for test in self.tests
+        ]
+        return asdict(self) | {"tests": tests}
+
+
+def context_for(prompts: Sequence[int], generate: Sequence[int], depths: Sequence[int]) -> int:
+    """The smallest context in which ``bench`` can measure these."""
+    return max([*prompts, max(generate, default=0) + max(depths, default=0) + 1])
+
+
+def bench(
+    model: Model,
+    prompts: Sequence[int] = (512,),
+    generate: Sequence[int] = (64,),
+    depths: Sequence[int] = (0,),
+    repetitions: int = 5,
+    done: Callable[[Test], None] = lambda test: None,
+) -> Report:
+    """Measure prompts of each length, and decoding of each length at each depth.
+
+    ``done`` is called with each test as it ends. OptionError for a count outside its range or
+    more than the model's context holds.
+    """
+    _check(model, prompts, generate, depths, repetitions)
+    _prompt(model, 2, 0)  # wakes the threads and brings the weights into memory
+    tests = []
+    for n in prompts:
+        tests.append(_repeat("prompt", n, 0, repetitions, lambda i, n=n: _prompt(model, n, i)))
+        done(tests[-1])
+    for depth in depths:
+        for n in generate:
+            tests.append(
+                _repeat(
+                    "decode", n, depth, repetitions,
+                    lambda i, n=n, depth=depth: _decode(model, n, depth, i),
+                )
+            )  # fmt: skip
+            done(tests[-1])
+    return Report(
+        model.name,
+        model.config.architecture,
+        model.context,
+        model.options.kv_type,
+        model.options.chunk,
+        _machine(model),
+        model.memory(),
+        tests,
+    )
+
+
+def _check(
+    model: Model,
+    prompts: Sequence[int],
+    generate: Sequence[int],
+    depths: Sequence[int],
+    repetitions: int,
+) -> None:
+    if not 1 <= repetitions <= MAX_REPETITIONS:
+        raise OptionError(f"repetitions must be from 1 to {MAX_REPETITIONS:,}, is {repetitions}")
+    for name, values, low in (
+        ("prompt", prompts, 1),
+        ("generate", generate, 1),
+        ("depth", depths, 0),
+    ):
+        for value in values:
+            if value < low:
+                raise OptionError(f"{name} must be at least {low}, is {value}")
+    if not prompts and not (generate and depths):
+        raise OptionError("nothing to measure: name a prompt length, or how many tokens to decode")
+    needed = context_for(prompts, generate, depths)
+    if needed > model.context:
+        raise OptionError(
+            f"this needs a context of {needed:,} positions, the model was loaded with "
+            f"{model.context:,}"
+        )
+
+
+# --- measuring ----------------------------------------------------------------
+
+
+def _tokens(model: Model, n: int, seed: int) -> list[int]:
+    return [int(i) for i in np.random.RandomState(seed).randint(model.config.n_vocab, size=n)]
+
+
+def _stream(model: Model, ids: list[int], n: int, seed: int) -> Run:
+    """Generate exactly ``n`` tokens."""
+    bias = dict.fromkeys(model.tokenizer.eog, _NEVER)
+    return model.stream(ids, max_tokens=n, seed=seed, logit_bias=bias)
+
+
+def _prompt(model: Model, n: int, repetition: int) -> tuple[float, dict[str, float]]:
+    """Seconds until the first token after a prompt never seen before is there, and by phase."""
+    ids = _tokens(model, n, 1_000_003 * n + repetition)
+    with _stream(model, ids, 1, repetition) as run:
+        before, start = model.times, perf_counter()
+        next(run)
+        seconds = perf_counter() - start
+        assert run.usage.cached_tokens == 0, "the first token of two prompts was the same"
+        return seconds, _phases(seconds, before, model.times, run.times)
+
+
+def _decode(model: Model, n: int, depth: int, repetition: int) -> tuple[float, dict[str, float]]:
+    """Seconds for ``n`` tokens after the first one that follows ``depth`` positions."""
+    ids = _tokens(model, max(depth, 1), depth)  # the same each time: found in the cells
+    with _stream(model, ids, n + 1, repetition) as run:
+        next(run)
+        before, first, start = model.times, run.times, perf_counter()
+        for _ in range(n):
+            next(run)
+        seconds = perf_counter() - start
+        outside = {name: spent - first[name] for name, spent in run.times.items()}
+        phases = _phases(seconds, before, model.times, outside)
+        return seconds, {name: spent / n for name, spent in phases.items()}
+
+
+def _phases(
+    seconds: float, before: dict[str, float], after: dict[str, float], outside: dict[str, float]
+) -> dict[str, float]:
+    """Seconds by phase; ``other`` is what no phase accounts for."""
+    phases = {name: after[name] - before[name] for name in after} | outside
+    return phases | {"other": max(0.0, seconds - sum(phases.values()))}
+
+
+def _repeat(
+    kind: str,
+    tokens: int,
+    depth: int,
+    repetitions: int,
+    once: Callable[[int], tuple[float, dict[str, float]]],
+) -> Test:
+    results = [once(repetition) for repetition in range(repetitions)]
+    phases = {name: 1e3 * median(phases[name] for _, phases in results) for name in PHASES}
+    return Test(kind, tokens, depth, [seconds for seconds, _ in results], phases)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def _machine(model: Model) -> Machine:
+    descriptions = [info.description for info in devices() if info.kind == "cpu"]
+    return Machine(
+        processor=descriptions[0] if descriptions else platform.processor(),
+        backends=model.backends,
+        threads=model.threads,
+        kernels=["blas" if name == "BLAS" else "plain" for name in model.backends],
+        features=[name for name, there in cpu_features().items() if there],
+        ggml=ggml_version(),
+    )
+
+
+# --- showing ------------------------------------------------------------------
+
+
+def render(report: Report) -> Group:
+    """The report for a terminal."""
+    from rich.console import Group
+
+    machine = report.machine
+    head = (
+        f"{report.model}: {report.architecture}, context {report.context:,}, "
+        f"{report.kv_type} K/V, chunks of {report.chunk}\n"
+        f"{machine.processor}, {machine.threads} threads, {' + '.join(machine.backends)}, "
+        f"kernels {', '.join(machine.kernels)}, ggml {machine.ggml}"
+    )
+    parts = [_speed_table(report.tests), _phase_table(report.tests), _memory_table(report.memory)]
+    return Group(head, *parts)
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table
+
+
+def _label(test: Test) -> str:
+    if test.kind == "prompt":
+        return f"prompt {test.tokens:,}"
+    return f"decode {test.tokens:,} at {test.depth:,}"
+
+
+def _speed_table(tests: Sequence[Test]) -> Table:
+    table = _table("Speed", "test", "tokens/s", "min", "max", "outside ggml")
+    for test in tests:
+        speed = _spread(test.speeds)
+        table.add_row(
+            _label(test),
+            *(f"{speed[key]:.2f}" for key in ("median", "min", "max")),
+            f"{test.python_share:.1%}",
+        )
+    return table
+
+
+def _phase_table(tests: Sequence[Test]) -> Table:
+    table = _table("Milliseconds, of a whole prompt or of one decoded token", "test", *PHASES)
+    for test in tests:
+        table.add_row(_label(test), *(f"{test.phases[name]:.2f}" for name in PHASES))
+    return table
+
+
+def _memory_table(memory: dict[str, int]) -> Table:
+    table = _table("Memory", "kind", "MiB")
+    for name, size in memory.items():
+        table.add_row(name, f"{size / 2**20:,.1f}")
+    return table

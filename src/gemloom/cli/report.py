@@ -1,0 +1,192 @@
+"""What ``gemloom inspect`` tells: the facts of a file as plain values, and tables of them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from gemloom.cache import cell_bytes, slot_cells
+from gemloom.cli.terminal import one_line, size, table
+from gemloom.config import Config, from_gguf
+from gemloom.gguf import GGUF, Metadata
+from gemloom.model import Options
+from gemloom.models import ARCHITECTURES
+from gemloom.weights import planned_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Facts = dict[str, Any]
+
+
+def describe(file: GGUF, options: Options, list_tensors: bool = False) -> Facts:
+    """Everything about a file that can be told without its weights; JSON can hold it.
+
+    Raises ConfigError for an architecture that is not supported, OptionError for a context that
+    the model has not.
+    """
+    config = from_gguf(file)
+    metadata = file.metadata
+    facts: Facts = {
+        "file": file.name,
+        "name": _text(metadata, "general.name"),
+        "license": _text(metadata, "general.license.name") or _text(metadata, "general.license"),
+        "config": asdict(config),
+        "tokenizer": {"kind": _text(metadata, "tokenizer.ggml.model"), "size": config.n_vocab},
+        "chat_template": "tokenizer.chat_template" in metadata,
+        "tensors": _tensors(file),
+        "memory": plan(file, config, options),
+    }
+    if list_tensors:
+        facts["tensors"]["list"] = [
+            {"name": t.name, "type": t.type.name, "shape": t.shape, "bytes": t.nbytes}
+            for t in file.tensors.values()
+        ]
+    return facts
+
+
+def plan(file: GGUF, config: Config, options: Options) -> Facts:
+    """The memory that a model loaded with these options will take, in bytes by kind.
+
+    The buffer for intermediate results comes on top: ``Model.memory()`` tells its size.
+    """
+    layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
+    weights, table = planned_bytes(file, layout)
+    context = options.context_for(config)
+    cells = slot_cells(config, context, options.chunk)
+    full, sliding = (
+        options.slots * cells.of(kind) * cell_bytes(config, options.kv_type, kind)
+        for kind in (False, True)
+    )
+    return {
+        "context": context,
+        "kv_type": options.kv_type,
+        "cells_full": cells.full,
+        "cells_sliding": cells.sliding,
+        "weights": weights,
+        "per_layer_table": table,
+        "kv_full": full,
+        "kv_sliding": sliding,
+        "total": weights + table + full + sliding,
+    }
+
+
+def _text(metadata: Metadata, key: str) -> str | None:
+    value = metadata.get(key)
+    return value if isinstance(value, str) else None
+
+
+def _tensors(file: GGUF) -> Facts:
+    tensors = sorted(file.tensors.values(), key=lambda tensor: tensor.type.name)
+    types = []
+    for name, group in groupby(tensors, key=lambda tensor: tensor.type.name):
+        sizes = [tensor.nbytes for tensor in group]
+        types.append({"type": name, "count": len(sizes), "bytes": sum(sizes)})
+    types.sort(key=lambda kind: kind["bytes"], reverse=True)
+    return {"count": len(tensors), "bytes": sum(t.nbytes for t in tensors), "types": types}
+
+
+# -- for people ------------------------------------------------------------------------------
+
+
+def tables(facts: Facts) -> Iterator["Table"]:
+    """The facts as rich tables of at most 80 columns."""
+    about = table("", "")
+    about.show_header = False
+    for label, value in _lines(facts):
+        about.add_row(label, one_line(value))
+    yield about
+    yield _type_table(facts["tensors"])
+    yield _memory_table(facts["memory"])
+    if "list" in facts["tensors"]:
+        yield _tensor_table(facts["tensors"]["list"])
+
+
+def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
+    config = facts["config"]
+    layers = config["layers"]
+    yield "file", facts["file"]
+    yield "name", facts["name"] or "not said"
+    yield "licence", facts["license"] or "not said"
+    yield "architecture", config["architecture"]
+    yield "context", f"{config['n_context']:,} tokens, window {config['window']:,}"
+    yield "embedding", f"{config['n_embd']:,}"
+    if config["n_per_layer"]:
+        yield "per-layer inputs", f"{config['n_per_layer']:,} a layer"
+    yield "layers", str(len(layers))
+    for kind, sliding in (("sliding", True), ("full", False)):
+        if chosen := [layer for layer in layers if layer["sliding"] == sliding]:
+            yield f"  {kind}", ranges(layer["index"] for layer in chosen)
+            yield "", _heads(chosen)
+    yield "K/V", _sharing(layers)
+    yield "feed-forward", _spread(layers, "n_ff")
+    if experts := layers[0]["experts"]:
+        yield "experts", f"{experts['used']} of {experts['count']}, {experts['n_ff']:,} wide"
+    tokenizer = facts["tokenizer"]
+    yield "tokenizer", f"{tokenizer['kind'] or 'not said'}, {tokenizer['size']:,} tokens"
+    yield "chat template", "yes" if facts["chat_template"] else "no (a base model)"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers with runs joined: "0-4, 6-10, 12"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _heads(layers: Sequence[Facts]) -> str:
+    kinds = dict.fromkeys((x["n_head"], x["n_kv"], x["head_dim"]) for x in layers)
+    return "; ".join(f"{head} heads of {dim}, {kv} for K/V" for head, kv, dim in kinds)
+
+
+def _sharing(layers: Sequence[Facts]) -> str:
+    readers: dict[int, list[int]] = {}
+    for layer in layers:
+        if layer["kv_owner"] != layer["index"]:
+            readers.setdefault(layer["kv_owner"], []).append(layer["index"])
+    if not readers:
+        return "every layer has its own"
+    return "; ".join(f"{ranges(who)} read those of {owner}" for owner, who in readers.items())
+
+
+def _spread(layers: Sequence[Facts], key: str) -> str:
+    values: dict[int, list[int]] = {}
+    for layer in layers:
+        values.setdefault(layer[key], []).append(layer["index"])
+    if len(values) == 1:
+        return f"{next(iter(values)):,}"
+    return "; ".join(f"{value:,} in {ranges(where)}" for value, where in values.items())
+
+
+def _type_table(tensors: Facts) -> "Table":
+    made = table("\ntype", ">\ntensors", ">\nsize")
+    for kind in tensors["types"]:
+        made.add_row(kind["type"], f"{kind['count']:,}", size(kind["bytes"]))
+    made.add_row("all", f"{tensors['count']:,}", size(tensors["bytes"]))
+    return made
+
+
+def _memory_table(memory: Facts) -> "Table":
+    made = table("\nmemory", ">\nsize", f"\nfor {memory['context']:,} tokens")
+    cells = f"{{:,}} cells a layer, {memory['kv_type']}"
+    made.add_row("weights", size(memory["weights"]))
+    if memory["per_layer_table"]:
+        made.add_row("per-layer table", size(memory["per_layer_table"]))
+    made.add_row("K/V, full layers", size(memory["kv_full"]), cells.format(memory["cells_full"]))
+    made.add_row(
+        "K/V, sliding layers", size(memory["kv_sliding"]), cells.format(memory["cells_sliding"])
+    )
+    made.add_row("all", size(memory["total"]))
+    return made
+
+
+def _tensor_table(tensors: Sequence[Facts]) -> "Table":
+    made = table("\ntensor", "\ntype", "\nshape", ">\nsize")
+    for tensor in tensors:
+        shape = " x ".join(str(n) for n in tensor["shape"])
+        made.add_row(one_line(tensor["name"]), tensor["type"], shape, size(tensor["bytes"]))
+    return made
