@@ -26,7 +26,7 @@ from typing import Any
 import ceilings
 import synthetic
 import work
-from machine import available_memory, describe, warm
+from machine import describe, meminfo, warm
 from rich.console import Console
 from rich.table import Table
 from sides import OURS, Side, peer_side, run
@@ -37,14 +37,17 @@ from gemloom.ggml.device import usable_cores
 HERE = Path(__file__).parent
 DECODED = 32  # tokens decoded at each depth
 MEMORY_CONTEXT, MEMORY_PROMPT = 4096, 512
-PLANS: dict[str, tuple[list[int], list[int]]] = {  # prompts and depths
+Plan = tuple[list[int], list[int]]  # prompt lengths and depths
+PLANS: dict[str, Plan] = {
     "e2b-q4_k_m": ([128, 512, 2048, 8192], [0, 2048, 8192]),
     "e4b-q4_k_m": ([128, 512, 2048], [0, 2048]),
     "e2b-qat": ([512], [0]),
     "e4b-qat": ([512], [0]),
     "26b-cut": ([512], [0]),
 }
-QUICK = {"e2b-q4_k_m": ([128, 512], [0])}
+QUICK_MODELS, QUICK_PLAN, QUICK_PAIRS = ["e2b-q4_k_m"], ([128, 512], [0]), 3
+PAIRS = 5
+WORKING = 2 << 30  # bytes a side may need beside the model's file, repacked weights among them
 err = Console(stderr=True)
 
 
@@ -81,7 +84,7 @@ def spread(values: list[float]) -> dict[str, float]:
 # --- one model ----------------------------------------------------------------
 
 
-def measure(path: Path, sides: list[Side], options: argparse.Namespace, plan: Any) -> Figures:
+def measure(path: Path, sides: list[Side], options: argparse.Namespace, plan: Plan) -> Figures:
     """All pairs of one model."""
     figures: Figures = {}
     prompts, depths = plan
@@ -182,42 +185,111 @@ def save(path: Path, result: dict[str, Any], models: dict[str, Figures]) -> None
 
 def compare(options: argparse.Namespace) -> Path:
     """Measure everything that ``options`` name; gives where the figures are."""
-    plans = _plans(options)
+    options.cache.mkdir(parents=True, exist_ok=True)
     peer = peer_side(options.peer, err)
     sides = [OURS, peer] if peer else [OURS]
-    with err.status("what the machine can do at most"):
-        limits = ceilings.measure(options.threads)
-    versions = {side.name: run(side, {"task": "version"}) for side in sides}
-    when = datetime.now(UTC).isoformat(timespec="seconds")
-    result = {
-        "when": when, "machine": describe(options.threads), "ceilings": limits,
-        "versions": versions, "pairs": options.pairs, "decoded": DECODED,
-    }  # fmt: skip
-    path = HERE / "results" / f"{options.name or _slug(result['machine'])}.json"
+    result = _head(sides, options)
+    path = HERE / "results" / f"{options.name or slug(result['machine'])}.json"
     models: dict[str, Figures] = {}
-    for model, plan in plans.items():
-        file = _model(model, options.cache)
-        if not _fits(file):
+    for model, plan in plans(options).items():
+        file = prepare(model, options.cache)
+        if file is None:
             continue
-        warm(file)
         models[model] = measure(file, sides, options, plan)
-        add_shares(models[model], work.of(file), limits)
+        add_shares(models[model], work.of(file), result["ceilings"])
         save(path, result, models)
     if not models:
-        raise RequestError("no model fits in this machine's memory: nothing was measured")
+        raise RequestError("nothing was measured")
     Console().print(table(models, pairs=options.pairs))
-    _show_limits(limits)
     return path
 
 
-def _plans(options: argparse.Namespace) -> dict[str, tuple[list[int], list[int]]]:
-    default = QUICK if options.quick else PLANS
-    return {
-        model: (
-            PLANS[model][0] if options.prompts is None else options.prompts,
-            PLANS[model][1] if options.depths is None else options.depths,
+def plans(options: argparse.Namespace) -> dict[str, Plan]:
+    """What to measure of which model."""
+    chosen = options.models or (QUICK_MODELS if options.quick else list(PLANS))
+    found = {}
+    for model in chosen:
+        prompts, depths = QUICK_PLAN if options.quick else PLANS[model]
+        found[model] = (
+            prompts if options.prompts is None else options.prompts,
+            depths if options.depths is None else options.depths,
         )
-        if not options.quick or options.prompts or options.depths
-        else default[model]
-        for model in options.models or default
+    return found
+
+
+def prepare(model: str, cache: Path) -> Path | None:
+    """The model's file, written if need be and in the page cache; None if memory is too small."""
+    path = cache / f"{model}-{synthetic.VERSION}.gguf"
+    if not path.is_file():
+        err.print(f"writing {path}")
+        synthetic.make(model, path)
+    free, needed = meminfo("MemAvailable"), path.stat().st_size + WORKING
+    if free is not None and free < needed:
+        err.print(f"{model} is left out: it needs {needed:,} bytes of memory, {free:,} are free")
+        return None
+    warm(path)
+    return path
+
+
+def _head(sides: list[Side], options: argparse.Namespace) -> dict[str, Any]:
+    """All of the result but the models."""
+    machine = describe(options.threads)
+    if machine["load"] > 0.5:
+        err.print(f"this machine is not idle: its load is {machine['load']:.1f}")
+    with err.status("measuring what the machine can do at most"):
+        limits = ceilings.measure(options.threads)
+    return {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "ceilings": limits,
+        "versions": {side.name: run(side, {"task": "version"}) for side in sides},
+        "pairs": options.pairs,
+        "decoded": DECODED,
     }
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """A name for results from such a machine."""
+    words = re.findall(r"[a-z0-9]+", str(machine["processor"]).lower())
+    return "-".join([*words, str(machine["threads"]), "threads"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Gemloom and llama.cpp side by side.")
+    parser.add_argument("--quick", action="store_true", help="one model, short prompts, 3 pairs")
+    parser.add_argument("--pairs", type=int)
+    parser.add_argument(
+        "--models", nargs="+", choices=PLANS, metavar="MODEL", help=", ".join(PLANS)
+    )
+    parser.add_argument("--prompts", nargs="*", type=int, metavar="TOKENS")
+    parser.add_argument("--depths", nargs="*", type=int, metavar="TOKENS")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="for the models")
+    parser.add_argument("--name", help="of the JSON file; the processor's by default")
+    parser.add_argument("--peer", metavar="PYTHON", help="of an environment with llama-cpp-python")
+    options = parser.parse_args()
+    options.pairs = options.pairs or (QUICK_PAIRS if options.quick else PAIRS)
+    try:
+        check(options)
+        print(compare(options))
+    except (GemloomError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def check(options: argparse.Namespace) -> None:
+    """OptionError for a number outside its range."""
+    for name, values, low, high in (
+        ("pairs", [options.pairs], 1, 1_000),
+        ("threads", [options.threads], 1, 512),
+        ("prompts", options.prompts or [], 1, 100_000),
+        ("depths", options.depths or [], 0, 100_000),
+    ):
+        for value in values:
+            if not low <= value <= high:
+                raise OptionError(f"{name} must be from {low} to {high:,}, is {value:,}")
+    if options.name and not re.fullmatch(r"[\w.-]+", options.name):
+        raise OptionError(f"name must be letters, digits, dots and dashes, is {options.name!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,9 +24,7 @@ class Peer:
 
     def __init__(self, path: str, threads: int, context: int) -> None:
         api.llama_backend_init()
-        self.model = api.llama_model_load_from_file(
-            path.encode(), api.llama_model_default_params()
-        )
+        self.model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
         if not self.model:
             sys.exit(f"error: llama.cpp cannot load {path}")
         params = api.llama_context_default_params()

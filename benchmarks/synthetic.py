@@ -41,6 +41,7 @@ from gemloom.errors import GemloomError, RequestError
 from gemloom.ggml.quants import quantize
 
 VOCABULARY = Path(__file__).parent.parent / "tests" / "data" / "gemma4-vocab.gguf.xz"
+VERSION = 1  # of what is written; another one makes compare.py write its files again
 POOL = 1 << 20  # values of a pool
 CHUNK = 1 << 18  # blocks drawn at once
 MARGIN = 64 << 20  # bytes of disk to leave free

