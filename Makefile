@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev $(VENV)/.demo
 	$(VENV)/bin/python -m pytest
 
-test-reference: $(REFERENCE)/.reference
+test-reference: $(REFERENCE)/.reference $(REFERENCE)/.demo
 	$(REFERENCE)/bin/python -m pytest tests/reference
 
 lint: $(VENV)/.dev

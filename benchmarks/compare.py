@@ -29,7 +29,7 @@ import work
 from machine import describe, meminfo, warm
 from rich.console import Console
 from rich.table import Table
-from sides import OURS, Side, peer_side, run
+from sides import OURS, Done, Side, peer_side, run
 
 from gemloom.errors import GemloomError, OptionError, RequestError
 from gemloom.ggml.device import usable_cores
@@ -96,12 +96,12 @@ def measure(path: Path, sides: list[Side], options: argparse.Namespace, plan: Pl
     start = {"task": "start", "prompt": MEMORY_PROMPT, "context": MEMORY_CONTEXT}
     for pair in range(options.pairs):
         for side in sides if pair % 2 == 0 else sides[::-1]:
-            for job in (start, speed):
+            for job in (speed, start):
                 what = f"{path.stem}, pair {pair + 1} of {options.pairs}: {side.name} {job['task']}"
                 with err.status(what):
-                    answer = run(side, {"model": str(path), "threads": options.threads, **job})
+                    done = run(side, {"model": str(path), "threads": options.threads, **job})
                 take = _take_start if job is start else _take_speed
-                take(figures, side, answer)
+                take(figures, side, done)
     return figures
 
 
@@ -112,18 +112,19 @@ def _add(
     (figure.ours if side is OURS else figure.peer).append(value)
 
 
-def _take_speed(figures: Figures, side: Side, answer: dict[str, Any]) -> None:
-    for n, seconds in answer["prompt"].items():
+def _take_speed(figures: Figures, side: Side, done: Done) -> None:
+    for n, seconds in done.answer["prompt"].items():
         _add(figures, f"prompt {n}", side, int(n) / seconds, "tokens/s", higher=True)
-    for n, seconds in answer["decode"].items():
+    for n, seconds in done.answer["decode"].items():
         _add(figures, f"decode at {n}", side, DECODED / seconds, "tokens/s", higher=True)
 
 
-def _take_start(figures: Figures, side: Side, answer: dict[str, Any]) -> None:
-    _add(figures, "load", side, answer["load"], "s")
-    _add(figures, "first token", side, answer["first"], "s")
-    _add(figures, "load to first token", side, answer["load"] + answer["first"], "s")
-    _add(figures, "peak memory", side, answer["peak_anonymous"] / 2**20, "MiB")
+def _take_start(figures: Figures, side: Side, done: Done) -> None:
+    load, first = done.answer["load"], done.answer["first"]
+    _add(figures, "load", side, load, "s")
+    _add(figures, "first token", side, first, "s")
+    _add(figures, "load to first token", side, load + first, "s")
+    _add(figures, "peak memory", side, done.peak / 2**20, "MiB")
 
 
 def add_shares(figures: Figures, model: work.Work, limits: ceilings.Ceilings) -> None:
@@ -144,15 +145,21 @@ def add_shares(figures: Figures, model: work.Work, limits: ceilings.Ceilings) ->
 # --- showing ------------------------------------------------------------------
 
 
-def table(models: dict[str, Figures], *, pairs: int) -> Table:
-    title = f"Median of {pairs} pairs; ratios above 1 are in Gemloom's favour"
-    grid = Table(title=title, title_justify="left")
-    for column in ("model", "", "unit", "Gemloom", "llama.cpp", "ratio", "min to max", "ceiling"):
-        text = column in ("model", "", "unit", "ceiling")
-        grid.add_column(column, justify="left" if text else "right")
+def table(models: dict[str, Figures], pairs: int, limits: ceilings.Ceilings) -> Table:
+    """Medians of all models; below it the ceilings."""
+    best = (f"{kind} {rate['best']:,.0f} {rate['unit']}" for kind, rate in limits.items())
+    grid = Table(
+        title=f"Medians of {pairs} pairs; ratios above 1 are in Gemloom's favour",
+        caption=f"Ceilings: {', '.join(best)}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("model", "figure", "Gemloom", "llama.cpp", "ratio", "min to max", "of ceiling"):
+        text = column in ("model", "figure", "of ceiling")
+        grid.add_column(column, justify="left" if text else "right", no_wrap=True)
     for model, figures in models.items():
         for name, figure in figures.items():
-            grid.add_row(model, name, figure.unit, *_cells(figure))
+            grid.add_row(model, f"{name}, {figure.unit}", *_cells(figure))
         grid.add_section()
     return grid
 
@@ -166,6 +173,13 @@ def _cells(figure: Figure) -> list[str]:
     else:
         cells += ["", "", ""]
     return [*cells, ", ".join(f"{share:.0%} {kind}" for kind, share in figure.shares.items())]
+
+
+def terminal() -> Console:
+    """Standard output, wide enough for the tables even where it is a file."""
+    out = Console()
+    out.width = max(out.width, 120)
+    return out
 
 
 def save(path: Path, result: dict[str, Any], models: dict[str, Figures]) -> None:
@@ -185,8 +199,8 @@ def save(path: Path, result: dict[str, Any], models: dict[str, Figures]) -> None
 
 def compare(options: argparse.Namespace) -> Path:
     """Measure everything that ``options`` name; gives where the figures are."""
-    options.cache.mkdir(parents=True, exist_ok=True)
     peer = peer_side(options.peer, err)
+    options.cache.mkdir(parents=True, exist_ok=True)
     sides = [OURS, peer] if peer else [OURS]
     result = _head(sides, options)
     path = HERE / "results" / f"{options.name or slug(result['machine'])}.json"
@@ -200,7 +214,7 @@ def compare(options: argparse.Namespace) -> Path:
         save(path, result, models)
     if not models:
         raise RequestError("nothing was measured")
-    Console().print(table(models, pairs=options.pairs))
+    terminal().print(table(models, options.pairs, result["ceilings"]))
     return path
 
 
@@ -242,7 +256,7 @@ def _head(sides: list[Side], options: argparse.Namespace) -> dict[str, Any]:
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine,
         "ceilings": limits,
-        "versions": {side.name: run(side, {"task": "version"}) for side in sides},
+        "versions": {side.name: run(side, {"task": "version"}).answer for side in sides},
         "pairs": options.pairs,
         "decoded": DECODED,
     }
@@ -268,12 +282,15 @@ def main() -> None:
     parser.add_argument("--name", help="of the JSON file; the processor's by default")
     parser.add_argument("--peer", metavar="PYTHON", help="of an environment with llama-cpp-python")
     options = parser.parse_args()
-    options.pairs = options.pairs or (QUICK_PAIRS if options.quick else PAIRS)
+    if options.pairs is None:
+        options.pairs = QUICK_PAIRS if options.quick else PAIRS
     try:
         check(options)
         print(compare(options))
     except (GemloomError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def check(options: argparse.Namespace) -> None:

@@ -32,6 +32,14 @@ class Side:
     script: str
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a process answered, and the most memory of its own that it had, in bytes."""
+
+    answer: dict[str, Any]
+    peak: int
+
+
 OURS = Side("gemloom", sys.executable, "ours.py")
 
 
@@ -77,11 +85,11 @@ def _build(python: Path, console: Console) -> str:
     return ""
 
 
-def run(side: Side, job: dict[str, Any]) -> dict[str, Any]:
-    """Do one job in a fresh process; its answer, with ``peak_anonymous`` in bytes.
+def run(side: Side, job: dict[str, Any]) -> Done:
+    """Do one job in a fresh process. GemloomError if it fails or takes too long.
 
-    That is the most RssAnon and RssShmem seen from outside, every 5 ms: memory of the process's
-    own, without the pages of mapped files. GemloomError if it fails or takes too long.
+    Its peak is the most RssAnon and RssShmem seen from outside, every 5 ms: memory of its own,
+    without the pages of mapped files.
     """
     command = [side.python, str(HERE / side.script), json.dumps(job)]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -95,7 +103,7 @@ def run(side: Side, job: dict[str, Any]) -> dict[str, Any]:
         if process.returncode:
             why = last_line(err.read().decode("utf-8", "replace"))
             raise GemloomError(f"{side.name}: {why.removeprefix('error: ')}")
-        return dict(json.loads(out.read())) | {"peak_anonymous": peak}
+        return Done(json.loads(out.read()), peak)
 
 
 def _watch(process: subprocess.Popen[bytes], name: str) -> int:

@@ -321,6 +321,7 @@ def write(
         writer.close()
         part.replace(path)
     finally:
+        writer.close()
         part.unlink(missing_ok=True)
 
 

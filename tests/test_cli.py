@@ -1,16 +1,10 @@
-"""The command line: what it prints, where, with which exit status, and what it survives."""
+"""The commands that answer once: what they print, where, and with which exit status."""
 
 import json
-import os
-import pty
 import re
-import select
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -18,51 +12,21 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner, Result
 
 import gemloom
 import tiny
-from gemloom.cli import app
-from gemloom.cli.conversation import Conversation, transcript
+from command_line import ENVIRONMENT, GREEDY, call, fine, write
 from gemloom.cli.doctor import advise, unused
 from gemloom.cli.opening import names_model
 from gemloom.cli.options import LoadOptions, SamplingOptions
 from gemloom.cli.report import ranges
 from gemloom.cli.terminal import clean, size
-from gemloom.errors import RequestError
+from gemloom.config import Config
 from gemloom.model import Options
 from gemloom.sampling import SamplingParams
 from gemloom.source import DEFAULT_MODEL
 
 COMMANDS = ("run", "chat", "inspect", "tokenize", "doctor")
-GREEDY = ("--temperature", "0")
-
-
-def call(*args: str | Path, input: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args], input=input)
-
-
-def fine(*args: str | Path, input: str | bytes | None = None) -> Result:
-    result = call(*args, input=input)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def command(*args: str | Path) -> list[str]:
-    return [sys.executable, "-m", "gemloom", *map(str, args)]
-
-
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(Path(gemloom.__file__).parents[1]),
-    "TERM": "xterm",
-    "COLUMNS": "80",
-}
-
-
-def write(folder: Path, variant: str = "e2b", **forms: Any) -> Path:
-    path = folder / f"{variant}.gguf"
-    path.write_bytes(tiny.gguf_bytes(tiny.VARIANTS[variant], **forms))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    def untaught(keys: dict[str, Any], _: Any) -> None:
-        del keys["tokenizer.chat_template"]
-
-    return write(tmp_path_factory.mktemp("base"), "gemma3", edit=untaught)
-
-
-@pytest.fixture(scope="module")
 def opened(model: Path) -> Iterator[gemloom.Model]:
-    with gemloom.load(model, context=256) as opened:
+    with gemloom.load(model, context=256, threads=1) as opened:
         yield opened
 
 
@@ -98,7 +54,7 @@ def test_the_list_of_commands() -> None:
     text = fine("--help").stdout
     listed = re.findall(r"^  (\w+) {2,}", text.partition("Commands:")[2], re.MULTILINE)
     assert set(listed) >= set(COMMANDS)
-    assert "..." not in text
+    assert "..." not in text.partition("Commands:")[2]  # nothing is cut off
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -152,7 +108,12 @@ def test_every_sampling_option_arrives(model: Path, opened: gemloom.Model) -> No
 def test_every_load_option_arrives(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Options] = []
     checked = Options.context_for
-    monkeypatch.setattr(Options, "context_for", lambda o, c: (seen.append(o), checked(o, c))[1])
+
+    def see(options: Options, config: Config) -> int:
+        seen.append(options)
+        return checked(options, config)
+
+    monkeypatch.setattr(Options, "context_for", see)
     values = ["--context=300", "--kv-type=f32", "--chunk=7", "--keep=5", "--threads=1"]
     fine("run", model, "the", "-n", "1", *values, "--device=cpu", "--no-mmap")
     wanted = Options(
@@ -165,7 +126,7 @@ def test_every_load_option_arrives(model: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_run_json(model: Path) -> None:
-    result = fine("run", model, "hello", "-n", "5", "--json", "--seed", "1")
+    result = fine("run", model, "hello", "-n", "5", "--json", "--seed", "1", "-t", "1")
     answer = json.loads(result.stdout)
     assert answer["finish_reason"] in ("stop", "length")
     assert answer["usage"]["completion_tokens"] == len(answer["tokens"]) <= 5
@@ -355,7 +316,7 @@ def test_inspect_needs_no_weights(tmp_path: Path) -> None:
 
 @given(st.sets(st.integers(0, 60)))
 def test_ranges(numbers: set[int]) -> None:
-    found = []
+    found: list[int] = []
     for part in ranges(sorted(numbers)).split(", ") if numbers else []:
         first, _, last = part.partition("-")
         found += range(int(first), int(last or first) + 1)
@@ -429,293 +390,6 @@ def test_the_advice_fits_what_is_missing() -> None:
 def test_unused_features() -> None:
     assert unused({"avx2", "avx512f", "fpu"}, {"avx2": True, "avx512": False}) == ["avx512"]
     assert unused(set(), {"avx2": False}) == []
-
-
-# -- what a terminal gets --------------------------------------------------------------------
-
-
-@given(st.text())
-def test_clean_takes_out_controls_and_nothing_else(text: str) -> None:
-    controls = {chr(c) for c in (*range(32), *range(127, 160))} - {"\n", "\t"}
-    assert clean(text) == "".join(char for char in text if char not in controls)
-
-
-class Terminal:
-    """A process whose stdin, stdout and stderr are a terminal."""
-
-    def __init__(self, *args: str | Path) -> None:
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            command(*args), stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT
-        )
-        os.close(slave)
-        self.seen = b""
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def read(self, pattern: str, seconds: float = 60) -> str:
-        """All that came until ``pattern`` did; later calls see what comes after it."""
-        end = time.monotonic() + seconds
-        while not (match := re.search(pattern.encode(), self.seen)):
-            assert time.monotonic() < end, f"no {pattern} in {self.seen!r}"
-            if select.select([self.master], [], [], 0.1)[0]:
-                self.seen += os.read(self.master, 65536)
-        text, self.seen = self.seen[: match.end()], self.seen[match.end() :]
-        return text.decode()
-
-    def finish(self) -> tuple[int, str]:
-        """Exit status and all that came until then."""
-        while True:
-            try:
-                data = os.read(self.master, 65536)
-            except OSError:  # the other side has gone
-                break
-            if not data:
-                break
-            self.seen += data
-        return self.process.wait(30), self.seen.decode()
-
-
-@contextmanager
-def terminal(*args: str | Path) -> Iterator[Terminal]:
-    opened = Terminal(*args)
-    try:
-        yield opened
-    finally:
-        opened.process.kill()
-        opened.process.wait()
-        os.close(opened.master)
-
-
-def endless(opened: gemloom.Model) -> list[str]:
-    """Options under which the model never ends by itself."""
-    return [f"--logit-bias={token}=-100" for token in opened.tokenizer.eog]
-
-
-def test_controls_reach_a_pipe_but_no_terminal(model: Path, opened: gemloom.Model) -> None:
-    escape = opened.tokenize("\x1b")[0]
-    args = ("run", model, "hello", "-n", "5", f"--logit-bias={escape}=100", *GREEDY)
-    piped = subprocess.run(command(*args), env=ENVIRONMENT, capture_output=True)
-    assert piped.stdout == b"\x1b" * 5 + b"\n"
-    with terminal(*args) as shown:
-        status, text = shown.finish()
-    assert status == 0
-    assert "generated 5" in text
-    before = text.partition("\x1b[2mprompt")[0]  # the line of our own, dim
-    assert "\x1b" not in before
-
-
-def test_a_reader_that_goes_away(model: Path, opened: gemloom.Model) -> None:
-    process = subprocess.Popen(
-        command("run", model, "hello", *endless(opened)),
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout
-    assert process.stderr
-    process.stdout.read(1)
-    process.stdout.close()
-    assert process.wait(60) == 141
-    assert process.stderr.read() == b""
-    process.stderr.close()
-
-
-def test_a_full_disk() -> None:
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            command("doctor"), env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE
-        )
-    assert done.returncode == 1
-    assert re.fullmatch(rb"gemloom: .*No space left on device\n", done.stderr)
-
-
-def test_ctrl_c_ends_run(model: Path, opened: gemloom.Model) -> None:
-    process = subprocess.Popen(
-        command("run", model, "hello", *endless(opened)),
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout
-    process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors == b""
-
-
-# -- chat ------------------------------------------------------------------------------------
-
-
-def talk(model: Path, *lines: str, options: Sequence[str] = ()) -> Result:
-    args = ("chat", model, "-n", "6", *GREEDY, "--context", "256", *options)
-    return fine(*args, input="".join(f"{line}\n" for line in lines))
-
-
-def test_chat_answers_as_the_model_does(model: Path, opened: gemloom.Model) -> None:
-    result = talk(model, "hello", "", "the world", options=["--system", "is"])
-    messages: list[dict[str, str]] = [{"role": "system", "content": "is"}]
-    for text, said in zip(("hello", "the world"), result.stdout.splitlines(), strict=False):
-        messages.append({"role": "user", "content": text})
-        answer = opened.chat(messages, max_tokens=6, temperature=0).message["content"].strip()
-        assert said.rstrip() == answer
-        messages.append({"role": "assistant", "content": answer})
-    assert result.stderr.count("tok/s") == 4
-    assert "cached" in result.stderr.splitlines()[1]
-
-
-def test_chat_with_a_base_model(base: Path) -> None:
-    result = talk(base, "hello", options=["--stop", "zz"])
-    assert "base model" in result.stderr.splitlines()[0]
-    with gemloom.load(base, context=256) as opened:
-        prompt = transcript([{"role": "user", "content": "hello"}])
-        done = opened.generate(prompt, max_tokens=6, temperature=0, stop=["zz", "\nUser:"])
-    assert prompt == "User: hello\nAssistant:"
-    assert result.stdout == done.text.strip() + "\n"
-
-
-def test_a_backslash_goes_on(model: Path, tmp_path: Path) -> None:
-    talk(model, "hello\\", "world", f"/save {tmp_path / 'c.json'}")
-    assert json.loads((tmp_path / "c.json").read_text())[0]["content"] == "hello\nworld"
-
-
-def test_save_and_load(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "my talk é.json"
-    first = talk(model, "hello", f"/save {path}", "the world", options=["--system", "is"])
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    assert [message["role"] for message in saved] == ["system", "user", "assistant"]
-    second = talk(model, "sword", f"/load {path}", "the world")
-    assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-def message(role: str, content: Any = "x", **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
-
-
-BAD = {
-    "nothing": "",
-    "no json": "{",
-    "not utf-8": b"[\xff]",
-    "too deep": "[" * 100_000,
-    "no list": {"role": "user"},
-    "no message": [1],
-    "no content": [{"role": "user"}],
-    "more than content": [message("user", name="x"), message("assistant")],
-    "content of another type": [message("user", 1), message("assistant")],
-    "unknown role": [message("tool")],
-    "answer first": [message("assistant")],
-    "system twice": [message("system"), message("system")],
-    "system late": [message("user"), message("assistant"), message("system")],
-    "unanswered": [message("user"), message("assistant"), message("user")],
-}
-
-
-@pytest.fixture
-def conversation(opened: gemloom.Model) -> Conversation:
-    made = Conversation(opened, {}, "be brief")
-    made.keep("hello", "world")
-    return made
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_file_changes_nothing(case: str, conversation: Conversation, tmp_path: Path) -> None:
-    content = BAD[case]
-    data = content if isinstance(content, str | bytes) else json.dumps(content)
-    path = tmp_path / "bad.json"
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    before = list(conversation.messages)
-    with pytest.raises(RequestError, match=r"bad\.json"):
-        conversation.load(path)
-    assert conversation.messages == before
-    conversation.reset()
-    assert conversation.messages == before[:1]
-
-
-def test_saving_where_it_cannot_be(conversation: Conversation, tmp_path: Path) -> None:
-    for path in (tmp_path / "gone" / "x.json", tmp_path):
-        with pytest.raises(RequestError, match=re.escape(str(path))):
-            conversation.save(path)
-    assert not list(tmp_path.iterdir())
-
-
-@given(texts=st.lists(st.text(), max_size=6).map(lambda x: x[: len(x) // 2 * 2]))
-def test_what_is_saved_is_loaded(texts: list[str], tmp_path_factory: Any) -> None:
-    path = tmp_path_factory.getbasetemp() / "talk.json"
-    one, other = (Conversation(None, {}) for _ in range(2))  # type: ignore[arg-type]
-    for said, answer in zip(texts[::2], texts[1::2], strict=True):
-        one.keep(said, answer)
-    one.save(path)
-    other.load(path)
-    assert other.messages == one.messages
-
-
-def test_commands_of_the_chat(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.json").write_text("{}")
-    lines = ["/help", "/nonsense", "/save", f"/load {tmp_path / 'bad.json'}", "/reset now"]
-    result = talk(model, *lines, "hello", "/exit", "never read")
-    assert "/load FILE" in result.stdout
-    errors = result.stderr.splitlines()
-    assert [line.startswith("gemloom: ") for line in errors] == [True] * 4 + [False]
-    assert "not a list of messages" in errors[2]
-
-
-def test_a_message_too_long_is_told_and_forgotten(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "c.json"
-    result = talk(model, "hello " * 400, "hello", f"/save {path}")
-    assert re.search(r"gemloom: the prompt has .* /reset forgets", result.stderr)
-    assert json.loads(path.read_text())[0]["content"] == "hello"
-
-
-def test_ctrl_c_stops_the_answer_and_not_the_chat(
-    model: Path, opened: gemloom.Model, tmp_path: Path
-) -> None:
-    path = tmp_path / "c.json"
-    with terminal("chat", model, *GREEDY, *endless(opened)) as shown:
-        shown.read("> ")
-        shown.type("hello\n")
-        shown.read(r"hello\r\n")
-        shown.read(r"\S{3}")
-        shown.process.send_signal(signal.SIGINT)
-        answer = shown.read("stopped.*> ")
-        shown.type(f"/save {path}\n")
-        shown.read("2 messages written")
-        shown.read("> ")
-        shown.process.send_signal(signal.SIGINT)
-        status, rest = shown.finish()
-    assert status == 0
-    assert "Traceback" not in answer + rest
-    said = json.loads(path.read_text(encoding="utf-8"))
-    assert said[0]["content"] == "hello"
-    assert len(said[1]["content"]) > 2
-
-
-def test_ctrl_d_ends_the_chat(model: Path) -> None:
-    with terminal("chat", model) as shown:
-        shown.read("> ")
-        shown.type("\x04")
-        status, rest = shown.finish()
-    assert (status, rest.strip("\r\n")) == (0, "")
-
-
-# -- stopping a request ----------------------------------------------------------------------
-
-
-def test_cancel_stops_between_two_steps_and_keeps_the_cells(opened: gemloom.Model) -> None:
-    ids = [2, *range(20, 60)]
-    run = opened.stream(ids, seed=1)
-    tokens = [next(run).token for _ in range(3)]
-    run.cancel()
-    assert list(run) == []
-    again = opened.generate([*ids, *tokens], max_tokens=1)
-    assert again.usage.cached_tokens == len(ids) + 2  # the last one picked has no K/V yet
-
-
-def test_cancel_before_the_first_token(model: Path) -> None:
-    ids = [2, *range(20, 60)]
-    with gemloom.load(model, chunk=8) as opened:
-        run = opened.stream(ids)
-        run.cancel()
-        assert list(run) == []
-        assert opened.generate(ids, max_tokens=1).usage.cached_tokens == 0
 
 
 # -- the real model --------------------------------------------------------------------------

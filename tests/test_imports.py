@@ -18,7 +18,7 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
     "jinja2": "chat",
     "huggingface_hub": "source",
     "typer": "cli",
-    "rich": ("cli", "builtin"),
+    "rich": ("cli", "builtin", "bench"),
 }
 PURE = ["sampling", "stopping", "slots", "sequence", "chat", "tokenizer", "gguf", "blob", "config"]
 ARROWS = {  # module: all it may import of this package; a name stands for what is below it too
@@ -39,9 +39,10 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "weights": ["errors", "ggml", "gguf"],
     "linear": ["ggml"],
     "cache": ["config", "errors", "ggml"],
-    "models": ["cache", "config", "ggml", "linear", "models", "weights"],
+    "models": ["cache", "config", "errors", "ggml", "linear", "models", "weights"],
     "runner": ["cache", "config", "ggml", "models", "sequence", "weights"],
-    "state": ["cache", "errors", "gguf", "slots"],
+    "options": ["config", "errors"],
+    "state": ["cache", "config", "errors", "gguf", "slots"],
 }
 
 

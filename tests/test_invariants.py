@@ -1,14 +1,24 @@
 """What must not change a result: how a prompt is cut, batched, reused, saved or shifted."""
 
+import gc
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 import gemloom
+import tiny
 from conftest import Load, prompt
 from gemloom.config import LayerSpec
-from gemloom.errors import ClosedError, ContextError, OptionError, RequestError, StateError
+from gemloom.errors import (
+    ClosedError,
+    ContextError,
+    DeviceError,
+    OptionError,
+    RequestError,
+    StateError,
+)
+from gemloom.ggml.graph import Graph
 from gemloom.sequence import Chunk
 from tiny import VARIANTS
 
@@ -264,6 +274,81 @@ def test_rows_of_logits(load: Load, rows: str | list[int]) -> None:
     assert_same(model.logits(ids, rows), model.logits(ids)[index])
 
 
+@variants
+def test_looking_inside_leaves_no_trace(load: Load, variant: str) -> None:
+    """logits() and trace() borrow the slot; what it held before is not taken to be there still."""
+    a, b = prompt(30, seed=1), prompt(20, seed=2)
+    model = load(variant)
+    expected = model.generate(a, temperature=0, max_tokens=6).tokens
+    for look in (lambda: model.logits(b), lambda: model.trace(b, ["embd"])):
+        look()
+        again = model.generate(a, temperature=0, max_tokens=6)
+        assert (again.tokens, again.usage.cached_tokens) == (expected, 1)  # the <bos> of both
+
+
+def test_a_step_that_failed_leaves_no_trace(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a step: the ring may be half written, so nothing of it is reused."""
+    model = load(chunk=16)
+    ids = prompt(80)
+    model.generate(ids, max_tokens=2, temperature=0)
+    whole = Graph.compute
+
+    def interrupted(graph: Graph) -> None:
+        whole(graph)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Graph, "compute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids + prompt(30, seed=3), max_tokens=2)
+    monkeypatch.undo()
+    follow = model.generate(ids[:78], temperature=0, max_tokens=4, logprobs=0)
+    cold = load(chunk=16).generate(ids[:78], temperature=0, max_tokens=4, logprobs=0)
+    assert (follow.tokens, follow.usage.cached_tokens) == (cold.tokens, 0)
+
+
+def test_closing_in_the_middle_of_a_step(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal handler may: the step ends on memory that is still there."""
+    model = load()
+    whole = Graph.compute
+
+    def closing(graph: Graph) -> None:
+        model.close()
+        whole(graph)
+
+    monkeypatch.setattr(Graph, "compute", closing)
+    with pytest.raises(ClosedError):
+        model.generate(prompt(20), max_tokens=5)
+
+
+def test_models_nobody_holds_are_freed() -> None:
+    data = tiny.gguf_bytes(VARIANTS["e2b"])
+    model = gemloom.load(data, context=64)
+    free = model._free
+    del model
+    gc.collect()
+    assert not free.alive
+
+
+def test_dropped_streams_give_their_slot_back(load: Load) -> None:
+    model = load(slots=1)
+    for _ in range(3):
+        next(model.stream(prompt(5), max_tokens=50))  # dropped at once
+
+
+def test_no_state_of_a_shifted_or_running_request(load: Load) -> None:
+    model = load(context=64, keep=4, chunk=8)
+    endless = {"temperature": 0, "logit_bias": dict.fromkeys(model.tokenizer.eog, -100)}
+    with pytest.raises(RequestError, match="no finished request"):
+        model.save_state()
+    with model.stream(prompt(40), max_tokens=60, **endless) as stream:
+        for _ in range(50):
+            next(stream)
+        with pytest.raises(RequestError, match="no finished request"):
+            model.save_state()
+    with pytest.raises(RequestError, match="no finished request"):
+        model.save_state()
+
+
 def test_bad_requests(load: Load) -> None:
     model = load(context=32)
     with pytest.raises(RequestError, match="empty"):
@@ -280,6 +365,22 @@ def test_bad_requests(load: Load) -> None:
         model.generate([2], temperature=-1)
     with pytest.raises(OptionError, match="max_tokens"):
         model.generate([2], max_token=1)
+    for bad in (None, 5, b"The cap", [2, 5.7], ["a"], [None]):
+        with pytest.raises(OptionError, match="must be integers"):
+            model.generate(bad)
+    for rows in ("first", [9], [], [0.5], "", None):
+        with pytest.raises(OptionError, match="rows"):
+            model.logits([2, 3], rows=rows)
+    assert model.logits([2, 3], rows=np.array([1, 0])).shape == (2, model.config.n_vocab)
+    with pytest.raises(OptionError, match="text must be a str"):
+        model.tokenize(None)
+    with pytest.raises(OptionError, match="ids must be integers"):
+        model.detokenize([1.5])
+    with pytest.raises(OptionError, match="no intermediate is named None"):
+        model.trace([2], [None])
+    for bad in ("x", None, b"GEMLOOM-STATE-1\n" + b"\xff\x7f\0\0" + b"[" * 40_000):
+        with pytest.raises(StateError):
+            model.load_state(bad)
 
 
 def test_busy_slots_and_early_ends(load: Load) -> None:
@@ -313,6 +414,8 @@ def test_closed(load: Load) -> None:
     [
         ({"context": 0}, "context"),
         ({"context": 10**9}, "context"),
+        ({"kv_type": ["f16"]}, "kv_type"),
+        ({"mmap": "no"}, "mmap must be True or False"),
         ({"kv_type": "q4"}, "kv_type must be one of f32, f16, q8_0"),
         ({"threads": True}, "threads"),
         ({"slots": "2"}, "slots"),
@@ -324,3 +427,8 @@ def test_closed(load: Load) -> None:
 def test_bad_load_options(load: Load, options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         load(**options)
+
+
+def test_other_devices_are_named(load: Load) -> None:
+    with pytest.raises(DeviceError, match="cuda0"):
+        load(device="cuda0")

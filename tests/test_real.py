@@ -38,8 +38,8 @@ def test_it_continues_as_llama_cpp_does(model: gemloom.Model) -> None:
 
 def test_perplexity(model: gemloom.Model) -> None:
     """21.81 in transformers on the same weights dequantized; 21.97 here, whose activations meet
-    quantized weights in 8 bits. One full layer made sliding gives 23.6, no window 34.8, no BOS 63, one RoPE base
-    for all layers 130."""
+    quantized weights in 8 bits. One full layer made sliding gives 23.6, no window 34.8, no BOS
+    63, one RoPE base for all layers 130."""
     ids = model.tokenizer.with_bos(model.tokenize(TEXT))
     assert len(ids) > model.config.window + 200
     assert 21.6 < perplexity(model, ids) < 22.4

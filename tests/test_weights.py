@@ -1,6 +1,8 @@
 """A file's tensors: strict both ways, and used in place wherever that is possible."""
 
+import dataclasses
 import mmap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,11 @@ from gguf.constants import GGMLQuantizationType
 import gemloom
 import tiny
 from conftest import Load, prompt
+from gemloom import gguf
+from gemloom.blob import Blob
 from gemloom.errors import FormatError, TensorError
+from gemloom.model import Model
+from gemloom.options import Options
 from tiny import VARIANTS
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -71,6 +77,49 @@ def test_types_that_cannot_be_used(name: str) -> None:
     n_dims = int.from_bytes(data[after_name : after_name + 4], "little")
     data[after_name + 4 + 8 * n_dims] = GGMLQuantizationType.I32
     with pytest.raises(TensorError, match=f"{name} is of type I32"):
+        gemloom.load(data)
+
+
+@pytest.mark.parametrize("kind", ["Q8_1", "Q8_K", "I8", "F64", "I64"])
+@pytest.mark.parametrize("name", ["token_embd.weight", "blk.1.attn_q.weight"])
+def test_types_that_no_kernel_reads(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types that the format knows and ggml would abort on."""
+    data = tiny.gguf_bytes(VARIANTS["e2b"].wide())
+    file = gguf.read([Blob("test.gguf", [memoryview(data)])])
+    tensors = dict(file.tensors)
+    tensors[name] = replace(tensors[name], type=GGMLQuantizationType[kind])
+    broken = replace(file, tensors=tensors)
+    with pytest.raises(TensorError, match=f"{name} is of type {kind}"):
+        Model(broken, Options())
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.0.attn_norm.weight", "blk.0.attn_q_norm.weight", "rope_freqs.weight"]
+)
+@pytest.mark.parametrize("half", [False, True])
+def test_vectors_may_come_as_columns(load: Load, name: str, half: bool) -> None:
+    """[n, 1] for [n], in f32 or f16: files have been seen with either."""
+
+    def as_column(metadata: object, tensors: dict[str, np.ndarray]) -> None:
+        tensors[name] = tensors[name][None, :]
+
+    kind = GGMLQuantizationType.F16 if half else GGMLQuantizationType.F32
+    forms = {
+        "edit": as_column,
+        "types": lambda n: kind if n == name else GGMLQuantizationType.F32,
+    }
+    if half and name == "rope_freqs.weight":
+        return  # 1e30 is more than a half float holds
+    got = load("e2b", forms=forms).logits(prompt(9))
+    expected = load("e2b").logits(prompt(9))
+    assert np.abs(got - expected).mean() < (0.01 if half else 1e-9) * expected.std()
+
+
+def test_per_layer_rows_that_blocks_do_not_divide(load: Load) -> None:
+    variant = dataclasses.replace(VARIANTS["e2b"], n_ple=16)
+    types = {"per_layer_token_embd.weight": GGMLQuantizationType.Q8_0}
+    data = tiny.gguf_bytes(variant, types=lambda n: types.get(n, GGMLQuantizationType.F32))
+    with pytest.raises(TensorError, match="per_layer_token_embd"):
         gemloom.load(data)
 
 

@@ -16,7 +16,8 @@ from gemloom.errors import GemloomError
 
 if TYPE_CHECKING:
     from gemloom.generation import ChatCompletion, Completion, Run, Usage
-    from gemloom.model import Model, Options, load
+    from gemloom.model import Model, load
+    from gemloom.options import Options
     from gemloom.sampling import SamplingParams
     from gemloom.sequence import Piece
 
@@ -36,7 +37,8 @@ __all__ = [
 ]
 _HOMES = {
     "generation": ("ChatCompletion", "Completion", "Run", "Usage"),
-    "model": ("Model", "Options", "load"),
+    "model": ("Model", "load"),
+    "options": ("Options",),
     "sampling": ("SamplingParams",),
     "sequence": ("Piece",),
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class Timing:
     """One measurement, repeated: a prompt of ``tokens``, or as many decoded after ``depth``."""
 
     kind: str  # "prompt" or "decode"
@@ -82,16 +83,16 @@ class Report:
     chunk: int
     machine: Machine
     memory: dict[str, int]  # bytes, as ``Model.memory``
-    tests: list[Test]
+    timings: list[Timing]
 
     def json(self) -> dict[str, Any]:
         """Everything as values that JSON has, with medians and ranges."""
-        tests = [
-            asdict(test)
-            | {"tokens_per_second": _spread(test.speeds), "python_share": test.python_share}
-            for test in self.tests
+        timings = [
+            asdict(timing)
+            | {"tokens_per_second": _spread(timing.speeds), "python_share": timing.python_share}
+            for timing in self.timings
         ]
-        return asdict(self) | {"tests": tests}
+        return asdict(self) | {"timings": timings}
 
 
 def context_for(prompts: Sequence[int], generate: Sequence[int], depths: Sequence[int]) -> int:
@@ -105,28 +106,24 @@ def bench(
     generate: Sequence[int] = (64,),
     depths: Sequence[int] = (0,),
     repetitions: int = 5,
-    done: Callable[[Test], None] = lambda test: None,
+    done: Callable[[Timing], None] = lambda timing: None,
 ) -> Report:
     """Measure prompts of each length, and decoding of each length at each depth.
 
-    ``done`` is called with each test as it ends. OptionError for a count outside its range or
+    ``done`` is called with each as it ends. OptionError for a count outside its range or
     more than the model's context holds.
     """
     _check(model, prompts, generate, depths, repetitions)
     _prompt(model, 2, 0)  # wakes the threads and brings the weights into memory
-    tests = []
+    timings = []
     for n in prompts:
-        tests.append(_repeat("prompt", n, 0, repetitions, lambda i, n=n: _prompt(model, n, i)))
-        done(tests[-1])
+        timings.append(_repeat("prompt", n, 0, repetitions, partial(_prompt, model, n)))
+        done(timings[-1])
     for depth in depths:
         for n in generate:
-            tests.append(
-                _repeat(
-                    "decode", n, depth, repetitions,
-                    lambda i, n=n, depth=depth: _decode(model, n, depth, i),
-                )
-            )  # fmt: skip
-            done(tests[-1])
+            once = partial(_decode, model, n, depth)
+            timings.append(_repeat("decode", n, depth, repetitions, once))
+            done(timings[-1])
     return Report(
         model.name,
         model.config.architecture,
@@ -135,7 +132,7 @@ def bench(
         model.options.chunk,
         _machine(model),
         model.memory(),
-        tests,
+        timings,
     )
 
 
@@ -181,13 +178,21 @@ def _stream(model: Model, ids: list[int], n: int, seed: int) -> Run:
 
 def _prompt(model: Model, n: int, repetition: int) -> tuple[float, dict[str, float]]:
     """Seconds until the first token after a prompt never seen before is there, and by phase."""
-    ids = _tokens(model, n, 1_000_003 * n + repetition)
-    with _stream(model, ids, 1, repetition) as run:
+    with _cold(model, n, repetition) as run:
         before, start = model.times, perf_counter()
         next(run)
         seconds = perf_counter() - start
-        assert run.usage.cached_tokens == 0, "the first token of two prompts was the same"
         return seconds, _phases(seconds, before, model.times, run.times)
+
+
+def _cold(model: Model, n: int, seed: int) -> Run:
+    """A prompt of ``n`` tokens of which nothing is in the cells."""
+    while True:
+        run = _stream(model, _tokens(model, n, seed), 1, seed)
+        if not run.usage.cached_tokens:
+            return run
+        run.close()
+        seed += MAX_REPETITIONS
 
 
 def _decode(model: Model, n: int, depth: int, repetition: int) -> tuple[float, dict[str, float]]:
@@ -218,10 +223,10 @@ def _repeat(
     depth: int,
     repetitions: int,
     once: Callable[[int], tuple[float, dict[str, float]]],
-) -> Test:
+) -> Timing:
     results = [once(repetition) for repetition in range(repetitions)]
     phases = {name: 1e3 * median(phases[name] for _, phases in results) for name in PHASES}
-    return Test(kind, tokens, depth, [seconds for seconds, _ in results], phases)
+    return Timing(kind, tokens, depth, [seconds for seconds, _ in results], phases)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -234,10 +239,20 @@ def _machine(model: Model) -> Machine:
         processor=descriptions[0] if descriptions else platform.processor(),
         backends=model.backends,
         threads=model.threads,
-        kernels=["blas" if name == "BLAS" else "plain" for name in model.backends],
+        kernels=_kernels(model),
         features=[name for name, there in cpu_features().items() if there],
         ggml=ggml_version(),
     )
+
+
+def _kernels(model: Model) -> list[str]:
+    memory = model.memory()
+    there = {
+        "blas": "BLAS" in model.backends,
+        "repack": bool(memory.get("repacked")),
+        "plain": memory.get("repacked", 0) < memory["weights"],
+    }
+    return [name for name, used in there.items() if used]
 
 
 # --- showing ------------------------------------------------------------------
@@ -254,7 +269,11 @@ def render(report: Report) -> Group:
         f"{machine.processor}, {machine.threads} threads, {' + '.join(machine.backends)}, "
         f"kernels {', '.join(machine.kernels)}, ggml {machine.ggml}"
     )
-    parts = [_speed_table(report.tests), _phase_table(report.tests), _memory_table(report.memory)]
+    parts = [
+        _speed_table(report.timings),
+        _phase_table(report.timings),
+        _memory_table(report.memory),
+    ]
     return Group(head, *parts)
 
 
@@ -267,28 +286,28 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _label(test: Test) -> str:
-    if test.kind == "prompt":
-        return f"prompt {test.tokens:,}"
-    return f"decode {test.tokens:,} at {test.depth:,}"
+def _label(timing: Timing) -> str:
+    if timing.kind == "prompt":
+        return f"prompt {timing.tokens:,}"
+    return f"decode {timing.tokens:,} at {timing.depth:,}"
 
 
-def _speed_table(tests: Sequence[Test]) -> Table:
+def _speed_table(timings: Sequence[Timing]) -> Table:
     table = _table("Speed", "test", "tokens/s", "min", "max", "outside ggml")
-    for test in tests:
-        speed = _spread(test.speeds)
+    for timing in timings:
+        speed = _spread(timing.speeds)
         table.add_row(
-            _label(test),
+            _label(timing),
             *(f"{speed[key]:.2f}" for key in ("median", "min", "max")),
-            f"{test.python_share:.1%}",
+            f"{timing.python_share:.1%}",
         )
     return table
 
 
-def _phase_table(tests: Sequence[Test]) -> Table:
+def _phase_table(timings: Sequence[Timing]) -> Table:
     table = _table("Milliseconds, of a whole prompt or of one decoded token", "test", *PHASES)
-    for test in tests:
-        table.add_row(_label(test), *(f"{test.phases[name]:.2f}" for name in PHASES))
+    for timing in timings:
+        table.add_row(_label(timing), *(f"{timing.phases[name]:.2f}" for name in PHASES))
     return table
 
 

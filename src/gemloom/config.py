@@ -103,7 +103,7 @@ class _Keys:
 
     def __init__(self, metadata: Metadata, architecture: str) -> None:
         self.metadata, self.prefix = metadata, architecture
-        self.n_layer = self.count("block_count", 1_024)
+        self.n_layer = self.count("block_count", 512)
 
     def has(self, key: str) -> bool:
         return f"{self.prefix}.{key}" in self.metadata
@@ -250,7 +250,7 @@ def _every_sixth_full(n_layer: int) -> list[bool]:
 
 def _linear_scale(keys: _Keys) -> float:
     """1/factor of linear position scaling, which Gemma 3 has on full layers from 4B up."""
-    kind = keys.metadata.get(f"{keys.prefix}.rope.scaling.type", "none")
+    kind = keys.metadata.string(f"{keys.prefix}.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         keys.refuse("rope.scaling.type", f"{kind!r} is not supported; none and linear are")
     return 1.0 / keys.positive("rope.scaling.factor", 1.0) if kind == "linear" else 1.0

@@ -36,7 +36,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Generated text. ``finish_reason`` is "stop" or "length"."""
+    """Generated text. ``finish_reason`` is "stop" or "length", None where it was cancelled."""
 
     text: str
     tokens: list[int]
@@ -69,12 +69,12 @@ class Run(Iterator[Piece]):
     ) -> None:
         self._sequence, self._step, self._finish = sequence, step, finish
         self._open, self._cancelled = True, False
-        self._started = perf_counter()
-        self._first = self._last = self._started
+        self._started = self._first = self._last = 0.0
 
     def __next__(self) -> Piece:
         if not self._open:
             raise StopIteration
+        self._started = self._started or perf_counter()
         try:
             piece = self._compute()
         except BaseException:  # Ctrl-C among them: the slot must be free again
@@ -91,7 +91,7 @@ class Run(Iterator[Piece]):
         """The next piece. StopIteration if cancelled before there is one."""
         piece = None
         while piece is None:
-            if self._cancelled:
+            if self._cancelled or not self._open:  # another thread may have closed it
                 raise StopIteration
             piece = self._step(self._sequence)
         return piece

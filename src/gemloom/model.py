@@ -6,91 +6,51 @@ done one step at a time under a lock.
 
 from __future__ import annotations
 
+import reprlib
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from operator import index
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 import numpy as np
 
-from gemloom import chat, gguf, source, state
-from gemloom.cache import KV_TYPES, KVCache
+from gemloom import chat, gguf, state
+from gemloom.cache import KVCache
 from gemloom.config import Config, from_gguf
 from gemloom.errors import ClosedError, ContextError, OptionError, RequestError
 from gemloom.generation import ChatCompletion, Completion, Run
 from gemloom.ggml.device import Device
 from gemloom.models import ARCHITECTURES
-from gemloom.runner import Runner
-from gemloom.sampling import check_vocabulary, from_options
+from gemloom.options import Options, from_options
+from gemloom.runner import Runner, node_budget
+from gemloom.sampling import check_vocabulary
+from gemloom.sampling import from_options as sampling_params
 from gemloom.sequence import Chunk, Piece
 from gemloom.sequence import Sequence as Request
 from gemloom.slots import Slot, Slots
+from gemloom.source import DEFAULT_MODEL, resolve
 from gemloom.tokenizer import Tokenizer
 from gemloom.weights import Weights
 
 LOGITS_BYTES = 64 << 20  # of one step, where many rows' logits are wanted
+MAX_TAPS = 40  # more than a layer has
+MAX_NODES = 1 << 17  # of one graph; ggml's scheduler reserves some kilobytes for each
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How a model is loaded. OptionError for a value outside its range."""
-
-    device: str = "auto"  # "auto" or "cpu"
-    threads: int | None = None  # None: one a usable core
-    context: int | None = None  # positions a sequence may fill; None: 8,192 or what the model can
-    slots: int = 1  # sequences that may be under way at once, each with K/V cells of its own
-    kv_type: str = "f16"  # of the K/V cells: "f32", "f16" or "q8_0"
-    mmap: bool = True  # use the file's bytes in place; False copies them into memory
-    chunk: int = 512  # most rows of one prefill step
-    repack: bool = True  # copy matrices into the layout this CPU multiplies fastest
-    keep: int | None = None  # shift the context when it is full, keeping so many first tokens
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("threads", 1, 512), ("context", 1, 2**24), ("slots", 1, 256),
-            ("chunk", 1, 8192), ("keep", 0, 2**24),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            optional = name in ("threads", "context", "keep")
-            if value is None and optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise OptionError(f"{name} must be an integer from {low} to {high}, is {value!r}")
-        if self.kv_type not in KV_TYPES:
-            raise OptionError(f"kv_type must be one of {', '.join(KV_TYPES)}, is {self.kv_type!r}")
-
-    def context_for(self, config: Config) -> int:
-        """Positions a sequence may fill in this model. OptionError where it cannot have so many."""
-        trained = config.n_context
-        context = self.context or min(8192, trained)
-        if context > trained:
-            raise OptionError(f"context {context:,} is more than the model's {trained:,}")
-        if self.keep is not None and context - self.keep <= config.window:
-            raise OptionError(
-                f"keep {self.keep:,} leaves less than a window of {config.window:,} "
-                f"in a context of {context:,} to shift"
-            )
-        return context
-
-
-def load(weights: Any = source.DEFAULT_MODEL, **options: Any) -> Model:
+def load(source: Any = DEFAULT_MODEL, **options: Any) -> Model:
     """Load a model.
 
-    ``weights`` is a path, "hf:owner/repo[:file]", a built-in name, bytes or another buffer, a
+    ``source`` is a path, "hf:owner/repo[:file]", a built-in name, bytes or another buffer, a
     list of paths or buffers that make up one file, or a binary file object. ``options`` are the
     fields of ``Options``. Raises SourceError, FormatError, ConfigError, TensorError or
     TokenizerError for a file that cannot be used, OptionError, DeviceError.
     """
-    known = [option.name for option in fields(Options)]
-    for name in options:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-            raise OptionError(f"unknown option {name!r}{hint}")
-    return Model(gguf.read(source.resolve(weights)), Options(**options))
+    return Model(gguf.read(resolve(source)), from_options(options))
 
 
 class Model:
@@ -102,9 +62,12 @@ class Model:
         self.config: Config = from_gguf(file)
         self.context = options.context_for(self.config)
         self.tokenizer = Tokenizer(file.metadata)
-        self._lock = threading.RLock()
+        budget = node_budget(self.config, options.slots, MAX_TAPS * self.config.n_layer)
+        if budget > MAX_NODES:
+            n_layer = self.config.n_layer
+            raise OptionError(f"slots {options.slots} are too many for {n_layer} layers")
         with ExitStack() as stack:
-            self._device = Device(options.device, options.threads)
+            self._device = Device(options.device, options.threads, budget)
             stack.callback(self._device.close)
             layout = ARCHITECTURES[self.config.architecture].layout(self.config, file.tensors)
             self._weights = Weights(
@@ -119,9 +82,11 @@ class Model:
             self._runner = Runner(self._device, self.config, self._weights, self._kv)
             stack.callback(self._runner.close)
             self._runner.reserve()
-            self._resources = stack.pop_all()
+            self._free = weakref.finalize(self, stack.pop_all().close)
         self._slots = Slots(options.slots, self.config.window, self._kv.cells.sliding)
-        self._fingerprint = state.fingerprint(file)
+        self._fingerprint = state.fingerprint(file, self.config)
+        self._lock, self._computing_now = threading.RLock(), False
+        self._ended: deque[Request] = deque()  # requests whose slots are to be given back
         self.closed = False
 
     # -- text --------------------------------------------------------------------------------
@@ -132,7 +97,7 @@ class Model:
 
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
         """Text of ``ids``; ``special`` shows control tokens."""
-        return self.tokenizer.decode(ids, special)
+        return self.tokenizer.decode(_integers("ids", ids), special)
 
     # -- generation --------------------------------------------------------------------------
 
@@ -150,21 +115,30 @@ class Model:
 
     @overload
     def chat(
-        self, messages: Sequence[chat.Message], *, stream: Literal[False] = False, **sampling: Any
+        self, messages: Sequence[chat.Message], *, stream: Literal[False] = False, **options: Any
     ) -> ChatCompletion: ...
     @overload
     def chat(
-        self, messages: Sequence[chat.Message], *, stream: Literal[True], **sampling: Any
+        self, messages: Sequence[chat.Message], *, stream: Literal[True], **options: Any
     ) -> Run: ...
     def chat(
-        self, messages: Sequence[chat.Message], *, stream: bool = False, **sampling: Any
+        self,
+        messages: Sequence[chat.Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        stream: bool = False,
+        **sampling: Any,
     ) -> ChatCompletion | Run:
         """Answer a conversation: ``[{"role": "user", "content": "..."}, ...]``.
 
-        The prompt is made by the file's own template; RequestError if it has none. With
-        ``stream`` the pieces come one by one.
+        The prompt is made by the file's own template, which gets ``tools`` and ``variables``
+        (``{"enable_thinking": True}``); RequestError if it has none. With ``stream`` the pieces
+        come one by one. The text is the model's own, thoughts and tool calls in it as it wrote
+        them.
         """
-        prompt = chat.encode_chat(self.tokenizer, messages)
+        given = dict(variables or {}) | ({"tools": list(tools)} if tools else {})
+        prompt = chat.encode_chat(self.tokenizer, messages, **given)
         if stream:
             return self._start(prompt, sampling)
         done = self.generate(prompt, **sampling)
@@ -172,11 +146,12 @@ class Model:
         return ChatCompletion(message, done.finish_reason, done.usage)
 
     def _start(self, prompt: str | Sequence[int], sampling: dict[str, Any]) -> Run:
-        params = from_options(sampling)
+        params = sampling_params(sampling)
         check_vocabulary(params, self.config.n_vocab)
         ids = self._ids(prompt)
         limit = None if self.options.keep is not None else self.context - len(ids) + 1
         with self._lock:
+            self._tidy()
             self._check_open()
             slot = self._slots.acquire(ids)
             request = Request(ids, params, self.tokenizer, slot, limit)
@@ -187,7 +162,7 @@ class Model:
         if isinstance(prompt, str):
             ids = self.tokenizer.with_bos(self.tokenizer.encode(prompt)) if prompt else []
         else:
-            ids = [int(token) for token in prompt]
+            ids = _integers("the prompt", prompt)
         if not ids:
             raise RequestError("the prompt is empty")
         for token in ids:
@@ -199,14 +174,30 @@ class Model:
 
     def _step(self, request: Request) -> Piece | None:
         """Compute the next chunk of a request; a piece, if it made a token."""
-        with self._lock:
-            self._check_open()
+        with self._computing(request.slot):
             if request.n_done >= self.context:
                 self._shift(request)
             chunk = request.next_chunk(min(self.options.chunk, self.context - request.n_done))
             logits = self._runner.run([chunk])
             request.advance(chunk)
         return request.accept(logits[0]) if len(logits) else None
+
+    @contextmanager
+    def _computing(self, slot: Slot) -> Iterator[None]:
+        """One step at a time. Cells that a step which fails has half written are not reused."""
+        with self._lock:
+            self._tidy()
+            self._check_open()
+            self._computing_now = True
+            try:
+                yield
+            except BaseException:
+                slot.tokens.clear()
+                raise
+            finally:
+                self._computing_now = False
+                if self.closed:  # by a signal handler, in the middle of the step
+                    self._free()
 
     def _shift(self, request: Request) -> None:
         """Drop the older half of what comes after the first ``keep`` tokens."""
@@ -218,7 +209,17 @@ class Model:
         request.forget(keep, drop)
 
     def _finish(self, request: Request) -> None:
-        with self._lock:
+        """Give a request's slot back. Never waits: a garbage collector may call it anywhere."""
+        self._ended.append(request)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._tidy()
+            finally:
+                self._lock.release()
+
+    def _tidy(self) -> None:
+        while self._ended:
+            request = self._ended.popleft()
             if request.shifted:  # cells such as no prompt of these tokens would give
                 request.slot.tokens.clear()
             self._slots.release(request.slot)
@@ -229,14 +230,15 @@ class Model:
         self, ids: Sequence[int], rows: Literal["all", "last"] | Sequence[int] = "all"
     ) -> np.ndarray:
         """Logits after each of ``rows`` (positions in ``ids``): float32 [rows, n_vocab]."""
-        ids = self._ids(list(ids))
-        wanted = range(len(ids)) if rows == "all" else [len(ids) - 1] if rows == "last" else rows
-        chosen = sorted({int(row) for row in wanted})
+        ids = self._ids(ids)
+        named = {"all": list(range(len(ids))), "last": [len(ids) - 1]}
+        wanted = named.get(rows, []) if isinstance(rows, str) else _integers("rows", rows)
+        chosen = sorted(set(wanted))
         if not chosen or chosen[0] < 0 or chosen[-1] >= len(ids):
-            raise OptionError(f"rows must be from 0 to {len(ids) - 1}")
+            raise OptionError(f'rows must be "all", "last" or from 0 to {len(ids) - 1}')
         parts = [logits for logits, _ in self._pass(ids, chosen)]
         order = {row: i for i, row in enumerate(chosen)}
-        return np.concatenate(parts)[[order[int(row)] for row in wanted]]
+        return np.concatenate(parts)[[order[row] for row in wanted]]
 
     def trace(self, ids: Sequence[int], taps: Sequence[str]) -> dict[str, np.ndarray]:
         """Named intermediates for every position: float32 [len(ids), ...], slowest first.
@@ -246,9 +248,9 @@ class Model:
         names = self.tap_names()
         for tap in taps:
             if tap not in names:
-                near = ", ".join(get_close_matches(tap, names, 3))
+                near = ", ".join(get_close_matches(str(tap), names, 3))
                 raise OptionError(f"no intermediate is named {tap!r}; near: {near or 'none'}")
-        ids = self._ids(list(ids))
+        ids = self._ids(ids)
         parts = [values for _, values in self._pass(ids, range(len(ids)), taps)]
         return {tap: np.concatenate([part[tap] for part in parts]) for tap in taps}
 
@@ -269,8 +271,7 @@ class Model:
             for start in range(0, len(ids), size):
                 tokens = ids[start : start + size]
                 rows = [row - start for row in wanted if start <= row < start + len(tokens)]
-                with self._lock:
-                    self._check_open()
+                with self._computing(slot):
                     logits = self._runner.run([Chunk(slot.index, start, tokens, rows)], taps)
                     values = self._runner.tapped() if taps else {}
                 slot.tokens.extend(tokens)
@@ -279,6 +280,8 @@ class Model:
     @contextmanager
     def _held_slot(self) -> Iterator[Slot]:
         with self._lock:
+            self._tidy()
+            self._check_open()
             slot = self._slots.acquire([])
         try:
             yield slot
@@ -317,11 +320,11 @@ class Model:
     # -- state -------------------------------------------------------------------------------
 
     def save_state(self) -> bytes:
-        """What the slot used last holds: its tokens and their K/V."""
+        """The tokens and K/V of the request that ended last. RequestError if none is held."""
         with self._lock:
+            self._tidy()
             self._check_open()
-            slot = self._slots.latest()
-            return state.save(self._fingerprint, self._kv, slot)
+            return state.save(self._fingerprint, self._kv, self._slots.latest())
 
     def load_state(self, data: bytes) -> int:
         """Put saved state into a slot, where the next prompt that begins with it finds it.
@@ -330,12 +333,12 @@ class Model:
         another model.
         """
         with self._lock:
+            self._tidy()
             self._check_open()
-            slot = self._slots.acquire([])
-            try:
-                return state.load(self._fingerprint, self._kv, slot, data)
-            finally:
-                self._slots.release(slot)
+            tokens, cells = state.parse(self._fingerprint, self._kv, data)
+            with self._held_slot() as slot:
+                state.restore(self._kv, slot, tokens, cells)
+            return len(tokens)
 
     # -- end ---------------------------------------------------------------------------------
 
@@ -346,9 +349,9 @@ class Model:
     def close(self) -> None:
         """Free everything. What is under way ends with ClosedError; a second call does nothing."""
         with self._lock:
-            if not self.closed:
-                self.closed = True
-                self._resources.close()
+            self.closed = True
+            if not self._computing_now:
+                self._free()
 
     def __enter__(self) -> Self:
         return self
@@ -360,3 +363,13 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _integers(what: str, values: Any) -> list[int]:
+    """Any sequence of integers as a list. OptionError for anything else, bytes among it."""
+    try:
+        if not isinstance(values, str | bytes | bytearray | memoryview):
+            return [index(value) for value in values]
+        raise TypeError  # noqa: TRY301  (a string of bytes is no list of ids)
+    except TypeError:
+        raise OptionError(f"{what} must be integers, not {reprlib.repr(values)}") from None

@@ -44,6 +44,12 @@ class _Plan:
     logits: Tensor | None
 
 
+def node_budget(config: Config, parts: int, taps: int = 0) -> int:
+    """More nodes than the graph of a batch of so many chunks can have."""
+    used = max(spec.experts.used if spec.experts else 0 for spec in config.layers)
+    return config.n_layer * (90 + 12 * parts + 2 * used) + 128 + 2 * taps
+
+
 class Runner:
     """Runs batches on one model. Not thread-safe: one caller at a time. ``close()`` frees it.
 
@@ -104,7 +110,7 @@ class Runner:
         base and factors.
         """
         self._forget()
-        g = Graph(self._device, self.config.n_layer * 16 + 128)
+        g = Graph(self._device, node_budget(self.config, 1))
         moves = []
         for sliding in (False, True):
             first = max(keep + drop, count - self.kv.cells.sliding) if sliding else keep + drop
@@ -163,13 +169,17 @@ class Runner:
 
     def _build(self, key: tuple[tuple[_Part, ...], frozenset[str]]) -> _Plan:
         parts, taps = key
-        g = Graph(self._device, self.config.n_layer * (80 + 12 * len(parts)) + 128, taps)
-        rows = self._all_rows(g, parts)
-        wanted: Rows | None = self._wanted_rows(g, parts)
-        if all(part.wanted == part.count for part in parts):
-            wanted = rows
-        logits = self._model.forward(g, rows, wanted, self.kv)
-        return _Plan(key, g, rows, wanted, g.output(logits) if logits else None)
+        g = Graph(self._device, node_budget(self.config, len(parts), len(taps)), taps)
+        try:
+            rows = self._all_rows(g, parts)
+            wanted: Rows | None = self._wanted_rows(g, parts)
+            if all(part.wanted == part.count for part in parts):
+                wanted = rows
+            logits = self._model.forward(g, rows, wanted, self.kv)
+            return _Plan(key, g, rows, wanted, g.output(logits) if logits else None)
+        except BaseException:
+            g.close()
+            raise
 
     def _all_rows(self, g: Graph, parts: Sequence[_Part]) -> Rows:
         n = sum(part.count for part in parts)

@@ -118,11 +118,12 @@ class Sequence:
             self.finish_reason = "stop"
             return self._rest()
         text, stopped = self._stops.push(self._decoder.push(token))
-        if stopped:
-            self.finish_reason = "stop"
-        elif self.n_generated == self._limit:
+        if not stopped and self.n_generated == self._limit:
             self.finish_reason = "length"
             text += self._rest()
+            stopped = self._stops.matched is not None
+        if stopped:
+            self.finish_reason = "stop"
         return text
 
     def _rest(self) -> str:

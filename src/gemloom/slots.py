@@ -49,8 +49,11 @@ class Slots:
         slot.last_used, slot.busy = self._clock, False
 
     def latest(self) -> Slot:
-        """The slot that was given back last."""
-        return max(self.all, key=lambda slot: slot.last_used)
+        """Of the free slots that hold something, the one used last. RequestError if none does."""
+        held = [slot for slot in self.all if slot.tokens and not slot.busy]
+        if not held:
+            raise RequestError("no finished request is held in the K/V cells")
+        return max(held, key=lambda slot: slot.last_used)
 
     def reusable(self, slot: Slot, tokens: Sequence[int]) -> int:
         """How many of the first ``tokens`` need not be computed again in this slot.
@@ -58,7 +61,7 @@ class Slots:
         One is always left, since its logits are wanted. And the ring must still hold the window
         before the cut: positions older than ``ring`` from the end have been written over.
         """
-        limit = min(len(slot.tokens), len(tokens) - 1)
+        limit = max(0, min(len(slot.tokens), len(tokens) - 1))
         common = next((i for i in range(limit) if slot.tokens[i] != tokens[i]), limit)
         oldest = len(slot.tokens) - self._ring
         return common if oldest <= max(0, common - self._window + 1) else 0

@@ -13,6 +13,7 @@ from hashlib import sha256
 import numpy as np
 
 from gemloom.cache import KVCache
+from gemloom.config import Config
 from gemloom.errors import StateError
 from gemloom.gguf import GGUF
 from gemloom.slots import Slot
@@ -20,11 +21,12 @@ from gemloom.slots import Slot
 MAGIC = b"GEMLOOM-STATE-1\n"
 _SAMPLE = 256  # bytes hashed of each tensor
 _LENGTH = struct.Struct("<I")
+_MEANING = {"model": "model", "kv_type": "kv_type", "ring": "chunk or context"}
 
 
-def fingerprint(file: GGUF) -> str:
-    """Tells models apart: names, types, shapes and the first bytes of all tensors, hashed."""
-    digest = sha256()
+def fingerprint(file: GGUF, config: Config) -> str:
+    """Tells models apart: config, and names, types, shapes and first bytes of all tensors."""
+    digest = sha256(repr(config).encode())
     for info in sorted(file.tensors.values(), key=lambda info: info.name):
         digest.update(f"{info.name} {info.type} {info.shape} ".encode())
         digest.update(info.blob.view(info.offset, min(_SAMPLE, info.nbytes)))
@@ -39,39 +41,44 @@ def save(model: str, kv: KVCache, slot: Slot) -> bytes:
     return b"".join([MAGIC, _LENGTH.pack(len(header)), header, tokens, *cells])
 
 
-def load(model: str, kv: KVCache, slot: Slot, data: bytes) -> int:
-    """Put a state into a slot; returns its number of tokens.
-
-    StateError, and nothing changed, if it is damaged or of another model.
-    """
-    header, body = _split(memoryview(data))
+def parse(model: str, kv: KVCache, data: bytes) -> tuple[list[int], memoryview]:
+    """The tokens and the cells of a state. StateError if it is damaged or of another model."""
+    header, body = _split(data)
     count = header.pop("tokens", None)
     wanted = _header(model, kv)
     if other := [key for key in wanted if header.get(key) != wanted[key]]:
-        raise StateError(f"the state does not fit this model as it is loaded: other {other[0]}")
+        raise StateError(
+            f"the state does not fit this model as it is loaded: other {_MEANING[other[0]]}"
+        )
     if not isinstance(count, int) or not 0 <= count <= kv.cells.full:
-        raise StateError(f"the state has {count} tokens, the context {kv.cells.full:,}")
-    sizes = kv.export_sizes(count)
-    if len(body) != 4 * count + sum(sizes):
+        raise StateError(f"the state has {count} tokens, a slot {kv.cells.full:,} cells")
+    if len(body) != 4 * count + sum(kv.export_sizes(count)):
         raise StateError("the state is damaged: its length is wrong")
-    tokens = np.frombuffer(body[: 4 * count], "<i4").tolist()
-    kv.restore(slot.index, count, body[4 * count :])
+    return np.frombuffer(body[: 4 * count], "<i4").tolist(), body[4 * count :]
+
+
+def restore(kv: KVCache, slot: Slot, tokens: list[int], cells: memoryview) -> None:
+    """Put what ``parse`` gave into a slot."""
+    kv.restore(slot.index, len(tokens), cells)
     slot.tokens[:] = tokens
-    return count
 
 
 def _header(model: str, kv: KVCache) -> dict[str, object]:
     return {"model": model, "kv_type": kv.kv_type, "ring": kv.cells.sliding}
 
 
-def _split(data: memoryview) -> tuple[dict[str, object], memoryview]:
+def _split(state: bytes) -> tuple[dict[str, object], memoryview]:
+    try:
+        data = memoryview(state).cast("B")
+    except TypeError:
+        raise StateError(f"a state is bytes, not {type(state).__name__}") from None
     start = len(MAGIC) + _LENGTH.size
     if bytes(data[: len(MAGIC)]) != MAGIC or len(data) < start:
         raise StateError("these bytes are no saved state of this version")
     stop = start + _LENGTH.unpack_from(data, len(MAGIC))[0]
     try:
         header = json.loads(bytes(data[start:stop]))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise StateError("the state is damaged: its header cannot be read") from None
     if not isinstance(header, dict):
         raise StateError("the state is damaged: its header cannot be read")

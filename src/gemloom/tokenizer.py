@@ -135,6 +135,8 @@ class Tokenizer:
 
         Raises OptionError for a lone surrogate, which is no Unicode text.
         """
+        if not isinstance(text, str):
+            raise OptionError(f"text must be a str, not {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -249,7 +251,7 @@ def _derive(metadata: Metadata, texts: list[str], types: list[int]) -> Merges:
     scores = metadata.array(_KEY + "scores")
     if len(scores) != len(texts):
         raise TokenizerError(f"{metadata.name}: {len(texts):,} tokens, but {len(scores):,} scores")
-    if not np.isfinite(scores).all():
+    if scores.dtype.kind != "f" or not np.isfinite(scores).all():
         raise TokenizerError(f"{metadata.name}: a score is not a finite number")
     best_first = np.argsort(-scores, kind="stable").tolist()
     normal = {texts[i]: None for i in best_first if types[i] == _NORMAL}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,20 @@ from gemloom.gguf import GGUF, TensorInfo, nbytes
 
 F32 = GGMLQuantizationType.F32
 _FLOATS = {F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
+# Quantized forms that ggml gives activations; it cannot multiply with weights of these types.
+_ACTIVATIONS = {GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K}
 # Vision and audio parts that some makers keep in the same file; this is a text runtime.
 _OTHER_MODALITIES = ("v.", "a.", "mm.", "model.vision", "model.audio")
 PER_LAYER_TABLE = "per_layer_token_embd.weight"
-_NOT_WHOLE = ("token_embd.weight", "per_layer_model_proj.weight", "attn_qkv.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The tensors an architecture wants: name -> shape (ggml order), and names it can ignore."""
+    """The tensors an architecture wants: name -> shape (ggml order), and how it uses some."""
 
     required: Mapping[str, tuple[int, ...]]
-    ignored: frozenset[str] = field(default_factory=frozenset)
+    ignored: frozenset[str] = frozenset()
+    sliced: frozenset[str] = frozenset()  # not only multiplied whole: read by row or in slices
 
 
 class Weights:
@@ -50,27 +52,41 @@ class Weights:
         of another shape or of a type that cannot be used.
         """
         self.ignored = check(file, layout)
-        infos = [file.tensors[name] for name in layout.required]
         self._arenas: dict[Any, Arena] = {}  # by buffer type; None: the CPU's own
         self._tensors: dict[str, Tensor] = {}
         self.bytes_mapped = 0
+        self._device, self._layout = device, layout
+        try:
+            self._fill(file, in_place, repack)
+        except BaseException:
+            self.close()
+            raise
+        self.per_layer_bytes = self._size(file.tensors.get(PER_LAYER_TABLE))
+        self.bytes = sum(tensor.nbytes for tensor in self._tensors.values()) - self.per_layer_bytes
+
+    def _fill(self, file: GGUF, in_place: bool, repack: bool) -> None:
         copies = []
-        for info in infos:
-            packed = _packed(device, info) if repack else None
+        for name, shape in self._layout.required.items():
+            info = file.tensors[name]
+            kind = _kind(info, shape)
+            packed = None
+            if repack and name not in self._layout.sliced:
+                packed = self._device.repacked(kind, shape)
             if packed not in self._arenas:
-                self._arenas[packed] = Arena(device, len(infos), packed)
-            self._tensors[info.name] = self._arenas[packed].tensor(*_form(info))
+                self._arenas[packed] = Arena(self._device, len(self._layout.required), packed)
+            self._tensors[name] = self._arenas[packed].tensor(name, kind, shape)
             if packed or not in_place or not self._map(info):
                 copies.append(info)
         for arena in self._arenas.values():
             arena.allocate("the weights")
-        with ThreadPoolExecutor(device.threads) as pool:
+        with ThreadPoolExecutor(self._device.threads) as pool:
             list(pool.map(self._copy, copies))
-        self.per_layer_bytes = self._size(file.tensors.get(PER_LAYER_TABLE))
-        self.bytes = sum(tensor.nbytes for tensor in self._tensors.values()) - self.per_layer_bytes
 
     def _copy(self, info: TensorInfo) -> None:
-        self._tensors[info.name].write(_bytes(info))
+        tensor, data = self._tensors[info.name], info.data()
+        if tensor.type != info.type:
+            data = dequantize(np.frombuffer(data, np.uint8), info.type)
+        tensor.write(data)
 
     def _map(self, info: TensorInfo) -> bool:
         tensor = self._tensors[info.name]
@@ -123,8 +139,11 @@ class Weights:
 
 def planned_bytes(file: GGUF, layout: Layout) -> tuple[int, int]:
     """Memory of the weights, and of the per-layer table apart; a missing tensor has none."""
-    infos = [file.tensors[name] for name in layout.required if name in file.tensors]
-    sizes = {name: nbytes(kind, shape) for name, kind, shape in map(_form, infos)}
+    sizes = {
+        name: nbytes(_kind(file.tensors[name], shape), shape)
+        for name, shape in layout.required.items()
+        if name in file.tensors
+    }
     table = sizes.pop(PER_LAYER_TABLE, 0)
     return sum(sizes.values()), table
 
@@ -163,25 +182,12 @@ def _trim(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _check_type(name: str, info: TensorInfo) -> None:
     vector = len(_trim(info.shape)) == 1
     quantized = GGML_QUANT_SIZES[info.type][0] > 1
-    if info.type not in _FLOATS and (vector or not quantized):
+    if info.type not in _FLOATS and (vector or not quantized or info.type in _ACTIVATIONS):
         raise TensorError(
             f"{name}: the tensor {info.name} is of type {info.type.name}, unsupported"
         )
 
 
-def _packed(device: Device, info: TensorInfo) -> Any:
-    """The buffer type to repack a tensor into, or None: only matrices that are used whole."""
-    sliced_or_read_by_row = info.name.endswith(_NOT_WHOLE)
-    return None if sliced_or_read_by_row else device.repacked(info.type, info.shape)
-
-
-def _form(info: TensorInfo) -> tuple[str, GGMLQuantizationType, tuple[int, ...]]:
-    """Name, type and shape of the tensor to make; vectors are f32 whatever the file has."""
-    return info.name, F32 if len(info.shape) == 1 else info.type, info.shape
-
-
-def _bytes(info: TensorInfo) -> memoryview | np.ndarray:
-    if len(info.shape) > 1 or info.type == F32:
-        return info.data()
-    wide: np.ndarray = dequantize(np.frombuffer(info.data(), np.uint8), info.type)
-    return wide
+def _kind(info: TensorInfo, shape: tuple[int, ...]) -> GGMLQuantizationType:
+    """The type a tensor gets: the file's, but f32 for vectors, which are small."""
+    return F32 if len(_trim(shape)) == 1 else info.type

@@ -31,7 +31,7 @@ def inspect(
       gemloom inspect hf:owner/repo:Q4_K_M --json --tensors
     """
     from gemloom.cli.report import describe, tables
-    from gemloom.model import Options
+    from gemloom.options import Options
 
     options = Options(context=context, kv_type=kv_type)
     facts = describe(open_file(model), options, list_tensors=tensors)

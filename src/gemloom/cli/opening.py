@@ -33,7 +33,8 @@ def open_file(name: str) -> "GGUF":
 
 def open_model(name: str, load: LoadOptions) -> "Model":
     """The model, with a spinner if it takes long."""
-    from gemloom.model import Model, Options
+    from gemloom.model import Model
+    from gemloom.options import Options
 
     options = Options(**load.given())  # wrong ones are told before a file is fetched
     file = open_file(name)

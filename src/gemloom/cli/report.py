@@ -9,8 +9,8 @@ from gemloom.cache import cell_bytes, slot_cells
 from gemloom.cli.terminal import one_line, size, table
 from gemloom.config import Config, from_gguf
 from gemloom.gguf import GGUF, Metadata
-from gemloom.model import Options
 from gemloom.models import ARCHITECTURES
+from gemloom.options import Options
 from gemloom.weights import planned_bytes
 
 if TYPE_CHECKING:

@@ -15,6 +15,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+# A thread that waits for the others spins this often before it sleeps. libgomp's own default
+# starves whatever else runs on the same cores, another of its teams or OpenBLAS among it.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 import ggml
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -23,7 +27,6 @@ from gemloom.errors import DeviceError
 from gemloom.gguf import nbytes
 
 ALIGNMENT = 32  # bytes, of addresses that ggml's CPU kernels get
-MAX_NODES = 16_384  # of one graph; the largest real model, 60 layers, has about 2,600
 
 _log = logging.getLogger("gemloom.ggml")
 _TYPES = {ggml.GGML_BACKEND_DEVICE_TYPE_CPU: "cpu", ggml.GGML_BACKEND_DEVICE_TYPE_ACCEL: "accel"}
@@ -142,6 +145,19 @@ def devices() -> list[DeviceInfo]:
     return found
 
 
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not tell.
+
+    malloc gives more than there is, and the kernel ends the process when it is touched.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
 def cpu_features() -> dict[str, bool]:
     """The instruction sets that this build of ggml's CPU backend uses."""
     prefix = "ggml_cpu_has_"
@@ -171,12 +187,15 @@ class Device:
     Raises DeviceError for any other name. Free with ``close()``.
     """
 
-    def __init__(self, name: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, name: str = "auto", threads: int | None = None, max_nodes: int = 4096
+    ) -> None:
         if name not in ("auto", "cpu"):
             there = ", ".join(info.name for info in devices())
             raise DeviceError(
                 f'device {name!r}: only "auto" and "cpu" are supported (here: {there})'
             )
+        self.max_nodes = max_nodes  # of one graph
         self.threads = threads or usable_cores()
         self._closers: list[Callable[[], None]] = []
         self.backends = [self._open(kind) for kind in self._kinds()]
@@ -184,7 +203,7 @@ class Device:
         for backend in self.backends:
             self._set_threads(backend)
         self.scheduler = self._schedule()
-        self._repacked: dict[tuple[GGMLQuantizationType, int], Any] = {}
+        self._repacked: dict[tuple[GGMLQuantizationType, tuple[int, ...]], Any] = {}
         self.current: object = None  # the graph whose tensors have memory now
 
     def _kinds(self) -> list[int]:
@@ -208,7 +227,7 @@ class Device:
     def _schedule(self) -> Any:
         pointers = (ggml.ggml_backend_t_ctypes * len(self.backends))(*self.backends)
         scheduler = ggml.ggml_backend_sched_new(
-            pointers, None, len(self.backends), MAX_NODES, False, False
+            pointers, None, len(self.backends), self.max_nodes, False, False
         )
         self._closers.append(lambda: ggml.ggml_backend_sched_free(scheduler))
         return scheduler
@@ -231,10 +250,10 @@ class Device:
         """
         if len(shape) < 2 or shape[1] % 16:
             return None
-        key = (kind, len(shape))
-        if key not in self._repacked:
-            self._repacked[key] = self._find_repacked(kind, (shape[0], 16, 2)[: len(shape)])
-        return self._repacked[key]
+        probe = (shape[0], 32 if shape[1] % 32 == 0 else 16, 2)[: len(shape)]
+        if (kind, probe) not in self._repacked:
+            self._repacked[kind, probe] = self._find_repacked(kind, probe)
+        return self._repacked[kind, probe]
 
     def _find_repacked(self, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Any:
         """Ask each extra buffer type of the CPU with a small matrix of the kind."""
@@ -319,6 +338,11 @@ class Arena:
         size = ggml.ggml_backend_alloc_ctx_tensors_from_buft_size(self._context, kind)
         if not size:
             return
+        free = free_memory()
+        if free is not None and size > free:
+            raise DeviceError(
+                f"no memory for {what}: {size / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} free"
+            )
         buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, kind)
         if not buffer:
             raise DeviceError(

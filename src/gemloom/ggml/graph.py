@@ -13,7 +13,7 @@ from typing import Any
 
 import ggml
 import numpy as np
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import DeviceError
 from gemloom.ggml.device import Device, Tensor, contiguous_strides
@@ -30,6 +30,7 @@ class Graph:
     """
 
     def __init__(self, device: Device, max_nodes: int, taps: Collection[str] = ()) -> None:
+        assert max_nodes <= device.max_nodes, (max_nodes, device.max_nodes)
         self._device = device
         size = (max_nodes + 64) * ggml.ggml_tensor_overhead()
         size += ggml.ggml_graph_overhead_custom(max_nodes, False)
@@ -250,6 +251,7 @@ class Graph:
     def slice(self, x: Tensor, axis: int, start: int, stop: int) -> Tensor:
         """x[start:stop] along ``axis``; in place. On axis 0, whole blocks of quantized types."""
         assert 0 <= start < stop <= x.shape[axis], (x, axis, start, stop)
+        assert axis or not start % GGML_QUANT_SIZES[x.type][0], (x, start)
         shape = (*x.shape[:axis], stop - start, *x.shape[axis + 1 :])
         offset = start * x.strides[axis]
         if axis == 0:

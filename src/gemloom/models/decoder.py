@@ -97,6 +97,11 @@ def model_shapes(config: Config, there: Collection[str]) -> Shapes:
     return shapes
 
 
+def sliced_names(shapes: Shapes) -> frozenset[str]:
+    """The tensors that are read by row, or in slices, and not only multiplied whole."""
+    return frozenset(n for n in shapes if n == "token_embd.weight" or n.endswith("attn_qkv.weight"))
+
+
 def layer_shapes(config: Config, spec: LayerSpec, there: Collection[str]) -> Shapes:
     """Attention, dense feed-forward and norms of one layer, by their full names."""
     d, q, k = config.n_embd, spec.n_head * spec.head_dim, spec.n_kv * spec.head_dim

@@ -13,7 +13,7 @@ from gemloom.cache import KVCache, Rows
 from gemloom.config import Config, LayerSpec
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from gemloom.models.decoder import Block, Decoder, layer_shapes, model_shapes
+from gemloom.models.decoder import Block, Decoder, layer_shapes, model_shapes, sliced_names
 from gemloom.weights import Layout
 
 
@@ -53,4 +53,4 @@ class Gemma3(Decoder):
         shapes = model_shapes(config, there)
         for spec in config.layers:
             shapes |= layer_shapes(config, spec, there)
-        return Layout(shapes)
+        return Layout(shapes, sliced=sliced_names(shapes))

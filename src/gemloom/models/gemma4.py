@@ -10,13 +10,23 @@ from __future__ import annotations
 from collections.abc import Collection
 from math import sqrt
 
+from gguf.constants import GGML_QUANT_SIZES
+
 from gemloom.cache import KVCache, Rows
 from gemloom.config import Config, LayerSpec
+from gemloom.errors import TensorError
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
 from gemloom.linear import expert_linear, linear
-from gemloom.models.decoder import Block, Decoder, Shapes, layer_shapes, model_shapes
-from gemloom.weights import PER_LAYER_TABLE, Layout
+from gemloom.models.decoder import (
+    Block,
+    Decoder,
+    Shapes,
+    layer_shapes,
+    model_shapes,
+    sliced_names,
+)
+from gemloom.weights import PER_LAYER_TABLE, Layout, Weights
 
 
 class Gemma4(Decoder):
@@ -48,6 +58,12 @@ class Gemma4(Decoder):
             x = self._inject(g, spec, w, x, per_layer)
             x = self.named(g, spec, "out", x)
         return self.logits(g, x)
+
+    def __init__(self, config: Config, weights: Weights) -> None:
+        super().__init__(config, weights)
+        table, p = weights.get(PER_LAYER_TABLE), config.n_per_layer
+        if table and p % GGML_QUANT_SIZES[table.type][0]:
+            raise TensorError(f"{table.name}: {table.type.name} blocks do not divide into {p}s")
 
     def _keys_values(
         self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, h: Tensor
@@ -139,7 +155,8 @@ class Gemma4(Decoder):
             if not spec.owns_kv:  # some converters keep these, which nothing reads
                 names = ("attn_k", "attn_v", "attn_k_norm")
                 ignored |= {f"blk.{spec.index}.{name}.weight" for name in names}
-        return Layout(shapes, frozenset(ignored))
+        sliced = sliced_names(shapes) | {PER_LAYER_TABLE, "per_layer_model_proj.weight"}
+        return Layout(shapes, frozenset(ignored), sliced)
 
 
 def _gemma4_shapes(config: Config, spec: LayerSpec, there: Collection[str]) -> Shapes:

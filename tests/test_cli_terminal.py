@@ -1,0 +1,275 @@
+"""Conversations, and what a terminal, a pipe and a signal do to the command line."""
+
+import json
+import re
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import Result
+
+import gemloom
+from command_line import ENVIRONMENT, GREEDY, command, endless, fine, terminal, write
+from gemloom.cli.conversation import Conversation, transcript
+from gemloom.cli.terminal import clean
+from gemloom.errors import RequestError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def untaught(keys: dict[str, Any], _: Any) -> None:
+        del keys["tokenizer.chat_template"]
+
+    return write(tmp_path_factory.mktemp("base"), "gemma3", edit=untaught)
+
+
+@pytest.fixture(scope="module")
+def opened(model: Path) -> Iterator[gemloom.Model]:
+    with gemloom.load(model, context=256, threads=1) as opened:
+        yield opened
+
+
+# -- what a terminal gets --------------------------------------------------------------------
+
+
+@given(st.text())
+def test_clean_takes_out_controls_and_nothing_else(text: str) -> None:
+    controls = {chr(c) for c in (*range(32), *range(127, 160))} - {"\n", "\t"}
+    assert clean(text) == "".join(char for char in text if char not in controls)
+
+
+def test_controls_reach_a_pipe_but_no_terminal(model: Path, opened: gemloom.Model) -> None:
+    escape = opened.tokenize("\x1b")[0]
+    args = ("run", model, "hello", "-n", "5", f"--logit-bias={escape}=100", *GREEDY)
+    piped = subprocess.run(command(*args), env=ENVIRONMENT, capture_output=True)
+    assert piped.stdout == b"\x1b" * 5 + b"\n"
+    with terminal(*args) as shown:
+        status, text = shown.finish()
+    assert status == 0
+    assert "generated 5" in text
+    before = text.partition("\x1b[2mprompt")[0]  # the line of our own, dim
+    assert "\x1b" not in before
+
+
+def test_a_reader_that_goes_away(model: Path, opened: gemloom.Model) -> None:
+    process = subprocess.Popen(
+        command("run", model, "hello", *endless(opened)),
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stderr
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_a_full_disk() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("doctor", "--json"), env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 1
+    assert re.fullmatch(rb"gemloom: .*No space left on device\n", done.stderr)
+
+
+def test_ctrl_c_ends_run(model: Path, opened: gemloom.Model) -> None:
+    process = subprocess.Popen(
+        command("run", model, "hello", *endless(opened)),
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == b""
+
+
+# -- chat ------------------------------------------------------------------------------------
+
+
+def talk(model: Path, *lines: str, options: Sequence[str] = ()) -> Result:
+    args = ["-n", "6", *GREEDY, "--context", "256", *options]
+    return fine("chat", model, *args, input="".join(f"{line}\n" for line in lines))
+
+
+def test_chat_answers_as_the_model_does(model: Path, opened: gemloom.Model) -> None:
+    result = talk(model, "hello", "", "the world", options=["--system", "is"])
+    messages: list[dict[str, str]] = [{"role": "system", "content": "is"}]
+    for text, said in zip(("hello", "the world"), result.stdout.splitlines(), strict=False):
+        messages.append({"role": "user", "content": text})
+        answer = opened.chat(messages, max_tokens=6, temperature=0).message["content"].strip()
+        assert said.rstrip() == answer
+        messages.append({"role": "assistant", "content": answer})
+    assert result.stderr.count("tok/s") == 4
+    assert "cached" in result.stderr.splitlines()[1]
+
+
+def test_chat_with_a_base_model(base: Path) -> None:
+    result = talk(base, "hello", options=["--stop", "zz"])
+    assert "base model" in result.stderr.splitlines()[0]
+    with gemloom.load(base, context=256) as opened:
+        prompt = transcript([{"role": "user", "content": "hello"}])
+        done = opened.generate(prompt, max_tokens=6, temperature=0, stop=["zz", "\nUser:"])
+    assert prompt == "User: hello\nAssistant:"
+    assert result.stdout == done.text.strip() + "\n"
+
+
+def test_a_backslash_goes_on(model: Path, tmp_path: Path) -> None:
+    talk(model, "hello\\", "world", f"/save {tmp_path / 'c.json'}")
+    assert json.loads((tmp_path / "c.json").read_text())[0]["content"] == "hello\nworld"
+
+
+def test_save_and_load(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "my talk é.json"
+    first = talk(model, "hello", f"/save {path}", "the world", options=["--system", "is"])
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert [message["role"] for message in saved] == ["system", "user", "assistant"]
+    second = talk(model, "sword", f"/load {path}", "the world")
+    assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def message(role: str, content: Any = "x", **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+BAD = {
+    "nothing": "",
+    "no json": "{",
+    "not utf-8": b"[\xff]",
+    "too deep": "[" * 100_000,
+    "no list": {"role": "user"},
+    "no message": [1],
+    "no content": [{"role": "user"}],
+    "more than content": [message("user", name="x"), message("assistant")],
+    "content of another type": [message("user", 1), message("assistant")],
+    "unknown role": [message("tool")],
+    "answer first": [message("assistant")],
+    "system twice": [message("system"), message("system")],
+    "system late": [message("user"), message("assistant"), message("system")],
+    "unanswered": [message("user"), message("assistant"), message("user")],
+}
+
+
+@pytest.fixture
+def conversation(opened: gemloom.Model) -> Conversation:
+    made = Conversation(opened, {}, "be brief")
+    made.keep("hello", "world")
+    return made
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_changes_nothing(case: str, conversation: Conversation, tmp_path: Path) -> None:
+    content = BAD[case]
+    data = content if isinstance(content, str | bytes) else json.dumps(content)
+    path = tmp_path / "bad.json"
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    before = list(conversation.messages)
+    with pytest.raises(RequestError, match=r"bad\.json"):
+        conversation.load(path)
+    assert conversation.messages == before
+    conversation.reset()
+    assert conversation.messages == before[:1]
+
+
+def test_saving_where_it_cannot_be(conversation: Conversation, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (tmp_path / "gone" / "x.json", folder):
+        with pytest.raises(RequestError, match=re.escape(str(path))):
+            conversation.save(path)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@given(texts=st.lists(st.text(), max_size=6).map(lambda x: x[: len(x) // 2 * 2]))
+def test_what_is_saved_is_loaded(texts: list[str], tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "talk.json"
+    one, other = (Conversation(None, {}) for _ in range(2))  # type: ignore[arg-type]
+    for said, answer in zip(texts[::2], texts[1::2], strict=True):
+        one.keep(said, answer)
+    one.save(path)
+    other.load(path)
+    assert other.messages == one.messages
+
+
+def test_commands_of_the_chat(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{}")
+    lines = ["/help", "/nonsense", "/save", f"/load {tmp_path / 'bad.json'}", "/reset now"]
+    result = talk(model, *lines, "hello", "/exit", "never read")
+    assert "/load FILE" in result.stdout
+    errors = result.stderr.splitlines()
+    assert [line.startswith("gemloom: ") for line in errors] == [True] * 4 + [False]
+    assert "not a list of messages" in errors[2]
+
+
+def test_a_message_too_long_is_told_and_forgotten(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    result = talk(model, "hello " * 400, "hello", f"/save {path}")
+    assert re.search(r"gemloom: the prompt has .* /reset forgets", result.stderr)
+    assert json.loads(path.read_text())[0]["content"] == "hello"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(
+    model: Path, opened: gemloom.Model, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.json"
+    with terminal("chat", model, *GREEDY, *endless(opened)) as shown:
+        shown.read("> ")
+        shown.type("hello\n")
+        shown.read(r"hello\r\n")
+        shown.read(r"\S{3}")
+        shown.process.send_signal(signal.SIGINT)
+        answer = shown.read("(?s)stopped.*> ")
+        shown.type(f"/save {path}\n")
+        shown.read("2 messages written")
+        shown.read("> ")
+        shown.process.send_signal(signal.SIGINT)
+        status, rest = shown.finish()
+    assert status == 0
+    assert "Traceback" not in answer + rest
+    said = json.loads(path.read_text(encoding="utf-8"))
+    assert said[0]["content"] == "hello"
+    assert len(said[1]["content"]) > 2
+
+
+def test_ctrl_d_ends_the_chat(model: Path) -> None:
+    with terminal("chat", model) as shown:
+        shown.read("> ")
+        shown.type("\x04")
+        status, rest = shown.finish()
+    assert (status, rest.strip("\r\n")) == (0, "")
+
+
+# -- stopping a request ----------------------------------------------------------------------
+
+
+def test_cancel_stops_between_two_steps_and_keeps_the_cells(opened: gemloom.Model) -> None:
+    ids = [2, *range(20, 60)]
+    run = opened.stream(ids, seed=1)
+    tokens = [next(run).token for _ in range(3)]
+    run.cancel()
+    assert list(run) == []
+    again = opened.generate([*ids, *tokens], max_tokens=1)
+    assert again.usage.cached_tokens == len(ids) + 2  # the last one picked has no K/V yet
+
+
+def test_cancel_before_the_first_token(model: Path) -> None:
+    ids = [2, *range(20, 60)]
+    with gemloom.load(model, chunk=8) as opened:
+        run = opened.stream(ids)
+        run.cancel()
+        assert list(run) == []
+        assert opened.generate(ids, max_tokens=1).usage.cached_tokens == 0
