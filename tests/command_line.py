@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -73,17 +74,24 @@ class Terminal:
         text, self.seen = self.seen[: match.end()], self.seen[match.end() :]
         return text.decode()
 
-    def finish(self) -> tuple[int, str]:
-        """Exit status and all that came until then."""
-        while True:
+    def finish(self, seconds: float = 60, *, interrupted: bool = False) -> tuple[int, str]:
+        """Exit status and all that came until then.
+
+        ``interrupted`` presses Ctrl-C until it works: readline misses a signal that comes after
+        the prompt was shown and before it waits.
+        """
+        again, end = time.monotonic(), time.monotonic() + seconds
+        while time.monotonic() < end:
+            if interrupted and self.process.poll() is None and time.monotonic() >= again:
+                self.process.send_signal(signal.SIGINT)
+                again = time.monotonic() + 5
+            if not select.select([self.master], [], [], 0.5)[0]:
+                continue
             try:
-                data = os.read(self.master, 65536)
+                self.seen += os.read(self.master, 65536)
             except OSError:  # the other side has gone
                 break
-            if not data:
-                break
-            self.seen += data
-        return self.process.wait(30), self.seen.decode()
+        return self.process.wait(1), self.seen.decode()
 
 
 @contextmanager

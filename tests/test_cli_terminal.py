@@ -236,8 +236,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
         shown.type(f"/save {path}\n")
         shown.read("2 messages written")
         shown.read("> ")
-        shown.process.send_signal(signal.SIGINT)
-        status, rest = shown.finish()
+        status, rest = shown.finish(interrupted=True)
     assert status == 0
     assert "Traceback" not in answer + rest
     said = json.loads(path.read_text(encoding="utf-8"))
