@@ -4,13 +4,14 @@ REFERENCE := .venv-reference
 PIP := -m pip --disable-pip-version-check install
 PYTHON ?= python3
 
-.PHONY: help demo test test-reference lint types format clean
+.PHONY: help demo test test-reference lint types format bench bench-scale clean
 help:
 	@echo "make demo            set up, and complete a sentence with the real Gemma 3 270M"
 	@echo "make test            set up, and run the tests"
 	@echo "make test-reference  compare live with transformers and torch (downloads both)"
 	@echo "make lint types      ruff; mypy --strict"
 	@echo "make format          ruff format"
+	@echo "make bench           beside llama.cpp, on synthetic models (20 GB of disk, most of an hour)"
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/gemloom run --temperature 0 --max-tokens 48 "The capital of France is"
@@ -32,8 +33,14 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+bench: $(VENV)/.bench
+	$(VENV)/bin/python benchmarks/compare.py
+
+bench-scale: $(VENV)/.bench
+	$(VENV)/bin/python benchmarks/scale.py
+
 clean:
-	rm -rf $(VENV) $(REFERENCE)
+	rm -rf $(VENV) $(REFERENCE) .venv-peer
 
 # ggml-python has no wheels on the index: it compiles ggml for this machine, in about a minute.
 %/.base: pyproject.toml
@@ -54,8 +61,12 @@ clean:
 	$*/bin/python $(PIP) --editable '.[demo]'
 	@touch $@
 
+%/.bench: %/.base
+	$*/bin/python $(PIP) --group bench
+	@touch $@
+
 %/.reference: %/.dev
 	$*/bin/python $(PIP) --group reference
 	@touch $@
 
-.PRECIOUS: %/.base %/.dev %/.demo %/.reference
+.PRECIOUS: %/.base %/.dev %/.demo %/.bench %/.reference

@@ -22,7 +22,7 @@ from gemloom.cli.options import LoadOptions, SamplingOptions
 from gemloom.cli.report import ranges
 from gemloom.cli.terminal import clean, size
 from gemloom.config import Config
-from gemloom.model import Options
+from gemloom.options import Options
 from gemloom.sampling import SamplingParams
 from gemloom.source import DEFAULT_MODEL
 
@@ -115,10 +115,11 @@ def test_every_load_option_arrives(model: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Options, "context_for", see)
     values = ["--context=300", "--kv-type=f32", "--chunk=7", "--keep=5", "--threads=1"]
-    fine("run", model, "the", "-n", "1", *values, "--device=cpu", "--no-mmap")
+    fine("run", model, "the", "-n", "1", *values, "--device=cpu", "--no-mmap", "--no-repack")
     wanted = Options(
-        context=300, kv_type="f32", chunk=7, keep=5, threads=1, device="cpu", mmap=False
-    )
+        context=300, kv_type="f32", chunk=7, keep=5, threads=1, device="cpu", mmap=False,
+        repack=False,
+    )  # fmt: skip
     assert seen == [wanted]
     names = {field.name for field in fields(LoadOptions)}
     changed = {f.name for f in fields(Options) if getattr(wanted, f.name) != f.default}
@@ -405,3 +406,16 @@ def test_the_built_in_model() -> None:
     assert result.stdout.startswith(" the capital of")
     result = fine("chat", "-n", "8", *GREEDY, input="Hello\n")
     assert result.stdout.strip()
+
+
+def test_bench(model: Path) -> None:
+    result = fine("bench", model, "-p", "20", "-n", "3", "-d", "5", "-r", "1", "--json")
+    report = json.loads(result.stdout)
+    kinds = [(timing["kind"], timing["tokens"]) for timing in report["timings"]]
+    assert kinds == [("prompt", 20), ("decode", 3)]
+    assert "tokens/s" in result.stderr
+    table = fine("bench", model, "-p", "20", "-n", "3", "-r", "1")
+    assert "outside ggml" in table.stdout
+    wrong = call("bench", model, "-p", "0")
+    assert wrong.exit_code == 2
+    assert "prompt" in wrong.stderr

@@ -249,7 +249,7 @@ def test_without_shift_the_context_ends_the_text(load: Load) -> None:
 
 def test_trace_gives_what_the_layers_pass_on(load: Load) -> None:
     ids, model = prompt(40), load(chunk=16)
-    taps = ["embd", "blk.3.attn_q", "blk.3.out", "logits"]
+    taps = ["embd", "blk.3.attn_q", "blk.3.attn_out", "blk.3.out", "logits"]
     values = model.trace(ids, taps)
     assert np.array_equal(values["logits"], model.logits(ids))
     assert values["blk.3.out"].shape == (40, model.config.n_embd)

@@ -286,7 +286,8 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _label(timing: Timing) -> str:
+def label(timing: Timing) -> str:
+    """What was measured, in a few words."""
     if timing.kind == "prompt":
         return f"prompt {timing.tokens:,}"
     return f"decode {timing.tokens:,} at {timing.depth:,}"
@@ -297,7 +298,7 @@ def _speed_table(timings: Sequence[Timing]) -> Table:
     for timing in timings:
         speed = _spread(timing.speeds)
         table.add_row(
-            _label(timing),
+            label(timing),
             *(f"{speed[key]:.2f}" for key in ("median", "min", "max")),
             f"{timing.python_share:.1%}",
         )
@@ -307,7 +308,7 @@ def _speed_table(timings: Sequence[Timing]) -> Table:
 def _phase_table(timings: Sequence[Timing]) -> Table:
     table = _table("Milliseconds, of a whole prompt or of one decoded token", "test", *PHASES)
     for timing in timings:
-        table.add_row(_label(timing), *(f"{timing.phases[name]:.2f}" for name in PHASES))
+        table.add_row(label(timing), *(f"{timing.phases[name]:.2f}" for name in PHASES))
     return table
 
 

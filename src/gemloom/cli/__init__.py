@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from gemloom import __version__
+from gemloom.cli.benching import bench
 from gemloom.cli.chatting import chat
 from gemloom.cli.doctor import doctor
 from gemloom.cli.inspecting import inspect, tokenize
@@ -98,7 +99,7 @@ def _top(
     """
 
 
-for _command in (run, chat, inspect, tokenize, doctor):
+for _command in (run, chat, inspect, tokenize, doctor, bench):
     app.command(cls=Command)(_command)
 
 

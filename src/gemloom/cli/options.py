@@ -2,7 +2,7 @@
 
 A command takes a group as one parameter and is decorated with ``with_options``; the command line
 then has an option for every field. What a value may be is checked where it is used
-(``model.Options``, ``sampling.SamplingParams``), not here.
+(``options.Options``, ``sampling.SamplingParams``), not here.
 """
 
 import inspect
@@ -23,7 +23,7 @@ def _option(*names: str, help: str, default: str = "", **more: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """The fields of ``model.Options`` that a command line sets; None leaves one as it is."""
+    """The fields of ``options.Options`` that a command line sets; None leaves one as it is."""
 
     context: Annotated[
         int | None,
@@ -55,8 +55,17 @@ class LoadOptions:
         _option("--mmap/--no-mmap", help="Use the file in place, or copy it.", default="in place"),
     ] = None
 
+    repack: Annotated[
+        bool | None,
+        _option(
+            "--repack/--no-repack",
+            help="Copy matrices into the layout this CPU multiplies fastest.",
+            default="repack",
+        ),
+    ] = None
+
     def given(self) -> dict[str, Any]:
-        """The options that were set, as ``model.Options`` takes them."""
+        """The options that were set, as ``options.Options`` takes them."""
         return _given(self)
 
 

@@ -53,6 +53,7 @@ class Gemma4(Decoder):
                 per_layer |= self._per_layer_inputs(g, rows, embedded, last, n_layer)
             a = self.attention(g, spec, w, rows, h, kv)
             x = g.add(x, self.norm(g, w["post_attention_norm"], a))
+            x = self.named(g, spec, "attn_out", x)
             f = self._experts(g, spec, w, x) if spec.experts else self.mlp(g, w, x)
             x = g.add(x, self.norm(g, w["post_ffw_norm"], f))
             x = self._inject(g, spec, w, x, per_layer)
