@@ -41,6 +41,7 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(Path(gemloom.__file__).parents[1]),
     "TERM": "xterm",
     "COLUMNS": "80",
+    "PYTHONUNBUFFERED": "",  # errors of buffered output come late, so that is what is tried
 }
 
 

@@ -1,6 +1,7 @@
 """Fixtures of all tests: tiny models, made and closed for each."""
 
 import os
+import signal
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy loads: it would fight with ggml
 
@@ -12,6 +13,9 @@ import pytest
 
 import gemloom
 import tiny
+
+# A job in the background starts with SIGINT ignored, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Load = Callable[..., gemloom.Model]
 
