@@ -93,7 +93,7 @@ class Runner:
         start = self._lap("compute", start)
         if plan.logits is None:
             return np.empty((0, self.config.n_vocab), np.float32)
-        logits = plan.logits.numpy()
+        logits = self._model.softcap(plan.logits.numpy())
         self._lap("read", start)
         return logits
 
@@ -143,7 +143,10 @@ class Runner:
     def tapped(self) -> dict[str, np.ndarray]:
         """Values of the last batch's taps; slowest dimension, the rows, first."""
         assert self._plan
-        return {name: tensor.numpy() for name, tensor in self._plan.graph.tapped.items()}
+        values = {name: tensor.numpy() for name, tensor in self._plan.graph.tapped.items()}
+        if "logits" in values:
+            self._model.softcap(values["logits"])
+        return values
 
     def names(self) -> list[str]:
         """Every name that can be tapped."""

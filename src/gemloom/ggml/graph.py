@@ -164,12 +164,6 @@ class Graph:
         """x * factor."""
         return Tensor(ggml.ggml_scale(self._context, x.pointer, factor), F32, x.shape)
 
-    def tanh(self, x: Tensor) -> Tensor:
-        """tanh(x); x contiguous."""
-        wide = self._spread(x)
-        result = Tensor(ggml.ggml_tanh(self._context, wide.pointer), F32, wide.shape)
-        return self.reshape(result, *x.shape)
-
     def gelu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """gelu(gate) * up, GELU in its tanh form; both of one shape, rows contiguous."""
         assert gate.shape == up.shape, (gate, up)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
+
 from gemloom.cache import KVCache, Rows
 from gemloom.config import Config, LayerSpec
 from gemloom.ggml.device import Tensor
@@ -72,12 +74,21 @@ class Decoder:
         return linear(g, w["ffn_down"], g.gelu_mul(gate, up))
 
     def logits(self, g: Graph, x: Tensor) -> Tensor:
-        """x [D, T] -> [n_vocab, T]."""
+        """x [D, T] -> [n_vocab, T], still to go through ``softcap``."""
         h = self.norm(g, self.weights["output_norm.weight"], x)
         y = linear(g, self.weights.get("output.weight") or self.weights["token_embd.weight"], h)
-        if cap := self.config.softcap:
-            y = g.scale(g.tanh(g.scale(y, 1 / cap)), cap)
         return g.name(y, "logits")
+
+    def softcap(self, logits: np.ndarray) -> np.ndarray:
+        """The last operation, cap * tanh(logits / cap), in place on what was read back.
+
+        ggml's tanh is scalar and runs on one thread: 2.7 ms a row of 262,144, numpy's 0.1.
+        """
+        if cap := self.config.softcap:
+            logits *= np.float32(1 / cap)
+            np.tanh(logits, out=logits)
+            logits *= np.float32(cap)
+        return logits
 
     @staticmethod
     def named(g: Graph, spec: LayerSpec, name: str, x: Tensor) -> Tensor:
