@@ -184,21 +184,8 @@ def _gemma4(file: GGUF, keys: _Keys) -> Config:
         )
         for i in range(keys.n_layer)
     )
-    n_embd = keys.count("embedding_length")
-    softcap = "final_logit_softcapping"
-    return Config(
-        architecture="gemma4",
-        n_embd=n_embd,
-        n_vocab=_n_vocab(file.metadata),
-        n_context=keys.count("context_length"),
-        window=keys.count("attention.sliding_window"),
-        eps=keys.positive("attention.layer_norm_rms_epsilon"),
-        embed_scale=sqrt(n_embd),
-        attn_scale=1.0,  # folded into the weights of attn_q_norm and attn_k_norm
-        softcap=keys.positive(softcap) if keys.has(softcap) else None,
-        n_per_layer=keys.integer("embedding_length_per_layer_input"),
-        layers=layers,
-    )
+    # The scale is folded into the weights of attn_q_norm and attn_k_norm.
+    return _config(file, keys, layers, 1.0, keys.integer("embedding_length_per_layer_input"))
 
 
 def _gemma3(file: GGUF, keys: _Keys) -> Config:
@@ -223,25 +210,33 @@ def _gemma3(file: GGUF, keys: _Keys) -> Config:
         )
         for i in range(keys.n_layer)
     )
+    # The 27B, the one with 62 layers, scales by width per head; no key says so.
+    scaled = keys.count("embedding_length") / n_head if keys.n_layer == 62 else head_dim
+    return _config(file, keys, layers, scaled**-0.5, 0)
+
+
+_BUILDERS: dict[str, Callable[[GGUF, _Keys], Config]] = {"gemma3": _gemma3, "gemma4": _gemma4}
+
+
+def _config(
+    file: GGUF, keys: _Keys, layers: tuple[LayerSpec, ...], attn_scale: float, n_per_layer: int
+) -> Config:
+    """What is read in the same way for both architectures."""
     n_embd = keys.count("embedding_length")
     softcap = "final_logit_softcapping"
     return Config(
-        architecture="gemma3",
+        architecture=keys.prefix,
         n_embd=n_embd,
         n_vocab=_n_vocab(file.metadata),
         n_context=keys.count("context_length"),
         window=keys.count("attention.sliding_window"),
         eps=keys.positive("attention.layer_norm_rms_epsilon"),
         embed_scale=sqrt(n_embd),
-        # The 27B, the one with 62 layers, scales by width per head; no key says so.
-        attn_scale=(n_embd / n_head if keys.n_layer == 62 else head_dim) ** -0.5,
+        attn_scale=attn_scale,
         softcap=keys.positive(softcap) if keys.has(softcap) else None,
-        n_per_layer=0,
+        n_per_layer=n_per_layer,
         layers=layers,
     )
-
-
-_BUILDERS: dict[str, Callable[[GGUF, _Keys], Config]] = {"gemma3": _gemma3, "gemma4": _gemma4}
 
 
 def _every_sixth_full(n_layer: int) -> list[bool]:
