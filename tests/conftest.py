@@ -10,12 +10,18 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import gemloom
 import tiny
 
 # A job in the background starts with SIGINT ignored, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The gate judges a change, so it draws the same examples for all; a run by hand draws new ones.
+settings.register_profile("gate", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("gate")
 
 Load = Callable[..., gemloom.Model]
 
