@@ -73,7 +73,8 @@ class Weights:
             if repack and name not in self._layout.sliced:
                 packed = self._device.repacked(kind, shape)
             if packed not in self._arenas:
-                self._arenas[packed] = Arena(self._device, len(self._layout.required), packed)
+                count = len(self._layout.required)
+                self._arenas[packed] = Arena(self._device, count, packed, weights=True)
             self._tensors[name] = self._arenas[packed].tensor(name, kind, shape)
             if packed or not in_place or not self._map(info):
                 copies.append(info)

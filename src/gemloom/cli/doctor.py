@@ -41,7 +41,7 @@ def doctor(
 
 
 def _print_advice(advice: dict[str, Any]) -> None:
-    typer.echo("\nIt could be faster:")
+    typer.echo("\nIt may be faster (gemloom bench tells):")
     for reason in advice["because"]:
         typer.echo(f"- {reason}")
     typer.echo(f"This builds ggml for this machine; it needs {advice['needs']}:\n")
@@ -87,7 +87,7 @@ def unused(flags: set[str], features: dict[str, bool]) -> list[str]:
 
 def advise(blas: bool, missing: list[str], release: str) -> dict[str, Any] | None:
     """The one command that would make it faster, why, and what it needs; None if there is none."""
-    because = [] if blas else ["ggml was built without BLAS"]
+    because = [] if blas else ["ggml was built without BLAS: faster prompts on some CPUs"]
     if missing:
         because.append(f"ggml was not built for this CPU ({', '.join(missing)} unused)")
     if not because:

@@ -287,8 +287,10 @@ class Arena:
     others memory with ``allocate()``. Free with ``close()``.
     """
 
-    def __init__(self, device: Device, count: int, buffer_type: Any = None) -> None:
-        self._device = device
+    def __init__(
+        self, device: Device, count: int, buffer_type: Any = None, *, weights: bool = False
+    ) -> None:
+        self._device, self._weights = device, weights
         self._buffer_type = buffer_type or ggml.ggml_backend_dev_buffer_type(device.cpu)
         params = ggml.ggml_init_params(count * ggml.ggml_tensor_overhead() + 1024, None, True)
         self._context = ggml.ggml_init(params)
@@ -348,6 +350,9 @@ class Arena:
             raise DeviceError(
                 f"no memory for {what}: {size / 2**20:,.0f} MiB could not be allocated"
             )
+        if self._weights:  # keeps the scheduler from moving a product away from its weights
+            usage = ggml.GGML_BACKEND_BUFFER_USAGE_WEIGHTS
+            ggml.ggml_backend_buffer_set_usage(buffer, usage)
         ggml.ggml_backend_buffer_clear(buffer, 0)
         self._closers.append(lambda: ggml.ggml_backend_buffer_free(buffer))
         self.bytes_allocated += int(ggml.ggml_backend_buffer_get_size(buffer))
