@@ -61,8 +61,7 @@ class Weights:
         except BaseException:
             self.close()
             raise
-        self.per_layer_bytes = self._size(file.tensors.get(PER_LAYER_TABLE))
-        self.bytes = sum(tensor.nbytes for tensor in self._tensors.values()) - self.per_layer_bytes
+        self.bytes, self.per_layer_bytes = planned_bytes(file, layout)
 
     def _fill(self, file: GGUF, in_place: bool, repack: bool) -> None:
         copies = []
@@ -100,10 +99,6 @@ class Weights:
             return False
         self.bytes_mapped += info.nbytes
         return True
-
-    @staticmethod
-    def _size(info: TensorInfo | None) -> int:
-        return info.nbytes if info else 0
 
     @property
     def bytes_copied(self) -> int:

@@ -69,11 +69,6 @@ class Graph:
             self.tapped[name] = self.output(self.cont(x))
         return x
 
-    @property
-    def n_nodes(self) -> int:
-        """Operations in the graph."""
-        return int(ggml.ggml_graph_n_nodes(self._graph))
-
     def reserve(self) -> None:
         """Let the scheduler take the memory this graph needs. DeviceError if there is none."""
         self._device.current = None
