@@ -8,6 +8,7 @@ cells and masks are inputs, so nothing about them is baked into a graph.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -53,7 +54,7 @@ def node_budget(config: Config, parts: int, taps: int = 0) -> int:
 class Runner:
     """Runs batches on one model. Not thread-safe: one caller at a time. ``close()`` frees it.
 
-    ``times`` are the seconds since then by phase of ``run``: build (and allocate), input,
+    ``times`` are the seconds since it was made by phase of ``run``: build (and allocate), input,
     compute, read.
     """
 
@@ -110,18 +111,16 @@ class Runner:
         base and factors.
         """
         self._forget()
-        g = Graph(self._device, node_budget(self.config, 1))
-        moves = []
-        for sliding in (False, True):
-            first = max(keep + drop, count - self.kv.cells.sliding) if sliding else keep + drop
-            positions = np.arange(first, count, dtype=np.int32)
-            moves.append(self._move(g, slot, positions, drop, sliding))
-        g.allocate()
-        for inputs in moves:
+        with closing(Graph(self._device, node_budget(self.config, 1))) as g:
+            inputs = []
+            for sliding in (False, True):
+                first = max(keep + drop, count - self.kv.cells.sliding) if sliding else keep + drop
+                positions = np.arange(first, count, dtype=np.int32)
+                inputs += self._move(g, slot, positions, drop, sliding)
+            g.allocate()
             for tensor, values in inputs:
                 self._write(tensor, [values])
-        g.compute()
-        g.close()
+            g.compute()
 
     def _move(
         self, g: Graph, slot: int, positions: np.ndarray, drop: int, sliding: bool
