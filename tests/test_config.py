@@ -141,7 +141,7 @@ def test_released_sizes(size: str) -> None:
         rope__freq_base_swa=1e4, rope__dimension_count=512, rope__dimension_count_swa=256,
         final_logit_softcapping=30.0,
     )  # fmt: skip
-    tokens = gguf.StringArray(memoryview(bytes(80)), 0, 10)
+    tokens = gguf.StringArray(memoryview(bytes(80)), 10)
     metadata = gguf.Metadata(size, keys | {"tokenizer.ggml.tokens": tokens})
     got = from_gguf(gguf.GGUF(size, metadata, {}))
     assert [s.index for s in got.layers if not s.sliding] == list(full)

@@ -33,7 +33,7 @@ def _value(value: Any) -> Any:
     if value and isinstance(value[0], str | bytes):
         raw = [text.encode() if isinstance(text, str) else text for text in value]
         packed = b"".join(struct.pack("<Q", len(text)) + text for text in raw)
-        return StringArray(memoryview(packed), 0, len(raw))
+        return StringArray(memoryview(packed), len(raw))
     return np.array(value)
 
 

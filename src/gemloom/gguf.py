@@ -54,16 +54,17 @@ class StringArray(Sequence[str]):
     Bytes that are not UTF-8 become U+FFFD, as in every string of a file; ``raw`` has them.
     """
 
-    def __init__(self, buffer: memoryview, start: int, count: int) -> None:
-        self._buffer, self._start, self._count = buffer, start, count
+    def __init__(self, buffer: memoryview, count: int) -> None:
+        self._buffer, self._count = buffer, count
 
     def raw(self) -> list[bytes]:
         """Every string as its bytes."""
-        out, position = [], self._start
+        whole, length_at = bytes(self._buffer), _U64.unpack_from
+        out, position = [], 0
         for _ in range(self._count):
             start = position + 8
-            position = start + _U64.unpack_from(self._buffer, position)[0]
-            out.append(bytes(self._buffer[start:position]))
+            position = start + length_at(whole, position)[0]
+            out.append(whole[start:position])
         return out
 
     def __len__(self) -> int:
@@ -86,7 +87,7 @@ class StringArray(Sequence[str]):
     @cached_property
     def _starts(self) -> array[int]:
         """Where each string's length lies; found on the first access by index."""
-        starts, position = array("Q"), self._start
+        starts, position = array("Q"), 0
         for _ in range(self._count):
             starts.append(position)
             position += 8 + _U64.unpack_from(self._buffer, position)[0]
@@ -317,7 +318,7 @@ class _Reader:
         if kind == _STRING:
             start = self.position
             self.position = self._walk(count)
-            return StringArray(self.head, start, count)
+            return StringArray(self.head[start : self.position], count)
         if kind not in _SCALARS:
             raise FormatError(
                 f"{self.blob.name}: {key[:80]}: an array of type {kind} is not supported"

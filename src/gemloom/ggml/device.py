@@ -332,9 +332,9 @@ class Arena:
         return buffer
 
     def allocate(self, what: str) -> None:
-        """Memory, cleared, for every tensor that has none yet. DeviceError if there is not enough.
+        """Memory for every tensor that has none yet, cleared unless weights will fill it.
 
-        ``what`` names it in the error.
+        DeviceError if there is not enough; ``what`` names it there.
         """
         kind = self._buffer_type
         size = ggml.ggml_backend_alloc_ctx_tensors_from_buft_size(self._context, kind)
@@ -353,7 +353,8 @@ class Arena:
         if self._weights:  # keeps the scheduler from moving a product away from its weights
             usage = ggml.GGML_BACKEND_BUFFER_USAGE_WEIGHTS
             ggml.ggml_backend_buffer_set_usage(buffer, usage)
-        ggml.ggml_backend_buffer_clear(buffer, 0)
+        else:
+            ggml.ggml_backend_buffer_clear(buffer, 0)
         self._closers.append(lambda: ggml.ggml_backend_buffer_free(buffer))
         self.bytes_allocated += int(ggml.ggml_backend_buffer_get_size(buffer))
 
