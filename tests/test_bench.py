@@ -66,10 +66,14 @@ def test_prompts_are_cold_and_depths_are_filled(
     monkeypatch.setattr(
         model._runner, "run", lambda b, *a: rows.append(len(b[0].tokens)) or compute(b, *a)
     )
+    cold = [16, 16, 8]
     for _ in range(2):
         rows.clear()
         measured(model, prompts=(40,), generate=(), repetitions=2)
-        assert rows == [2, 16, 16, 8, 16, 16, 8]
+        assert rows[0] == 2
+        assert rows[-3:] == cold
+        counted = [rows[i : i + 3] for i in range(len(rows) - 2)].count(cold)
+        assert counted == 2  # one that found a token in the cells was measured again
     rows.clear()
     measured(model, prompts=(), generate=(3,), depths=(50,), repetitions=1)
     assert sum(rows[:-3]) >= 50 and rows[-3:] == [1, 1, 1]

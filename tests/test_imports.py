@@ -18,9 +18,18 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
     "jinja2": "chat",
     "huggingface_hub": "source",
     "typer": "cli",
+    "llguidance": "constraint",
+    "fastapi": ("server", "cli.serving"),
+    "starlette": "server",
+    "uvicorn": ("server", "cli"),
+    "prometheus_client": "server",
+    "pydantic": "server",
     "rich": ("cli", "builtin", "bench"),
 }
-PURE = ["sampling", "stopping", "slots", "sequence", "chat", "tokenizer", "gguf", "blob", "config"]
+PURE = [
+    "sampling", "stopping", "slots", "sequence", "scheduler", "chat", "conversation", "router",
+    "constraint", "tokenizer", "gguf", "blob", "config", "server.protocol",
+]  # fmt: skip
 ARROWS = {  # module: all it may import of this package; a name stands for what is below it too
     "errors": [],
     "blob": ["errors"],
@@ -33,8 +42,13 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "sampling": ["errors"],
     "stopping": [],
     "slots": ["errors"],
-    "sequence": ["sampling", "slots", "stopping", "tokenizer"],
-    "generation": ["sequence"],
+    "conversation": ["chat", "errors"],
+    "router": [],
+    "tool_grammar": ["errors"],
+    "constraint": ["errors", "sequence", "tokenizer", "tool_grammar"],
+    "sequence": ["errors", "sampling", "slots", "stopping", "tokenizer"],
+    "scheduler": ["sequence"],
+    "generation": ["errors", "router", "sequence"],
     "ggml": ["errors", "ggml", "gguf"],
     "weights": ["errors", "ggml", "gguf"],
     "linear": ["ggml"],
@@ -42,6 +56,7 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "models": ["cache", "config", "errors", "ggml", "linear", "models", "weights"],
     "runner": ["cache", "config", "ggml", "models", "sequence", "weights"],
     "options": ["config", "errors"],
+    "engine": ["cache", "errors", "options", "runner", "scheduler", "sequence", "slots"],
     "state": ["cache", "config", "errors", "gguf", "slots"],
 }
 

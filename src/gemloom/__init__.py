@@ -15,7 +15,8 @@ from gemloom import errors
 from gemloom.errors import GemloomError
 
 if TYPE_CHECKING:
-    from gemloom.generation import ChatCompletion, Completion, Run, Usage
+    from gemloom.engine import Stats
+    from gemloom.generation import ChatCompletion, ChatRun, Completion, Run, Usage
     from gemloom.model import Model, load
     from gemloom.options import Options
     from gemloom.sampling import SamplingParams
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ChatCompletion",
+    "ChatRun",
     "Completion",
     "GemloomError",
     "Model",
@@ -31,12 +33,14 @@ __all__ = [
     "Piece",
     "Run",
     "SamplingParams",
+    "Stats",
     "Usage",
     "errors",
     "load",
 ]
 _HOMES = {
-    "generation": ("ChatCompletion", "Completion", "Run", "Usage"),
+    "engine": ("Stats",),
+    "generation": ("ChatCompletion", "ChatRun", "Completion", "Run", "Usage"),
     "model": ("Model", "load"),
     "options": ("Options",),
     "sampling": ("SamplingParams",),

@@ -14,6 +14,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -178,21 +179,15 @@ def _stream(model: Model, ids: list[int], n: int, seed: int) -> Run:
 
 def _prompt(model: Model, n: int, repetition: int) -> tuple[float, dict[str, float]]:
     """Seconds until the first token after a prompt never seen before is there, and by phase."""
-    with _cold(model, n, repetition) as run:
+    for seed in count(repetition, MAX_REPETITIONS):
+        ids = _tokens(model, n, seed)
         before, start = model.times, perf_counter()
-        next(run)
+        with _stream(model, ids, 1, seed) as run:
+            next(run)
         seconds = perf_counter() - start
-        return seconds, _phases(seconds, before, model.times, run.times)
-
-
-def _cold(model: Model, n: int, seed: int) -> Run:
-    """A prompt of ``n`` tokens of which nothing is in the cells."""
-    while True:
-        run = _stream(model, _tokens(model, n, seed), 1, seed)
-        if not run.usage.cached_tokens:
-            return run
-        run.close()
-        seed += MAX_REPETITIONS
+        if not run.usage.cached_tokens:  # by chance, what an earlier one left in the cells
+            break
+    return seconds, _phases(seconds, before, model.times, run.times)
 
 
 def _decode(model: Model, n: int, depth: int, repetition: int) -> tuple[float, dict[str, float]]:

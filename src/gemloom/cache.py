@@ -176,6 +176,43 @@ class KVCache:
                 store.write(data[:size], slot * self.cells.of(spec.sliding) * store.strides[1])
                 data = data[size:]
 
+    def window_before(self, slot: int, end: int) -> bytes:
+        """The sliding cells of the window's positions before ``end``, K and V of each layer."""
+        return b"".join(
+            store.read(row * store.strides[1], n * store.strides[1])
+            for store in self._sliding()
+            for row, n in self._window_rows(slot, end)
+        )
+
+    def restore_window(self, slot: int, end: int, data: bytes) -> None:
+        """Put back what ``window_before`` gave for the same ``end``, from this slot or another."""
+        view = memoryview(data)
+        for store in self._sliding():
+            for row, n in self._window_rows(slot, end):
+                store.write(view[: n * store.strides[1]], row * store.strides[1])
+                view = view[n * store.strides[1] :]
+
+    def copy_full(self, source: int, to: int, count: int) -> None:
+        """Copy the first ``count`` cells of every full layer from one slot to another."""
+        for spec in self._specs:
+            if not spec.sliding:
+                for store in self._stores[spec.index]:
+                    size = self.cells.full * store.strides[1]
+                    cells = store.read(source * size, count * store.strides[1])
+                    store.write(memoryview(cells), to * size)
+
+    def _sliding(self) -> Iterator[Tensor]:
+        return (t for spec in self._specs if spec.sliding for t in self._stores[spec.index])
+
+    def _window_rows(self, slot: int, end: int) -> list[tuple[int, int]]:
+        """Where the window before ``end`` lies in a sliding store: (first row, rows), in order."""
+        ring = self.cells.sliding
+        start = max(0, end - min(self.window, ring))
+        first, n = start % ring, end - start
+        head = min(n, ring - first)
+        rows = [(slot * ring + first, head), (slot * ring, n - head)]
+        return [(row, n) for row, n in rows if n]
+
     # -- graph -------------------------------------------------------------------------------
 
     def write(self, g: Graph, spec: LayerSpec, rows: Rows, k: Tensor, v: Tensor) -> None:

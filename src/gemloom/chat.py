@@ -5,7 +5,8 @@ that leads out of it, no change to what it is given, no range over 100,000. Loop
 and long strings are not bounded, so a hostile *model file* can still take time and memory;
 a hostile *message* cannot make special tokens (``encode_chat``).
 
-Not here: the way back, from the model's text to answers.
+Not here: messages as OpenAI's API has them (``conversation.py``), and the way back, from the
+model's text to answers (``router.py``).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def render(
     refuses the conversation; OptionError for a variable that is not the caller's to set;
     TokenizerError for a template that is no valid Jinja.
     """
-    _check(messages)
+    check(messages)
     variables["add_generation_prompt"] = add_generation_prompt
     return _run(template, messages, bos, eos, variables)
 
@@ -73,7 +74,7 @@ def encode_chat(
     """
     if tokenizer.chat_template is None:
         raise RequestError("this model has no chat template: give it a prompt, not messages")
-    _check(messages)
+    check(messages)
     openers = tokenizer.openers
     try:
         guard = _choose_guard((messages, variables))
@@ -86,7 +87,8 @@ def encode_chat(
     return tokenizer.with_bos(tokenizer.encode(text, special=True, guard=guard))
 
 
-def _check(messages: Sequence[Message]) -> None:
+def check(messages: Sequence[Message]) -> None:
+    """Raises RequestError, with the index, for a message that ``render`` would not take."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RequestError("messages must be a list of one message or more")
     for index, message in enumerate(messages):
@@ -167,14 +169,46 @@ def _run(
     if taken := sorted(variables.keys() & set(_OURS)):
         raise OptionError(f"the template variable {taken[0]} cannot be set")
     compiled = _compile(template)
+    knows_no_tool_role = "tool_responses" in template and "tool_call_id" not in template
     context = {"tools": None, "documents": None, **variables}
     try:
+        if knows_no_tool_role:
+            messages = _fold_results(messages)
         return compiled.render(
             context, messages=[_readable(m) for m in messages], bos_token=bos, eos_token=eos
         )
     except Exception as error:  # a template can fail in any way that an expression can
         line = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"chat template: {line}") from error
+
+
+def _fold_results(messages: Sequence[Message]) -> list[Message]:
+    """Tool results, and an answer after them, put in the message with the calls.
+
+    Gemma 4's first template knows no role ``tool``: one model turn is one message there.
+    """
+    folded: list[Message] = []
+    for message in messages:
+        last = folded[-1] if folded else {}
+        if message["role"] == "tool" and last.get("tool_calls"):
+            result = {"name": message.get("name") or "unknown", "response": _text(message)}
+            responses = [*(last.get("tool_responses") or ()), result]
+            folded[-1] = {**last, "tool_responses": responses}
+        elif _continues(last, message):
+            folded[-1] = {**last, "content": message["content"]}
+        else:
+            folded.append(message)
+    return folded
+
+
+def _continues(last: Message, message: Message) -> bool:
+    answers = message["role"] == "assistant" and not message.get("tool_calls")
+    return answers and bool(last.get("tool_responses")) and not last.get("content")
+
+
+def _text(message: Message) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else str(_Parts(content))
 
 
 def _readable(message: Message) -> dict[str, Any]:

@@ -12,6 +12,8 @@
     │   ├── ContextError          400  context_length_exceeded
     │   └── StateError            400  invalid_state        saved state that does not fit this model
     ├── DeviceError               500  device_error         a backend missing, lost or out of memory
+    ├── QueueFullError            429  queue_full           more requests than may wait
+    ├── EngineError               503  engine_failed        a step failed; nothing is computed since
     └── ClosedError               503  model_closed         used after close()
 
 The type carries the HTTP status and the code of an API error, so that no other
@@ -94,6 +96,20 @@ class DeviceError(GemloomError):
     """A backend that is missing, was lost or has no memory left."""
 
     code = "device_error"
+
+
+class QueueFullError(GemloomError):
+    """More requests wait than the queue holds: try again later."""
+
+    status = 429
+    code = "queue_full"
+
+
+class EngineError(GemloomError):
+    """A step of the engine failed, so all its requests did; the model must be loaded again."""
+
+    status = 503
+    code = "engine_failed"
 
 
 class ClosedError(GemloomError):

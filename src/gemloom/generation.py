@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from time import perf_counter
-from typing import Self
+from queue import Empty, SimpleQueue
+from typing import Any, Self
+from uuid import uuid4
 
-from gemloom.sequence import Piece, Sequence
+from gemloom.errors import GemloomError
+from gemloom.router import Content, Part, Reasoning, Router, ToolCall
+from gemloom.sequence import Piece
+from gemloom.sequence import Sequence as Request
+
+Event = Piece | GemloomError | None  # a token, why it failed, or that it was cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,74 +57,122 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class ChatCompletion:
-    """An assistant's answer; ``message`` can be appended to the conversation as it is."""
+    """An assistant's answer; ``message`` can be appended to the conversation as it is.
 
-    message: dict[str, str]
+    It has ``content``, and where there are some ``reasoning_content`` and ``tool_calls``, as
+    OpenAI's API has them. ``finish_reason`` is "stop", "length" or "tool_calls", None where it was
+    cancelled.
+    """
+
+    message: dict[str, Any]
     finish_reason: str | None
     usage: Usage
 
 
-class Run(Iterator[Piece]):
-    """A request under way: iterate over its pieces; ``close()``, or leave ``with``, to stop early.
+class Inbox:
+    """The events of one request, from the thread that computes to whoever waits for them.
 
-    ``step`` computes something of the sequence and gives a piece if that made one; ``finish`` is
-    called once, when no more will be asked for.
+    One reader at a time: a thread in ``get``, or a coroutine in ``wait``.
+    """
+
+    def __init__(self) -> None:
+        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._lock = threading.Lock()
+
+    def put(self, event: Event) -> None:
+        """Hand an event over. Never blocks, and may be called from any thread."""
+        self._events.put(event)
+        with self._lock:
+            reader, self._reader = self._reader, None
+        if reader:
+            loop, future = reader
+            with suppress(RuntimeError):  # the loop is closed, so nobody reads any more
+                loop.call_soon_threadsafe(_wake, future)
+
+    def get(self) -> Event:
+        """The next event; blocks until there is one."""
+        return self._events.get()
+
+    async def wait(self) -> Event:
+        """The next event."""
+        while True:
+            future = asyncio.get_running_loop().create_future()
+            with self._lock:  # before the look, so that no event can slip between the two
+                self._reader = (future.get_loop(), future)
+            try:
+                return self._events.get_nowait()
+            except Empty:
+                await future
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class Run(Iterator[Piece]):
+    """A request under way: iterate over its pieces, with ``for`` or ``async for``.
+
+    ``completion()``, or ``await``, gives them put together. ``close()``, or leaving ``with``, stops
+    it early. It is computed whether or not somebody reads.
     """
 
     def __init__(
-        self,
-        sequence: Sequence,
-        step: Callable[[Sequence], Piece | None],
-        finish: Callable[[Sequence], None],
+        self, sequence: Request, inbox: Inbox, cancel: Callable[[Request], None], owner: object
     ) -> None:
-        self._sequence, self._step, self._finish = sequence, step, finish
-        self._open, self._cancelled = True, False
-        self._started = self._first = self._last = 0.0
+        self._sequence, self._inbox, self._cancel = sequence, inbox, cancel
+        self._owner = owner  # a model lives as long as its requests
+        self._open = True
 
     def __next__(self) -> Piece:
         if not self._open:
             raise StopIteration
-        self._started = self._started or perf_counter()
         try:
-            piece = self._compute()
+            event = self._inbox.get()
         except BaseException:  # Ctrl-C among them: the slot must be free again
             self.close()
             raise
-        self._last = perf_counter()
-        if self._sequence.n_generated == 1:
-            self._first = self._last
-        if piece.finish_reason:
+        if piece := self._take(event):
+            return piece
+        raise StopIteration
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Piece:
+        if not self._open:
+            raise StopAsyncIteration
+        try:
+            event = await self._inbox.wait()
+        except BaseException:
             self.close()
-        return piece
+            raise
+        if piece := self._take(event):
+            return piece
+        raise StopAsyncIteration
 
-    def _compute(self) -> Piece:
-        """The next piece. StopIteration if cancelled before there is one."""
-        piece = None
-        while piece is None:
-            if self._cancelled or not self._open:  # another thread may have closed it
-                raise StopIteration
-            piece = self._step(self._sequence)
-        return piece
+    def _take(self, event: Event) -> Piece | None:
+        """The piece, None where the request was cancelled; raises the error that ended it."""
+        if isinstance(event, Piece):
+            self._open = self._open and not event.finish_reason
+            return event
+        self._open = False
+        if event is None:
+            return None
+        raise event
 
-    @property
-    def usage(self) -> Usage:
-        """Counts and times so far."""
-        return Usage(
-            self._sequence.n_prompt,
-            self._sequence.n_generated,
-            self._sequence.n_cached,
-            self._first - self._started,
-            self._last - self._first,
-        )
+    def __await__(self) -> Generator[Any, None, Completion]:
+        return self._gather().__await__()
 
-    @property
-    def times(self) -> dict[str, float]:
-        """Seconds so far by what was done outside the model's steps: sample, text."""
-        return dict(self._sequence.times)
+    async def _gather(self) -> Completion:
+        return self._completion([piece async for piece in self])
 
     def completion(self) -> Completion:
-        """Run to the end and put the pieces together."""
-        pieces = list(self)
+        """Wait for the end and put the pieces together."""
+        return self._completion(list(self))
+
+    def _completion(self, pieces: list[Piece]) -> Completion:
         return Completion(
             "".join(piece.text for piece in pieces),
             [piece.token for piece in pieces],
@@ -123,19 +181,31 @@ class Run(Iterator[Piece]):
             pieces,
         )
 
-    def cancel(self) -> None:
-        """End the iteration before the next step; a signal handler or another thread may call it.
+    @property
+    def usage(self) -> Usage:
+        """Counts and times so far."""
+        s = self._sequence
+        return Usage(
+            s.n_prompt, s.n_generated, s.n_cached, max(0.0, s.first - s.started), s.last - s.first
+        )
 
-        What has been computed stays in the cells, which an exception in the middle of a step does
-        not give.
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds so far by what was done outside the model's steps: sample, text."""
+        return dict(self._sequence.times)
+
+    def cancel(self) -> None:
+        """End it before the next step; a signal handler or another thread may call it.
+
+        Pieces that were computed can still be read, and what was computed stays in the cells.
         """
-        self._cancelled = True
+        self._cancel(self._sequence)
 
     def close(self) -> None:
-        """Stop, and free the slot; a second call does nothing."""
+        """Stop, and free the slot; waits for nothing, and a second call does nothing."""
         if self._open:
             self._open = False
-            self._finish(self._sequence)
+            self._cancel(self._sequence)
 
     def __enter__(self) -> Self:
         return self
@@ -145,3 +215,102 @@ class Run(Iterator[Piece]):
 
     def __del__(self) -> None:
         self.close()
+
+
+class ChatRun(Iterator[Part]):
+    """An answer under way, taken apart: iterate over its Content, Reasoning and ToolCall parts.
+
+    With ``for`` or ``async for``; ``completion()``, or ``await``, gives them put together. Without
+    a router all of it is Content.
+    """
+
+    def __init__(self, run: Run, router: Router | None) -> None:
+        self.run, self._router = run, router
+        self._parts: deque[Part] = deque()
+        self._open, self._called = True, False
+        self.finish_reason: str | None = None
+
+    def __next__(self) -> Part:
+        while not self._parts:
+            if not self._open:
+                raise StopIteration
+            self._read(next(self.run, None))
+        return self._parts.popleft()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Part:
+        while not self._parts:
+            if not self._open:
+                raise StopAsyncIteration
+            self._read(await anext(self.run, None))
+        return self._parts.popleft()
+
+    def _read(self, piece: Piece | None) -> None:
+        self._open = piece is not None and not piece.finish_reason
+        found = self._route(piece.text) if piece else []
+        if not self._open and self._router:
+            found += self._router.flush()
+        self._parts += found
+        self._called = self._called or any(isinstance(part, ToolCall) for part in found)
+        if piece and piece.finish_reason:
+            tools = self._called and piece.finish_reason == "stop"
+            self.finish_reason = "tool_calls" if tools else piece.finish_reason
+
+    def _route(self, text: str) -> list[Part]:
+        if self._router:
+            return self._router.push(text)
+        return [Content(text)] if text else []
+
+    def __await__(self) -> Generator[Any, None, ChatCompletion]:
+        return self._gather().__await__()
+
+    async def _gather(self) -> ChatCompletion:
+        return self._completion([part async for part in self])
+
+    def completion(self) -> ChatCompletion:
+        """Wait for the end and put the parts together."""
+        return self._completion(list(self))
+
+    def _completion(self, parts: Sequence[Part]) -> ChatCompletion:
+        return ChatCompletion(message(parts), self.finish_reason, self.run.usage)
+
+    @property
+    def usage(self) -> Usage:
+        """Counts and times so far."""
+        return self.run.usage
+
+    def cancel(self) -> None:
+        """As ``Run.cancel``."""
+        self.run.cancel()
+
+    def close(self) -> None:
+        """As ``Run.close``."""
+        self._open = False
+        self.run.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def message(parts: Iterable[Part]) -> dict[str, Any]:
+    """The parts of an answer as an assistant's message."""
+    parts = list(parts)
+    content = "".join(part.text for part in parts if isinstance(part, Content))
+    reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
+    calls = [part for part in parts if isinstance(part, ToolCall)]
+    found: dict[str, Any] = {"role": "assistant", "content": content}
+    if reasoning:
+        found["reasoning_content"] = reasoning
+    if calls:
+        found["tool_calls"] = [_call(call) for call in calls]
+    return found
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid4().hex}", "type": "function", "function": function}

@@ -1,43 +1,49 @@
 """The public face: load a model, generate, stream, chat, look inside.
 
-Several threads may use one model, each request in a slot of its own; the arithmetic is
-done one step at a time under a lock.
+Threads and coroutines may share a model: each request gets a slot of its own, and one thread
+(``engine.py``) computes for all of them together.
 """
 
 from __future__ import annotations
 
 import reprlib
-import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
+from functools import cached_property, partial
 from operator import index
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
-from gemloom import chat, gguf, state
+from gemloom import conversation, gguf, state
 from gemloom.cache import KVCache
+from gemloom.chat import Message, encode_chat
 from gemloom.config import Config, from_gguf
-from gemloom.errors import ClosedError, ContextError, OptionError, RequestError
-from gemloom.generation import ChatCompletion, Completion, Run
-from gemloom.ggml.device import Device
+from gemloom.engine import Engine, Stats
+from gemloom.errors import ContextError, OptionError, RequestError
+from gemloom.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
+from gemloom.ggml.device import Device, trim_memory
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options, from_options
+from gemloom.router import Router
 from gemloom.runner import Runner, node_budget
 from gemloom.sampling import check_vocabulary
 from gemloom.sampling import from_options as sampling_params
-from gemloom.sequence import Chunk, Piece
+from gemloom.sequence import Chunk, Constraint
 from gemloom.sequence import Sequence as Request
-from gemloom.slots import Slot, Slots
+from gemloom.slots import Slot
 from gemloom.source import DEFAULT_MODEL, resolve
 from gemloom.tokenizer import Tokenizer
 from gemloom.weights import Weights
 
+if TYPE_CHECKING:
+    from gemloom.constraint import Grammars
+
 LOGITS_BYTES = 64 << 20  # of one step, where many rows' logits are wanted
+HIDDEN = "output_norm"  # the intermediate that goes into the head
 MAX_TAPS = 40  # more than a layer has
 MAX_NODES = 1 << 17  # of one graph; ggml's scheduler reserves some kilobytes for each
 
@@ -82,12 +88,12 @@ class Model:
             self._runner = Runner(self._device, self.config, self._weights, self._kv)
             stack.callback(self._runner.close)
             self._runner.reserve()
-            self._free = weakref.finalize(self, stack.pop_all().close)
-        self._slots = Slots(options.slots, self.config.window, self._kv.cells.sliding)
-        self._fingerprint = state.fingerprint(file, self.config)
-        self._lock, self._computing_now = threading.RLock(), False
-        self._ended: deque[Request] = deque()  # requests whose slots are to be given back
-        self.closed = False
+            self._fingerprint = state.fingerprint(file, self.config)
+            self._engine = Engine(
+                self._runner, self._kv, options, self.context, stack.pop_all().close
+            )
+        self._close = weakref.finalize(self, self._engine.close)
+        trim_memory()  # the tokenizer was made from much that is not needed any more
 
     # -- text --------------------------------------------------------------------------------
 
@@ -107,55 +113,99 @@ class Model:
         ``sampling`` are the fields of ``SamplingParams``. Raises RequestError, OptionError,
         ContextError.
         """
-        return self._start(prompt, sampling).completion()
+        return self.stream(prompt, **sampling).completion()
 
-    def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Run:
-        """As ``generate``, piece by piece. Close the iterator to stop early."""
-        return self._start(prompt, sampling)
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        constraint: Constraint | None = None,
+        **sampling: Any,
+    ) -> Run:
+        """As ``generate``, piece by piece, with ``for``, ``async for`` or ``await`` for the whole.
+
+        It starts at once, or waits for a slot in the order of coming. ``constraint`` bounds what
+        may be said. Raises QueueFullError too, where too many wait, EngineError and ClosedError.
+        """
+        return self._start(prompt, constraint, sampling)
 
     @overload
     def chat(
-        self, messages: Sequence[chat.Message], *, stream: Literal[False] = False, **options: Any
+        self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Any
     ) -> ChatCompletion: ...
     @overload
     def chat(
-        self, messages: Sequence[chat.Message], *, stream: Literal[True], **options: Any
-    ) -> Run: ...
+        self, messages: Sequence[Message], *, stream: Literal[True], **options: Any
+    ) -> ChatRun: ...
     def chat(
         self,
-        messages: Sequence[chat.Message],
+        messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        response_format: Mapping[str, Any] | None = None,
         variables: Mapping[str, Any] | None = None,
         stream: bool = False,
-        **sampling: Any,
-    ) -> ChatCompletion | Run:
+        **options: Any,
+    ) -> ChatCompletion | ChatRun:
         """Answer a conversation: ``[{"role": "user", "content": "..."}, ...]``.
 
         The prompt is made by the file's own template, which gets ``tools`` and ``variables``
-        (``{"enable_thinking": True}``); RequestError if it has none. With ``stream`` the pieces
-        come one by one. The text is the model's own, thoughts and tool calls in it as it wrote
-        them.
+        (``{"enable_thinking": True}``); RequestError if it has none. ``response_format`` is as in
+        OpenAI's API, json_object or json_schema; other bounds are a ``constraint`` of
+        ``grammars``. ``options`` are those of ``stream``. With ``stream`` the parts come as they
+        are said: text, thoughts and tool calls.
         """
-        given = dict(variables or {}) | ({"tools": list(tools)} if tools else {})
-        prompt = chat.encode_chat(self.tokenizer, messages, **given)
-        if stream:
-            return self._start(prompt, sampling)
-        done = self.generate(prompt, **sampling)
-        message = {"role": "assistant", "content": done.text}
-        return ChatCompletion(message, done.finish_reason, done.usage)
+        prompt = self.chat_prompt(messages, tools=tools, variables=variables)
+        thinking = self._thinking(prompt, variables)
+        if response_format is not None:
+            options["constraint"] = self.grammars.response_format(response_format, **thinking)
+        markup = self.tokenizer.id_of("<|channel>") is not None
+        router = Router(thinking["open"]) if markup else None
+        run = ChatRun(self.stream(prompt, **options), router)
+        return run if stream else run.completion()
 
-    def _start(self, prompt: str | Sequence[int], sampling: dict[str, Any]) -> Run:
+    def _thinking(
+        self, prompt: Sequence[int], variables: Mapping[str, Any] | None
+    ) -> dict[str, bool]:
+        """Whether the model may think before it answers, and whether the prompt began a thought."""
+        tail = self.tokenizer.decode(prompt[-16:], special=True)
+        begun = conversation.starts_reasoning(tail)
+        asked = bool((variables or {}).get("enable_thinking"))
+        return {"thinking": begun or asked, "open": begun}
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Makes constraints: of a JSON schema, a regex, a Lark grammar or tools."""
+        from gemloom.constraint import Grammars  # llguidance takes a while to load
+
+        return Grammars(self.tokenizer, self.config.n_vocab)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The prompt that the file's template makes of a conversation, as ids."""
+        given = dict(variables or {})
+        if tools:
+            given["tools"] = conversation.check_tools(tools)
+        return encode_chat(self.tokenizer, conversation.prepare(messages), **given)
+
+    def _start(
+        self, prompt: str | Sequence[int], constraint: Constraint | None, sampling: dict[str, Any]
+    ) -> Run:
         params = sampling_params(sampling)
         check_vocabulary(params, self.config.n_vocab)
         ids = self._ids(prompt)
         limit = None if self.options.keep is not None else self.context - len(ids) + 1
-        with self._lock:
-            self._tidy()
-            self._check_open()
-            slot = self._slots.acquire(ids)
-            request = Request(ids, params, self.tokenizer, slot, limit)
-        return Run(request, self._step, self._finish)
+        inbox = Inbox()
+        request = Request(
+            ids, params, self.tokenizer, inbox.put, limit=limit, constraint=constraint
+        )
+        self._engine.submit(request)
+        return Run(request, inbox, self._engine.cancel, self)
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Prompt as checked ids."""
@@ -171,58 +221,6 @@ class Model:
         if len(ids) > self.context:
             raise ContextError(f"the prompt has {len(ids):,} tokens, the context {self.context:,}")
         return ids
-
-    def _step(self, request: Request) -> Piece | None:
-        """Compute the next chunk of a request; a piece, if it made a token."""
-        with self._computing(request.slot):
-            if request.n_done >= self.context:
-                self._shift(request)
-            chunk = request.next_chunk(min(self.options.chunk, self.context - request.n_done))
-            logits = self._runner.run([chunk])
-            request.advance(chunk)
-        return request.accept(logits[0]) if len(logits) else None
-
-    @contextmanager
-    def _computing(self, slot: Slot) -> Iterator[None]:
-        """One step at a time. Cells that a step which fails has half written are not reused."""
-        with self._lock:
-            self._tidy()
-            self._check_open()
-            self._computing_now = True
-            try:
-                yield
-            except BaseException:
-                slot.tokens.clear()
-                raise
-            finally:
-                self._computing_now = False
-                if self.closed:  # by a signal handler, in the middle of the step
-                    self._free()
-
-    def _shift(self, request: Request) -> None:
-        """Drop the older half of what comes after the first ``keep`` tokens."""
-        keep, n = self.options.keep or 0, request.n_done
-        drop = (n - keep) // 2
-        if n > self._kv.cells.sliding:  # the ring has lost the kept tokens: none may be seen in it
-            drop = min(drop, n - keep - self.config.window + 1)
-        self._runner.shift(request.slot.index, keep, drop, n)
-        request.forget(keep, drop)
-
-    def _finish(self, request: Request) -> None:
-        """Give a request's slot back. Never waits: a garbage collector may call it anywhere."""
-        self._ended.append(request)
-        if self._lock.acquire(blocking=False):
-            try:
-                self._tidy()
-            finally:
-                self._lock.release()
-
-    def _tidy(self) -> None:
-        while self._ended:
-            request = self._ended.popleft()
-            if request.shifted:  # cells such as no prompt of these tokens would give
-                request.slot.tokens.clear()
-            self._slots.release(request.slot)
 
     # -- looking inside ----------------------------------------------------------------------
 
@@ -256,38 +254,52 @@ class Model:
 
     def tap_names(self) -> list[str]:
         """Every intermediate that ``trace`` can give, in the order they are computed."""
-        with self._lock:
-            self._check_open()
-            return self._runner.names()
+        return self._engine.call(self._runner.names)
+
+    def embed(self, text: str | Sequence[int]) -> np.ndarray:
+        """Mean of the last hidden states of a text or of ids, of length 1: float32 [n_embd]."""
+        ids = self._ids(text)
+        total = np.zeros(self.config.n_embd, np.float64)
+        for _, values in self._pass(ids, range(len(ids)), [HIDDEN], head=False):
+            total += values[HIDDEN].sum(axis=0)
+        return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
 
     def _pass(
-        self, ids: Sequence[int], wanted: Sequence[int], taps: Sequence[str] = ()
+        self,
+        ids: Sequence[int],
+        wanted: Sequence[int],
+        taps: Sequence[str] = (),
+        *,
+        head: bool = True,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Run ids from nothing in a slot of its own: per step its wanted logits and its taps."""
         size = self.options.chunk
-        if len(wanted) > 1:
+        if len(wanted) > 1 and head:
             size = min(size, max(1, LOGITS_BYTES // 4 // self.config.n_vocab))
         with self._held_slot() as slot:
             for start in range(0, len(ids), size):
                 tokens = ids[start : start + size]
                 rows = [row - start for row in wanted if start <= row < start + len(tokens)]
-                with self._computing(slot):
-                    logits = self._runner.run([Chunk(slot.index, start, tokens, rows)], taps)
-                    values = self._runner.tapped() if taps else {}
-                slot.tokens.extend(tokens)
-                yield logits, values
+                chunk = Chunk(slot.index, start, tokens, rows)
+                yield self._engine.call(partial(self._compute, slot, chunk, taps, head))
+
+    def _compute(
+        self, slot: Slot, chunk: Chunk, taps: Sequence[str], head: bool
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        logits = self._runner.run([chunk], taps, head=head)
+        self._engine.slots.extend(slot, chunk.tokens)
+        return logits, self._runner.tapped() if taps else {}
 
     @contextmanager
     def _held_slot(self) -> Iterator[Slot]:
-        with self._lock:
-            self._tidy()
-            self._check_open()
-            slot = self._slots.acquire([])
+        slot = self._engine.call(lambda: self._engine.acquire([]))
         try:
             yield slot
-        finally:
-            with self._lock:
-                self._slots.release(slot)
+        except BaseException:
+            self._engine.release(slot, forget=True)  # what a failed step wrote is not reused
+            raise
+        else:
+            self._engine.release(slot)
 
     @property
     def times(self) -> dict[str, float]:
@@ -317,14 +329,17 @@ class Model:
             "repacked": self._weights.bytes_repacked,
         }
 
+    def stats(self) -> Stats:
+        """What is running and waiting, and counts since the model was loaded."""
+        return self._engine.stats()
+
     # -- state -------------------------------------------------------------------------------
 
     def save_state(self) -> bytes:
         """The tokens and K/V of the request that ended last. RequestError if none is held."""
-        with self._lock:
-            self._tidy()
-            self._check_open()
-            return state.save(self._fingerprint, self._kv, self._slots.latest())
+        return self._engine.call(
+            lambda: state.save(self._fingerprint, self._kv, self._engine.slots.latest())
+        )
 
     def load_state(self, data: bytes) -> int:
         """Put saved state into a slot, where the next prompt that begins with it finds it.
@@ -332,26 +347,26 @@ class Model:
         Returns how many tokens it has. StateError, and nothing changed, if it is damaged or of
         another model.
         """
-        with self._lock:
-            self._tidy()
-            self._check_open()
-            tokens, cells = state.parse(self._fingerprint, self._kv, data)
-            with self._held_slot() as slot:
-                state.restore(self._kv, slot, tokens, cells)
-            return len(tokens)
+        tokens, intact, cells = state.parse(self._fingerprint, self._kv, data)
+
+        def restore() -> None:
+            self._kv.restore(slot.index, len(tokens), cells)
+            slot.tokens[:], slot.intact = tokens, intact
+
+        with self._held_slot() as slot:
+            self._engine.call(restore)
+        return len(tokens)
 
     # -- end ---------------------------------------------------------------------------------
 
-    def _check_open(self) -> None:
-        if self.closed:
-            raise ClosedError("the model is closed")
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return not self._close.alive
 
     def close(self) -> None:
         """Free everything. What is under way ends with ClosedError; a second call does nothing."""
-        with self._lock:
-            self.closed = True
-            if not self._computing_now:
-                self._free()
+        self._close()
 
     def __enter__(self) -> Self:
         return self

@@ -23,14 +23,20 @@ class Options:
     slots: int = 1  # sequences that may be under way at once, each with K/V cells of its own
     kv_type: str = "f16"  # of the K/V cells: "f32", "f16" or "q8_0"
     mmap: bool = True  # use the file's bytes in place; False copies them into memory
+    queue: int = 64  # requests that may wait for a slot
     chunk: int = 512  # most rows of one prefill step
+    budget: int = (
+        128  # most rows of a step in which a request decodes: how long its stream may wait
+    )
+    snapshots: int = 128  # MiB for windows of K/V cells that chats may come back to; 0: none
     repack: bool = True  # copy matrices into the layout this CPU multiplies fastest
     keep: int | None = None  # shift the context when it is full, keeping so many first tokens
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("threads", 1, 512), ("context", 1, 2**24), ("slots", 1, 256),
-            ("chunk", 1, 8192), ("keep", 0, 2**24),
+            ("queue", 1, 2**16), ("chunk", 1, 8192), ("budget", 1, 8192),
+            ("snapshots", 0, 2**20), ("keep", 0, 2**24),
         ):  # fmt: skip
             value = getattr(self, name)
             optional = name in ("threads", "context", "keep")

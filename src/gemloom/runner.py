@@ -34,11 +34,14 @@ class _Part:
     cells: Extent
 
 
+_Key = tuple[tuple[_Part, ...], frozenset[str], bool]  # parts, taps, whether there is a head
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """A graph with its inputs and its output."""
 
-    key: tuple[tuple[_Part, ...], frozenset[str]]
+    key: _Key
     graph: Graph
     rows: Rows
     wanted: Rows | None
@@ -69,17 +72,18 @@ class Runner:
         """Take the compute memory of the largest prefill step now, rather than in a request."""
         count = min(self.kv.chunk, self.kv.cells.full)
         part = _Part(0, count, 1, self.kv.cells)
-        plan = self._build(((part,), frozenset()))
+        plan = self._build(((part,), frozenset(), True))
         plan.graph.reserve()
         plan.graph.close()
 
-    def run(self, batch: Batch, taps: Collection[str] = ()) -> np.ndarray:
+    def run(self, batch: Batch, taps: Collection[str] = (), *, head: bool = True) -> np.ndarray:
         """Compute a batch; float32 [wanted rows of all chunks, n_vocab].
 
-        K/V of every row are in the cache afterwards. With ``taps``, ``tapped()`` has their values.
+        K/V of every row are in the cache afterwards. With ``taps``, ``tapped()`` has their values;
+        with ``head`` False that is all there is, and the logits are not computed.
         """
         start = perf_counter()
-        key = (tuple(self._part(chunk) for chunk in batch), frozenset(taps))
+        key = (tuple(self._part(chunk) for chunk in batch), frozenset(taps), head)
         if self._plan is None or self._plan.key != key:
             self._forget()
             self._plan = self._build(key)
@@ -150,7 +154,7 @@ class Runner:
     def names(self) -> list[str]:
         """Every name that can be tapped."""
         part = _Part(0, 1, 1, self.kv.extent(1))
-        plan = self._build(((part,), frozenset()))
+        plan = self._build(((part,), frozenset(), True))
         plan.graph.close()
         return list(dict.fromkeys(plan.graph.names))
 
@@ -169,8 +173,8 @@ class Runner:
         cells = self.kv.extent(chunk.end)
         return _Part(chunk.slot, len(chunk.tokens), len(chunk.wanted), cells)
 
-    def _build(self, key: tuple[tuple[_Part, ...], frozenset[str]]) -> _Plan:
-        parts, taps = key
+    def _build(self, key: _Key) -> _Plan:
+        parts, taps, head = key
         g = Graph(self._device, node_budget(self.config, len(parts), len(taps)), taps)
         try:
             rows = self._all_rows(g, parts)
@@ -178,7 +182,7 @@ class Runner:
             if all(part.wanted == part.count for part in parts):
                 wanted = rows
             logits = self._model.forward(g, rows, wanted, self.kv)
-            return _Plan(key, g, rows, wanted, g.output(logits) if logits else None)
+            return _Plan(key, g, rows, wanted, g.output(logits) if logits and head else None)
         except BaseException:
             g.close()
             raise

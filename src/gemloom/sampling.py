@@ -12,6 +12,7 @@ The steps, in this order:
 4. ``repetition_penalty`` over the tokens of prompt and answer: a positive logit is divided by
    it, any other multiplied. Then ``presence_penalty``, and ``frequency_penalty`` times the
    count, are subtracted, over the tokens of the answer alone, as OpenAI defines them.
+   What a grammar does not allow becomes -inf.
 5. ``temperature`` divides; 0 takes the largest logit and skips what follows.
 6. ``top_k``, then ``top_p`` of what is left, then ``min_p`` relative to the most likely token.
 7. One draw.
@@ -209,15 +210,19 @@ def sample(
     history: History,
     rng: np.random.Generator,
     suppress: Sequence[int] = (),
+    allowed: NDArray[np.bool_] | None = None,
 ) -> Sampled:
     """Pick one token; takes one number from ``rng``, none where ``temperature`` is 0.
 
     -inf in ``logits`` bars a token, as ``suppress`` does; all ids lie within the vocabulary.
+    ``allowed`` is bool [vocab], the tokens that may be picked; None for all.
     Raises GemloomError for NaN or +inf, RequestError where no token is left.
     """
     _best(logits)  # before suppress could hide what is broken
     model = _suppressed(logits, suppress)
     values = _adjusted(model, params, history)
+    if allowed is not None:
+        values = np.where(allowed, values, np.float32(-np.inf))
     token = _best(values)
     if params.temperature > 0:
         token = _draw(values, float(values[token]), params, rng.random())

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections import abc
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 
+from gemloom.errors import GemloomError
 from gemloom.sampling import History, SamplingParams, generator, sample
 from gemloom.slots import Slot
 from gemloom.stopping import StopMatcher
@@ -49,11 +51,40 @@ class Piece:
     finish_reason: str | None = None  # "stop" or "length" on the last piece
 
 
+Sink = abc.Callable[[Piece | GemloomError | None], None]
+
+
+class Constraint(Protocol):
+    """What a request allows next, such as the tokens that keep its text valid JSON.
+
+    Used by one thread at a time, in the order below.
+    """
+
+    @property
+    def finished(self) -> bool:
+        """True when nothing more may follow: the request ends with "stop"."""
+
+    def prepare(self) -> None:
+        """Begin to compute the next mask elsewhere, while the step computes; returns at once."""
+
+    def mask(self) -> np.ndarray | None:
+        """Bool [n_vocab] of the tokens allowed next, not to be written to; None for all."""
+
+    def accept(self, token: int) -> None:
+        """Go on by the token that was picked; GemloomError for one that the mask had barred."""
+
+
 class Sequence:
     """A request under way: its tokens, how many are in the cells, how the next is picked.
 
-    ``limit`` bounds the tokens it may generate, besides what its params say. ``times`` are the
-    seconds so far spent on picking tokens (sample) and on their text (text).
+    ``sink`` gets what comes of it, in the thread that computes: each Piece, and at the end a
+    GemloomError if it failed or None if it was cancelled; it must neither block nor raise.
+    ``limit`` bounds the tokens it may generate, besides what its params say. ``boundaries`` are
+    positions of the prompt at which another one may part from it.
+
+    ``times`` are the seconds so far spent on picking tokens (sample) and on their text (text);
+    ``started``, ``first`` and ``last`` when a slot was found, and when the first and the latest
+    token came (``perf_counter``, 0 before).
     """
 
     def __init__(
@@ -61,55 +92,67 @@ class Sequence:
         prompt: abc.Sequence[int],
         params: SamplingParams,
         tokenizer: Tokenizer,
-        slot: Slot,
-        limit: int | None,
+        sink: Sink,
+        *,
+        limit: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
-        self.tokens = list(prompt)
-        self.params, self.slot = params, slot
-        self.n_prompt, self.n_cached, self.n_generated = len(prompt), len(slot.tokens), 0
+        self.tokens, self.n_prompt = list(prompt), len(prompt)
+        self.params, self.sink, self.constraint = params, sink, constraint
+        self.slot: Slot | None = None
+        self.n_cached, self.n_generated, self.n_done = 0, 0, 0
         self.finish_reason: str | None = None
-        self.times = {"sample": 0.0, "text": 0.0}
+        self.cancelled = False
         self.shifted = False  # whether positions have been dropped from the cells
+        self.times = {"sample": 0.0, "text": 0.0}
+        self.started = self.first = self.last = 0.0
+        self.boundaries = _boundaries(prompt, tokenizer.turn)
         limits = [n for n in (limit, params.max_tokens) if n is not None]
         self._limit = min(limits, default=None)
         self._tokenizer = tokenizer
         self._decoder, self._stops = StreamDecoder(tokenizer), StopMatcher(params.stop)
         self._history, self._rng = History(set(prompt)), generator(params.seed)
 
+    def begin(self, slot: Slot, n_cached: int) -> None:
+        """Take note of the slot it computes in, whose cells hold its first tokens already."""
+        self.slot, self.n_cached, self.n_done = slot, n_cached, n_cached
+        self.started = perf_counter()
+
     @property
-    def n_done(self) -> int:
-        """Tokens whose K/V are in the cells."""
-        return len(self.slot.tokens)
+    def pending(self) -> int:
+        """Tokens whose K/V are not in the cells yet."""
+        return len(self.tokens) - self.n_done
 
     def next_chunk(self, size: int) -> Chunk:
         """At most ``size`` of the tokens not yet computed; logits for the last one only."""
+        assert self.slot
         tokens = self.tokens[self.n_done : self.n_done + size]
         last = self.n_done + len(tokens) == len(self.tokens)
         return Chunk(self.slot.index, self.n_done, tokens, (len(tokens) - 1,) if last else ())
 
-    def advance(self, chunk: Chunk) -> None:
-        """Take note that a chunk's K/V are in the cells."""
-        self.slot.tokens.extend(chunk.tokens)
-
     def forget(self, keep: int, drop: int) -> None:
         """Take note that the ``drop`` positions after the first ``keep`` have left the cells."""
         del self.tokens[keep : keep + drop]
-        del self.slot.tokens[keep : keep + drop]
+        self.n_done -= drop
         self.shifted = True
 
     def accept(self, logits: np.ndarray) -> Piece:
         """Pick the next token from logits float32 [n_vocab], and say what it brought."""
         start = perf_counter()
-        picked = sample(
-            logits, self.params, self._history, self._rng, tuple(self._tokenizer.suppress)
-        )
+        allowed = self.constraint.mask() if self.constraint else None
+        suppress = tuple(self._tokenizer.suppress)
+        picked = sample(logits, self.params, self._history, self._rng, suppress, allowed)
         self.tokens.append(picked.token)
         self.n_generated += 1
         self._history.add(picked.token)
+        if self.constraint:
+            self.constraint.accept(picked.token)
         chosen = perf_counter()
         text = self._text(picked.token)
+        self.last = perf_counter()
+        self.first = self.first or self.last
         self.times["sample"] += chosen - start
-        self.times["text"] += perf_counter() - chosen
+        self.times["text"] += self.last - chosen
         return Piece(text, picked.token, picked.logprob, picked.top, self.finish_reason)
 
     def _text(self, token: int) -> str:
@@ -118,10 +161,11 @@ class Sequence:
             self.finish_reason = "stop"
             return self._rest()
         text, stopped = self._stops.push(self._decoder.push(token))
-        if not stopped and self.n_generated == self._limit:
+        complete = self.constraint is not None and self.constraint.finished
+        if not stopped and (complete or self.n_generated == self._limit):
             self.finish_reason = "length"
             text += self._rest()
-            stopped = self._stops.matched is not None
+            stopped = complete or self._stops.matched is not None
         if stopped:
             self.finish_reason = "stop"
         return text
@@ -130,3 +174,14 @@ class Sequence:
         """What decoder and stop matcher hold back."""
         text, stopped = self._stops.push(self._decoder.flush())
         return text if stopped else text + self._stops.flush()
+
+
+def _boundaries(prompt: abc.Sequence[int], turn: int | None) -> frozenset[int]:
+    """Where another prompt is likely to part from this one.
+
+    Of a chat these are the ends of its first turn (a shared system prompt), of what comes before
+    the last message (edited) and of what comes before the answer (the next turn, which may not
+    have the thoughts of this one); of a plain text its end (asked again).
+    """
+    starts = [i for i, token in enumerate(prompt) if token == turn and i > 1]
+    return frozenset([*starts[:1], *starts[-2:]] or [len(prompt) - 1])

@@ -1,7 +1,14 @@
-"""Which sequence sits in which slot of the K/V cache. Pure bookkeeping: no tensor is touched."""
+"""Which sequence sits in which slot of the K/V cache, and what of a prompt is there already.
+
+Pure bookkeeping: no tensor is touched. A full layer has a cell for every position, so any prefix
+of a slot's tokens can be kept. A sliding layer has a ring: what lies further back than it holds
+has been written over, and a prefix can be resumed only if the window before its end is intact,
+or a snapshot of it was taken.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,38 +17,91 @@ from gemloom.errors import RequestError
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One sequence's place in every store. ``tokens`` are those whose K/V its cells hold."""
+    """One sequence's place in every store."""
 
     index: int
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # those whose K/V the cells hold
+    intact: int = 0  # the oldest position that the rings still hold
     busy: bool = False
     last_used: int = 0
 
 
-class Slots:
-    """Hands out slots, the one that already holds most of a prompt first.
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The first ``length`` tokens of a prompt, found in the cells of ``slot``.
 
-    ``window`` and ``ring`` are those of the sliding layers, in positions.
+    ``window`` is the snapshot of its rings there, None where they are intact.
     """
 
-    def __init__(self, count: int, window: int, ring: int) -> None:
+    slot: Slot
+    length: int
+    window: bytes | None = None
+
+
+class Slots:
+    """Hands out slots, with as much of a prompt as some slot holds.
+
+    ``window`` and ``ring`` are those of the sliding layers, in positions; ``budget`` bounds the
+    bytes of all snapshots, of which the one unused for longest goes first.
+    """
+
+    def __init__(self, count: int, window: int, ring: int, budget: int = 0) -> None:
         self.all = [Slot(index) for index in range(count)]
-        self._window, self._ring = window, ring
+        self._window, self._ring, self._budget = window, ring, budget
         self._clock = 0
+        self._snapshots: OrderedDict[tuple[int, int], bytes] = OrderedDict()
 
-    def acquire(self, tokens: Sequence[int]) -> Slot:
-        """A free slot, cut back to what of ``tokens`` it holds; never all of them.
+    # -- handing out ---------------------------------------------------------------------------
 
-        Among those that hold equally much, the one unused for longest. RequestError if none is
-        free.
+    @property
+    def free(self) -> list[Slot]:
+        """The slots that nobody uses."""
+        return [slot for slot in self.all if not slot.busy]
+
+    def acquire(self, tokens: Sequence[int]) -> tuple[Slot, Prefix]:
+        """A free slot for a prompt, and the prefix of it that some slot holds.
+
+        The slot is made ready to hold that prefix; where the prefix is another slot's, the caller
+        copies the cells, and where it has a window, puts it back. RequestError if none is free.
         """
-        free = [slot for slot in self.all if not slot.busy]
-        if not free:
+        if not self.free:
             raise RequestError(f"all {len(self.all)} slots are in use; load the model with more")
-        slot = max(free, key=lambda slot: (self.reusable(slot, tokens), -slot.last_used))
-        del slot.tokens[self.reusable(slot, tokens) :]
+        prefix = max(
+            (self.find(slot, tokens) for slot in self.all),
+            key=lambda found: (found.length, not found.slot.busy, -found.slot.last_used),
+        )
+        slot = self._target(prefix)
+        if slot is prefix.slot:
+            self.cut(slot, prefix.length)
+        else:
+            self.cut(slot, 0)
+            slot.tokens.extend(prefix.slot.tokens[: prefix.length])
+        if slot is not prefix.slot or prefix.window is not None:
+            slot.intact = max(0, prefix.length - self._window)
         slot.busy = True
-        return slot
+        return slot, prefix
+
+    def _target(self, prefix: Prefix) -> Slot:
+        """The slot that holds the prefix, unless it is in use or would lose more than it keeps."""
+        source = prefix.slot
+        if not source.busy and 2 * prefix.length >= len(source.tokens):
+            return source
+        return min(self.free, key=lambda slot: (slot.last_used, slot.index))
+
+    def find(self, slot: Slot, tokens: Sequence[int]) -> Prefix:
+        """The longest prefix of ``tokens`` that can be resumed from this slot.
+
+        At least one token is left over, since its logits are wanted.
+        """
+        limit = max(0, min(len(slot.tokens), len(tokens) - 1))
+        common = next((i for i in range(limit) if slot.tokens[i] != tokens[i]), limit)
+        if slot.intact <= max(0, common - self._window + 1):
+            return Prefix(slot, common)
+        taken = [at for index, at in self._snapshots if index == slot.index and at <= common]
+        if not taken:
+            return Prefix(slot, 0)
+        self._snapshots.move_to_end((slot.index, max(taken)))
+        return Prefix(slot, max(taken), self._snapshots[slot.index, max(taken)])
 
     def release(self, slot: Slot) -> None:
         """Give a slot back; what it holds stays there to be found again."""
@@ -50,18 +110,40 @@ class Slots:
 
     def latest(self) -> Slot:
         """Of the free slots that hold something, the one used last. RequestError if none does."""
-        held = [slot for slot in self.all if slot.tokens and not slot.busy]
+        held = [slot for slot in self.free if slot.tokens]
         if not held:
             raise RequestError("no finished request is held in the K/V cells")
         return max(held, key=lambda slot: slot.last_used)
 
-    def reusable(self, slot: Slot, tokens: Sequence[int]) -> int:
-        """How many of the first ``tokens`` need not be computed again in this slot.
+    # -- what a slot holds ---------------------------------------------------------------------
 
-        One is always left, since its logits are wanted. And the ring must still hold the window
-        before the cut: positions older than ``ring`` from the end have been written over.
-        """
-        limit = max(0, min(len(slot.tokens), len(tokens) - 1))
-        common = next((i for i in range(limit) if slot.tokens[i] != tokens[i]), limit)
-        oldest = len(slot.tokens) - self._ring
-        return common if oldest <= max(0, common - self._window + 1) else 0
+    def extend(self, slot: Slot, tokens: Sequence[int]) -> None:
+        """Take note that the K/V of more tokens are in the cells."""
+        slot.tokens.extend(tokens)
+        slot.intact = max(slot.intact, len(slot.tokens) - self._ring)
+
+    def cut(self, slot: Slot, length: int) -> None:
+        """Forget what comes after the first ``length`` tokens."""
+        del slot.tokens[length:]
+        if not length:
+            slot.intact = 0
+        for index, at in list(self._snapshots):
+            if index == slot.index and at > length:
+                del self._snapshots[index, at]
+
+    # -- snapshots -----------------------------------------------------------------------------
+
+    def wants_snapshot(self, slot: Slot, at: int) -> bool:
+        """Whether the window before position ``at`` can be lost and is not kept yet."""
+        return bool(self._budget) and (slot.index, at) not in self._snapshots
+
+    def keep(self, slot: Slot, at: int, window: bytes) -> None:
+        """Keep a snapshot of a slot's rings as they are before position ``at``."""
+        self._snapshots[slot.index, at] = window
+        while self.snapshot_bytes > self._budget:
+            self._snapshots.popitem(last=False)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Memory of all snapshots."""
+        return sum(map(len, self._snapshots.values()))

@@ -18,7 +18,7 @@ from gemloom.errors import StateError
 from gemloom.gguf import GGUF
 from gemloom.slots import Slot
 
-MAGIC = b"GEMLOOM-STATE-1\n"
+MAGIC = b"GEMLOOM-STATE-2\n"
 _SAMPLE = 256  # bytes hashed of each tensor
 _LENGTH = struct.Struct("<I")
 _MEANING = {"model": "model", "kv_type": "kv_type", "ring": "chunk or context"}
@@ -35,16 +35,20 @@ def fingerprint(file: GGUF, config: Config) -> str:
 
 def save(model: str, kv: KVCache, slot: Slot) -> bytes:
     """The state of a slot. ``model`` is its fingerprint."""
-    header = json.dumps({**_header(model, kv), "tokens": len(slot.tokens)}).encode()
+    held = {"tokens": len(slot.tokens), "intact": slot.intact}
+    header = json.dumps({**_header(model, kv), **held}).encode()
     tokens = np.asarray(slot.tokens, "<i4").tobytes()
     cells = [bytes(view) for view in kv.export(slot.index, len(slot.tokens))]
     return b"".join([MAGIC, _LENGTH.pack(len(header)), header, tokens, *cells])
 
 
-def parse(model: str, kv: KVCache, data: bytes) -> tuple[list[int], memoryview]:
-    """The tokens and the cells of a state. StateError if it is damaged or of another model."""
+def parse(model: str, kv: KVCache, data: bytes) -> tuple[list[int], int, memoryview]:
+    """A slot's tokens, the oldest position its rings hold, and the cells.
+
+    StateError if the state is damaged or of another model.
+    """
     header, body = _split(data)
-    count = header.pop("tokens", None)
+    count, intact = header.get("tokens"), header.get("intact")
     wanted = _header(model, kv)
     if other := [key for key in wanted if header.get(key) != wanted[key]]:
         raise StateError(
@@ -52,15 +56,11 @@ def parse(model: str, kv: KVCache, data: bytes) -> tuple[list[int], memoryview]:
         )
     if not isinstance(count, int) or not 0 <= count <= kv.cells.full:
         raise StateError(f"the state has {count} tokens, a slot {kv.cells.full:,} cells")
+    if not isinstance(intact, int) or not 0 <= intact <= count:
+        raise StateError("the state is damaged: its header contradicts itself")
     if len(body) != 4 * count + sum(kv.export_sizes(count)):
         raise StateError("the state is damaged: its length is wrong")
-    return np.frombuffer(body[: 4 * count], "<i4").tolist(), body[4 * count :]
-
-
-def restore(kv: KVCache, slot: Slot, tokens: list[int], cells: memoryview) -> None:
-    """Put what ``parse`` gave into a slot."""
-    kv.restore(slot.index, len(tokens), cells)
-    slot.tokens[:] = tokens
+    return np.frombuffer(body[: 4 * count], "<i4").tolist(), intact, body[4 * count :]
 
 
 def _header(model: str, kv: KVCache) -> dict[str, object]:

@@ -31,6 +31,7 @@ SPACE = "▁"  # U+2581
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _HIDDEN = (_UNKNOWN, _CONTROL, _UNUSED)
 _END_NAMES = ("<eos>", "<end_of_turn>", "<turn|>", "<|tool_response>")
+_TURN_NAMES = ("<|turn>", "<start_of_turn>")
 _KEY = "tokenizer.ggml."
 
 Merges = list[tuple[str, str]]
@@ -42,8 +43,9 @@ class Tokenizer:
     ``metadata`` is the file's; raises TokenizerError where it holds no whole Gemma vocabulary.
 
     Attributes: ``size`` (ids are 0 to size - 1), ``bos`` and ``eos`` (ids), ``eog`` (ids that end
-    a generation), ``suppress`` (ids never to be sampled), ``chat_template`` (Jinja, or None) and
-    ``openers`` (the characters that special tokens start with).
+    a generation), ``suppress`` (ids never to be sampled), ``turn`` (the id that begins a turn of a
+    chat, or None), ``chat_template`` (Jinja, or None) and ``openers`` (the characters that special
+    tokens start with).
     """
 
     def __init__(self, metadata: Metadata) -> None:
@@ -60,14 +62,15 @@ class Tokenizer:
         kind = _kind(metadata)
         texts, types = _vocabulary(metadata)
         self.size = len(texts)
-        self._ids = dict(zip(texts, range(self.size), strict=True))
+        ids = dict(zip(texts, range(self.size), strict=True))
         self._special, self._literal = _markup(kind, texts, types)
         self._hidden = frozenset(i for i, type_ in enumerate(types) if type_ in _HIDDEN)
         self._bytes = [text.replace(SPACE, " ").encode() for text in texts]
-        for value, token in enumerate(_byte_tokens(metadata.name, self._ids, types)):
+        for value, token in enumerate(_byte_tokens(metadata.name, ids, types)):
             self._bytes[token] = bytes([value])
-        self._read_ends(metadata, types)
+        self._read_ends(metadata, ids, types)
         self.suppress = self._read_suppress(metadata)
+        self.turn = next((ids[name] for name in _TURN_NAMES if name in ids), None)
         self.chat_template = (
             metadata.string("tokenizer.chat_template")
             if "tokenizer.chat_template" in metadata
@@ -75,13 +78,13 @@ class Tokenizer:
         )
         self.openers = frozenset(text[0] for text in self._special)
         merges = _merges(metadata) if kind == "gemma4" else _derive(metadata, texts, types)
-        self._bpe = _bpe(metadata.name, self._ids, merges)
+        self._bpe = _bpe(metadata.name, ids, merges)
         # Cutting at newlines bounds what is merged at once; right only if no token crosses one.
         self._cut = not any("\n" in text and text.strip("\n") for text in texts)
         self._plain = self._pipeline(self._literal, ())
         self._parsing = {"": self._pipeline(self._literal, self._special)}
 
-    def _read_ends(self, metadata: Metadata, types: list[int]) -> None:
+    def _read_ends(self, metadata: Metadata, ids: dict[str, int], types: list[int]) -> None:
         self.bos = self._id(metadata, "bos_token_id")
         self.eos = self._id(metadata, "eos_token_id")
         ends = {self.eos}
@@ -89,7 +92,7 @@ class Tokenizer:
             if _KEY + key in metadata:
                 ends.add(self._id(metadata, key))
         for name in _END_NAMES:
-            token = self._ids.get(name)
+            token = ids.get(name)
             if token is not None and types[token] in (_CONTROL, _USER_DEFINED):
                 ends.add(token)
         self.eog = frozenset(ends)
@@ -166,6 +169,11 @@ class Tokenizer:
         if not 0 <= token < self.size:
             raise OptionError(f"{token} is no token id: they go from 0 to {self.size - 1:,}")
         return self._bytes[token]
+
+    def id_of(self, text: str) -> int | None:
+        """The id of the token that is written ``text``, or None."""
+        token: int | None = self._bpe.token_to_id(text)
+        return token
 
     def with_bos(self, ids: Sequence[int]) -> list[int]:
         """``ids`` with exactly one BOS before them, whether or not there are some already."""

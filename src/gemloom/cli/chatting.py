@@ -12,12 +12,12 @@ import typer
 
 from gemloom.cli.opening import default_model, open_model
 from gemloom.cli.options import LoadOptions, SamplingOptions, with_options
-from gemloom.cli.terminal import fail, note, show, speed
+from gemloom.cli.terminal import fail, note, show, show_thought, speed
 from gemloom.errors import ContextError, RequestError
 
 if TYPE_CHECKING:
     from gemloom.cli.conversation import Conversation
-    from gemloom.generation import Run
+    from gemloom.generation import ChatRun
 
 _HELP = """\
 /reset      forget the conversation
@@ -128,19 +128,28 @@ def _answer(conversation: "Conversation", message: str) -> None:
         fail(str(error))
 
 
-def _show_answer(request: "Run") -> tuple[str, str]:
-    """The answer, shown as it comes, and how it ended."""
-    text, reason = "", None
-    for piece in request:
-        shown = piece.text if text else piece.text.lstrip()
-        show(shown)
-        text, reason = text + shown, piece.finish_reason
+def _show_answer(request: "ChatRun") -> tuple[str, str]:
+    """The answer, shown as it comes, and how it ended. A thought is shown, but is no part of it."""
+    from gemloom.router import Content, Reasoning
+
+    text, thought = "", False
+    for part in request:
+        if isinstance(part, Reasoning):
+            show_thought(part.text)
+            thought = True
+        elif isinstance(part, Content):
+            if thought:
+                show_thought("\n")
+                thought = False
+            shown = part.text if text else part.text.lstrip()
+            show(shown)
+            text += shown
     show("\n")
-    return text.rstrip(), reason or "stopped"
+    return text.rstrip(), request.finish_reason or "stopped"
 
 
 @contextmanager
-def _stopped_by_ctrl_c(request: "Run") -> Iterator[None]:
+def _stopped_by_ctrl_c(request: "ChatRun") -> Iterator[None]:
     """While the block runs, Ctrl-C ends the request in good order, between two steps."""
     previous = signal.signal(signal.SIGINT, lambda *_: request.cancel())
     try:

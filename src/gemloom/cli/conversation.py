@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemloom.errors import RequestError
-from gemloom.generation import Run
+from gemloom.generation import ChatRun
 from gemloom.model import Model
 
 Message = dict[str, str]
@@ -30,13 +30,15 @@ class Conversation:
         self._system = [_message("system", system)] if system else []
         self.messages: list[Message] = [*self._system]
 
-    def ask(self, text: str) -> Run:
+    def ask(self, text: str) -> ChatRun:
         """Start an answer; nothing of it is kept yet. Raises what ``Model.chat`` raises."""
         messages = [*self.messages, _message("user", text)]
         if self._model.tokenizer.chat_template is not None:
             return self._model.chat(messages, stream=True, **self._params)
         stop = [*self._params.get("stop", ()), _STOP]
-        return self._model.stream(transcript(messages), **{**self._params, "stop": stop})
+        return ChatRun(
+            self._model.stream(transcript(messages), **{**self._params, "stop": stop}), None
+        )
 
     def keep(self, text: str, answer: str) -> None:
         """Take note of a message and its answer, both or, where nothing was said, neither."""

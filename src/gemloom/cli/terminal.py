@@ -40,6 +40,15 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
+def show_thought(text: str) -> None:
+    """Write a piece of a model's thought to a terminal, dim; nowhere else."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(soft_wrap=True).print(Text(clean(text), style="dim"), end="")
+
+
 def fail(text: str) -> None:
     """Write the one line of an error to stderr."""
     sys.stderr.write(f"gemloom: {one_line(text)}\n")

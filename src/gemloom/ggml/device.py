@@ -158,6 +158,13 @@ def free_memory() -> int | None:
         return None
 
 
+def trim_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim:
+        trim(0)
+
+
 def cpu_features() -> dict[str, bool]:
     """The instruction sets that this build of ggml's CPU backend uses."""
     prefix = "ggml_cpu_has_"

@@ -1,0 +1,235 @@
+"""Messages, tools and options as OpenAI's API has them, made ready for a chat template.
+
+What is not said here is said by the template. Not here: the template itself and what keeps
+special tokens out of messages (``chat.py``); the way back, from the model's text (``router.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from gemloom.chat import Message, check
+from gemloom.errors import OptionError, RequestError
+
+MAX_TOOLS = 128
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_TEXT_TYPES = ("input_text", "output_text")
+# Whatever a prompt quotes, one of the closing ones stands between that and its end.
+_MARKERS = re.compile(r"<\|channel>|<(?:channel|turn|tool_call|tool_response)\|>")
+_THINKING = {
+    "none": False, "minimal": False, "low": True, "medium": True, "high": True, "xhigh": True,
+}  # fmt: skip
+_BUDGETS = {"low": 256, "medium": 1024}
+
+
+def prepare(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """``messages`` as templates read them; the given ones stay as they are.
+
+    Arguments of tool calls become objects, a tool's result gets the name of what was called, a
+    thought is there both as ``reasoning`` and as ``reasoning_content``, an assistant's missing
+    content is empty text where there are calls or a thought, and parts ``input_text`` and
+    ``output_text`` are ``text``.
+
+    Raises RequestError with the index for calls that are malformed, a result that answers no
+    call, and all that ``chat.check`` refuses.
+    """
+    ready: Sequence[Any] = messages
+    if isinstance(messages, Sequence) and not isinstance(messages, str):
+        ready = [_prepared(index, message) for index, message in enumerate(messages)]
+    check(ready)
+    return _named(ready)
+
+
+def variables(
+    *,
+    reasoning_effort: str | None = None,
+    enable_thinking: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The template's variables. Only what was asked for is in it: a template has its own defaults.
+
+    ``enable_thinking`` counts before one in ``chat_template_kwargs``, and that before
+    ``reasoning_effort``. Raises OptionError for an unknown effort and for what cannot be set.
+    """
+    given = {} if chat_template_kwargs is None else chat_template_kwargs
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise OptionError("chat_template_kwargs must be an object")
+    if "tools" in given:
+        raise OptionError("chat_template_kwargs cannot set tools: give them as tools")
+    chosen: dict[str, Any] = {}
+    if reasoning_effort is not None:
+        chosen["enable_thinking"] = _THINKING[_effort(reasoning_effort)]
+    chosen |= given
+    if enable_thinking is not None:
+        chosen["enable_thinking"] = enable_thinking
+    if not isinstance(chosen.get("enable_thinking", False), bool):
+        raise OptionError(f"enable_thinking is {chosen['enable_thinking']!r}: take true or false")
+    return chosen
+
+
+def reasoning_budget(effort: str | None) -> int | None:
+    """How many tokens a thought may take; None for no bound, or where thinking is off anyway.
+
+    Raises OptionError for an unknown effort.
+    """
+    return None if effort is None else _BUDGETS.get(_effort(effort))
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """OpenAI's function tools, as templates read them.
+
+    Raises RequestError, with the index, for one that is no function, has no good name or one
+    that is taken, or whose parameters are no schema of an object; and for more than MAX_TOOLS.
+    """
+    if not isinstance(tools, Sequence) or isinstance(tools, str):
+        raise RequestError("tools must be a list")
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"there are {len(tools)} tools: at most {MAX_TOOLS} are taken")
+    ready = [_tool(index, tool) for index, tool in enumerate(tools)]
+    names: set[str] = set()
+    for index, tool in enumerate(ready):
+        name = tool["function"]["name"]
+        if name in names:
+            raise RequestError(f"tools[{index}]: the name {name!r} is taken by another tool")
+        names.add(name)
+    return ready
+
+
+def starts_reasoning(prompt_text: str) -> bool:
+    """Whether a rendered prompt, special tokens included, ends inside an open thought."""
+    markers = _MARKERS.findall(prompt_text)
+    return bool(markers) and markers[-1] == "<|channel>"
+
+
+def _effort(effort: object) -> str:
+    if isinstance(effort, str) and effort in _THINKING:
+        return effort
+    raise OptionError(f"reasoning_effort is {effort!r}: take one of {', '.join(_THINKING)}")
+
+
+def _prepared(index: int, message: Any) -> Any:
+    """What concerns one message alone; a form that ``check`` refuses is left to it."""
+    if not isinstance(message, Mapping):
+        return message
+    ready = {**message}
+    if isinstance(ready.get("content"), list):
+        ready["content"] = [_part(part) for part in ready["content"]]
+    thought = _thought(index, ready)
+    calls = _calls(index, ready)
+    if ready.get("role") != "assistant":
+        if calls:
+            _refuse(index, "only an assistant's message can have tool_calls")
+        return ready
+    if thought:
+        ready["reasoning"] = ready["reasoning_content"] = thought
+    if calls:
+        ready["tool_calls"] = calls
+    if ready.get("content") is None and (calls or thought):
+        ready["content"] = ""
+    return ready
+
+
+def _part(part: Any) -> Any:
+    if isinstance(part, Mapping) and part.get("type") in _TEXT_TYPES:
+        return {"type": "text", "text": part.get("text")}
+    return part
+
+
+def _thought(index: int, ready: dict[str, Any]) -> str:
+    """Takes both spellings of the thought out of ``ready``."""
+    thoughts = [ready.pop("reasoning_content", None), ready.pop("reasoning", None)]
+    for thought in thoughts:
+        if thought is not None and not isinstance(thought, str):
+            _refuse(index, "reasoning must be a string")
+    return thoughts[0] or thoughts[1] or ""
+
+
+def _calls(index: int, ready: dict[str, Any]) -> list[dict[str, Any]]:
+    """Takes the calls out of ``ready``; their arguments are objects."""
+    calls = ready.pop("tool_calls", None) or []
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        _refuse(index, "tool_calls must be a list")
+    return [_call(index, number, call) for number, call in enumerate(calls)]
+
+
+def _call(index: int, number: int, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        _refuse(index, f"tool_calls[{number}] has no function with a name")
+    arguments = _arguments(function.get("arguments"))
+    if arguments is None:
+        _refuse(index, f"tool_calls[{number}].function.arguments is no JSON object")
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _arguments(given: Any) -> Mapping[str, Any] | None:
+    """The object that ``given`` is or says, None for another thing; nothing is no arguments."""
+    if given is None or given == "":
+        return {}
+    if isinstance(given, str):
+        try:
+            given = json.loads(given, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            return None
+    return given if isinstance(given, Mapping) else None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _named(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every tool's result with the name of what it answers."""
+    ready: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
+            ready.append({**message, "name": _answered(index, message, calls)})
+        else:
+            calls = message.get("tool_calls", [])
+            ready.append(message)
+    return ready
+
+
+def _answered(index: int, message: Message, calls: Sequence[Mapping[str, Any]]) -> str:
+    """The name of the call before that ``message`` answers, by its id or else by its name."""
+    wanted = message.get("tool_call_id")
+    for call in calls:
+        name: str = call["function"]["name"]
+        if call.get("id") == wanted if wanted is not None else name == message.get("name"):
+            return name
+    raise RequestError(
+        f"messages[{index}]: the assistant's message before has no call with the id {wanted!r}"
+    )
+
+
+def _tool(index: int, tool: Any) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or tool.get("type") != "function":
+        raise RequestError(f"tools[{index}] is no tool of type 'function' with a function")
+    ready = {key: value for key, value in function.items() if value is not None}
+    name = ready.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise RequestError(
+            f"tools[{index}]: the name {name!r} is not 1 to 64 of the letters A-Z a-z 0-9 _ . -"
+        )
+    ready.setdefault("description", "")
+    if not isinstance(ready["description"], str):
+        raise RequestError(f"tools[{index}]: the description must be a string")
+    if ready.get("parameters") != {}:
+        _check_parameters(index, ready.get("parameters", {"type": "object"}))
+    return {"type": "function", "function": ready}
+
+
+def _check_parameters(index: int, parameters: Any) -> None:
+    if not isinstance(parameters, Mapping) or parameters.get("type") != "object":
+        raise RequestError(f"tools[{index}]: the parameters must be a schema of type 'object'")
+    if not isinstance(parameters.get("properties", {}), Mapping):
+        raise RequestError(f"tools[{index}]: the properties of the parameters must be an object")
+
+
+def _refuse(index: int, words: str) -> NoReturn:
+    raise RequestError(f"messages[{index}]: {words}")

@@ -1,0 +1,308 @@
+"""The thread that owns the arithmetic: requests go in, their events come out, step by step.
+
+Any thread may submit and cancel; all that touches cells and graphs happens in the one
+thread here, between two steps or in one. A request ends in exactly one way: with a piece that has
+a ``finish_reason``, with an error, or with None after it was cancelled. An error within a request
+(its sampling, its grammar) ends that request; a step that fails ends all of them, and the
+engine: what comes later is refused at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import abc, deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gemloom.cache import KVCache
+from gemloom.errors import ClosedError, EngineError, GemloomError, QueueFullError
+from gemloom.options import Options
+from gemloom.runner import Runner
+from gemloom.scheduler import plan
+from gemloom.sequence import Chunk, Sequence
+from gemloom.slots import Slot, Slots
+
+T = TypeVar("T")
+_log = logging.getLogger("gemloom.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What the engine has to do, and what it has done since the model was loaded."""
+
+    running: int
+    waiting: int
+    slots: int
+    slots_busy: int
+    prompt_tokens: int  # of the prompts begun
+    cached_tokens: int  # of these, found in the cells
+    generated_tokens: int
+    steps: int
+    snapshot_bytes: int
+    error: str | None  # why the engine stopped
+
+
+class Engine:
+    """Computes the requests submitted to it, until ``close()``.
+
+    ``free`` is called once, when nothing computes any more. ``context`` is in positions.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        kv: KVCache,
+        options: Options,
+        context: int,
+        free: abc.Callable[[], Any],
+    ) -> None:
+        self._runner, self._kv, self._options, self._context = runner, kv, options, context
+        cells = kv.cells
+        budget = options.snapshots << 20 if cells.sliding < cells.full else 0
+        self.slots = Slots(options.slots, kv.window, cells.sliding, budget)
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[int, Sequence] = {}  # by the index of their slot
+        self._calls: deque[tuple[abc.Callable[[], Any], Future[Any]]] = deque()
+        self._wake = threading.Condition()
+        self._free = free
+        self._closing, self._failure = False, ""
+        self._counts = dict.fromkeys(("prompt", "cached", "generated", "steps"), 0)
+        self._thread = threading.Thread(target=self._loop, name="gemloom-engine", daemon=True)
+        self._thread.start()
+
+    # -- from any thread -----------------------------------------------------------------------
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a request. QueueFullError, EngineError or ClosedError where it cannot be taken."""
+        with self._wake:
+            self._check()
+            free = len(self.slots.free)
+            if len(self._waiting) >= self._options.queue + free:
+                raise QueueFullError(
+                    f"{self._options.queue} requests are waiting already; try again later"
+                )
+            self._waiting.append(sequence)
+            self._wake.notify()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a request before the next step; nothing happens if it has ended."""
+        sequence.cancelled = True
+        with self._wake:
+            self._wake.notify()
+
+    def call(self, function: abc.Callable[[], T]) -> T:
+        """Run ``function`` between two steps, and give what it returns or raise what it raises."""
+        if threading.current_thread() is self._thread:
+            return function()
+        future: Future[T] = Future()
+        with self._wake:
+            self._check()
+            self._calls.append((function, future))
+            self._wake.notify()
+        return future.result()
+
+    def release(self, slot: Slot, *, forget: bool = False) -> None:
+        """Give back a slot that ``acquire`` gave, after the step under way. Never waits."""
+        with self._wake:
+            self._calls.append((partial(self._release, slot, forget), Future()))
+            self._wake.notify()
+
+    def _release(self, slot: Slot, forget: bool) -> None:
+        if forget:
+            self.slots.cut(slot, 0)
+        self.slots.release(slot)
+
+    def stats(self) -> Stats:
+        """Numbers of this moment."""
+        busy = sum(slot.busy for slot in self.slots.all)
+        return Stats(
+            len(self._running), len(self._waiting), len(self.slots.all), busy,
+            self._counts["prompt"], self._counts["cached"], self._counts["generated"],
+            self._counts["steps"], self.slots.snapshot_bytes, self._failure or None,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End all requests with ClosedError and free the model. May be called anywhere, twice."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:  # a garbage collector runs anywhere
+            self._thread.join()
+
+    def _check(self) -> None:
+        if self._closing:
+            raise ClosedError("the model is closed")
+        if self._failure:
+            raise EngineError(self._failure)
+
+    # -- the engine's own thread ---------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while self._wait():
+            try:
+                self.step()
+            except BaseException as error:
+                _log.exception("a step failed")
+                self._fail(error)
+        self._end_all(ClosedError("the model is closed"))
+        self._free()
+
+    def _wait(self) -> bool:
+        """Sleep until there is something to do; False to end."""
+        with self._wake:
+            while not (self._closing or self._calls or self._running or self._can_admit()):
+                self._wake.wait()
+            return not self._closing
+
+    def _can_admit(self) -> bool:
+        """Whether a request waits that a step would take out of the queue."""
+        return any(s.cancelled for s in self._waiting) or bool(self._waiting and self.slots.free)
+
+    def step(self) -> None:
+        """Compute one batch: a row of each request that decodes, a part of each other's prompt."""
+        self._answer_calls()
+        self._end_cancelled()
+        self._admit()
+        self._make_room()
+        batch = plan(list(self._running.values()), self._options.chunk, self._options.budget)
+        if not batch:
+            return
+        for chunk in batch:
+            self._prepare(chunk)
+        logits = self._runner.run(batch)
+        self._counts["steps"] += 1
+        self._deliver(batch, logits)
+
+    def _answer_calls(self) -> None:
+        while self._calls:
+            function, future = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _end_cancelled(self) -> None:
+        with self._wake:
+            there = [*self._running.values(), *self._waiting]
+        for sequence in there:
+            if not sequence.cancelled:
+                continue
+            self._end(sequence)
+            sequence.sink(None)
+
+    def _admit(self) -> None:
+        """Give free slots to those that have waited longest."""
+        while self._waiting and self.slots.free:
+            sequence = self._waiting.popleft()
+            slot = self.acquire(sequence.tokens)
+            self._running[slot.index] = sequence
+            sequence.begin(slot, len(slot.tokens))
+            self._counts["prompt"] += sequence.n_prompt
+            self._counts["cached"] += sequence.n_cached
+
+    def acquire(self, tokens: abc.Sequence[int]) -> Slot:
+        """A free slot whose cells hold as many of the first ``tokens`` as can be found."""
+        slot, prefix = self.slots.acquire(tokens)
+        window = prefix.window
+        if slot is not prefix.slot and prefix.length:
+            self._kv.copy_full(prefix.slot.index, slot.index, prefix.length)
+            window = window or self._kv.window_before(prefix.slot.index, prefix.length)
+        if window:
+            self._kv.restore_window(slot.index, prefix.length, window)
+        return slot
+
+    def _make_room(self) -> None:
+        """Where a slot is full, drop the older half of what comes after the first ``keep``."""
+        keep = self._options.keep
+        for sequence in self._running.values():
+            n, slot = sequence.n_done, sequence.slot
+            if keep is None or n < self._context or slot is None:
+                continue
+            drop = (n - keep) // 2
+            if n > self._kv.cells.sliding:  # the ring has lost the kept tokens: none may be seen
+                drop = min(drop, n - keep - self._kv.window + 1)
+            self._runner.shift(slot.index, keep, drop, n)
+            sequence.forget(keep, drop)
+            self.slots.cut(slot, 0)  # cells such as no prompt would give
+
+    def _prepare(self, chunk: Chunk) -> None:
+        constraint = self._running[chunk.slot].constraint
+        if chunk.wanted and constraint:
+            constraint.prepare()
+
+    def _deliver(self, batch: abc.Sequence[Chunk], logits: np.ndarray) -> None:
+        rows = iter(logits)
+        for chunk in batch:
+            sequence = self._running[chunk.slot]
+            self._advance(sequence, chunk)
+            if chunk.wanted:
+                self._emit(sequence, next(rows))
+
+    def _advance(self, sequence: Sequence, chunk: Chunk) -> None:
+        """Take note that a chunk's K/V are in the cells, and keep what may be come back to."""
+        sequence.n_done = chunk.end
+        slot = self.slots.all[chunk.slot]
+        if sequence.shifted:
+            return
+        self.slots.extend(slot, chunk.tokens)
+        for at in sequence.boundaries:
+            if chunk.start < at <= chunk.end and self.slots.wants_snapshot(slot, at):
+                self.slots.keep(slot, at, self._kv.window_before(slot.index, at))
+
+    def _emit(self, sequence: Sequence, logits: np.ndarray) -> None:
+        """Pick the next token of a request and send it; what goes wrong there ends it alone."""
+        try:
+            piece = sequence.accept(logits)
+        except Exception as error:
+            self._end(sequence)
+            sequence.sink(_typed(error))
+            return
+        self._counts["generated"] += 1
+        if piece.finish_reason:
+            self._end(sequence)
+        sequence.sink(piece)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Take a request out of the queue, or give its slot back."""
+        if sequence.slot is None:
+            self._waiting.remove(sequence)
+        else:
+            del self._running[sequence.slot.index]
+            self.slots.release(sequence.slot)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._wake:
+            line = " ".join(str(error).split()) or type(error).__name__
+            self._failure = f"the engine stopped: {line}; load the model again"
+        self._end_all(EngineError(self._failure))
+
+    def _end_all(self, error: GemloomError) -> None:
+        """End every request, and whoever waits for a call, with ``error``."""
+        with self._wake:
+            ended = [*self._running.values(), *self._waiting]
+            calls = list(self._calls)
+            self._running.clear()
+            self._waiting.clear()
+            self._calls.clear()
+        for sequence in ended:
+            if sequence.slot:
+                self.slots.cut(sequence.slot, 0)
+                self.slots.release(sequence.slot)
+            sequence.sink(error)
+        for _, future in calls:
+            future.set_exception(error)
+
+
+def _typed(error: Exception) -> GemloomError:
+    """The error itself, or one that says what kind it was."""
+    if isinstance(error, GemloomError):
+        return error
+    _log.error("a request failed", exc_info=error)
+    return GemloomError(f"the request failed: {type(error).__name__}: {error}")

@@ -1,0 +1,28 @@
+"""Policy alone: which tokens of which requests the next step computes."""
+
+from __future__ import annotations
+
+from collections import abc
+
+from gemloom.sequence import Chunk, Sequence
+
+
+def plan(running: abc.Sequence[Sequence], chunk: int, budget: int) -> list[Chunk]:
+    """The next step: one row of each request that decodes, and a part of each other's prompt.
+
+    Prompts share ``chunk`` rows evenly, or ``budget`` rows while some request decodes, so that its
+    stream does not stall; what a short one leaves over goes to the others. Each gets one row at
+    least, so none waits for another's end. Chunks come in the order of their slots: a graph that
+    is kept serves the same requests again.
+    """
+    decoding = [sequence for sequence in running if sequence.pending == 1]
+    prefilling = sorted(
+        (sequence for sequence in running if sequence.pending > 1), key=lambda s: s.pending
+    )
+    left = (min(chunk, budget) if decoding else chunk) - len(decoding)
+    chunks = [sequence.next_chunk(1) for sequence in decoding]
+    for waiting, sequence in zip(range(len(prefilling), 0, -1), prefilling, strict=True):
+        rows = max(1, left // waiting)
+        chunks.append(sequence.next_chunk(rows))
+        left -= len(chunks[-1].tokens)
+    return sorted(chunks, key=lambda chunk: chunk.slot)

@@ -1,0 +1,354 @@
+"""Many requests at once: each as if it were alone, with one end, in nobody's way."""
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gemloom
+from conftest import Load, prompt
+from gemloom.errors import EngineError, GemloomError, QueueFullError
+from gemloom.ggml.graph import Graph
+from gemloom.sequence import Batch
+from tiny import VARIANTS
+
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def endless(model: gemloom.Model) -> dict[str, Any]:
+    """Options with which a text ends only where the context or ``max_tokens`` does."""
+    return {"logit_bias": dict.fromkeys(model.tokenizer.eog, -100)}
+
+
+def idle(model: gemloom.Model) -> None:
+    """Wait until nothing runs, and check that no slot was lost."""
+    deadline = time.monotonic() + 20
+    while (stats := model.stats()).running or stats.waiting or stats.slots_busy:
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.01)
+
+
+def watch_batches(model: gemloom.Model, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    batches: list[Batch] = []
+    run = model._runner.run
+    monkeypatch.setattr(
+        model._runner, "run", lambda batch, *a, **k: batches.append(batch) or run(batch, *a, **k)
+    )
+    return batches
+
+
+# --- as if alone --------------------------------------------------------------
+
+
+@variants
+def test_each_request_is_as_if_it_were_alone(load: Load, variant: str) -> None:
+    """Twelve requests over three slots, sampled and greedy, with and without shared prefixes."""
+    prompts = [prompt(10 + 7 * i, seed=i % 4) for i in range(12)]
+    options = [
+        {"seed": i, "max_tokens": 12, "temperature": i % 3, "logprobs": 0} for i in range(12)
+    ]
+    model = load(variant, slots=3, chunk=32, budget=8)
+    runs = [model.stream(ids, **given) for ids, given in zip(prompts, options, strict=True)]
+    together = [run.completion() for run in runs]
+    quiet = load(variant, slots=1, chunk=32)
+    for ids, given, done in zip(prompts, options, together, strict=True):
+        alone = quiet.generate(ids, **given)
+        assert done.tokens == alone.tokens
+        assert np.allclose(
+            [p.logprob for p in done.pieces], [p.logprob for p in alone.pieces], atol=2e-3
+        )
+
+
+def test_several_threads(load: Load) -> None:
+    model = load(slots=4)
+
+    def ask(i: int) -> list[int]:
+        return model.generate(prompt(20, seed=i), seed=i, max_tokens=15).tokens
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(ask, range(16)))
+    assert together == [ask(i) for i in range(16)]
+
+
+def test_asyncio(load: Load) -> None:
+    """``await`` for the whole, ``async for`` for the pieces, and cancelling a task."""
+    model = load(slots=2)
+    options = {"max_tokens": 10, "seed": 1}
+
+    async def pieces(ids: list[int]) -> list[int]:
+        return [piece.token async for piece in model.stream(ids, **options)]
+
+    async def cancelled() -> None:
+        task = asyncio.ensure_future(pieces_of(model.stream(prompt(5), **endless(model))))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def main() -> list[list[int]]:
+        whole = await model.stream(prompt(9), **options)
+        parts = await asyncio.gather(*(pieces(prompt(9, seed=i)) for i in range(6)))
+        await cancelled()
+        return [whole.tokens, *parts]
+
+    got = asyncio.run(main())
+    idle(model)
+    alone = [prompt(9), *(prompt(9, seed=i) for i in range(6))]
+    assert got == [model.generate(ids, **options).tokens for ids in alone]
+
+
+async def pieces_of(run: gemloom.Run) -> list[gemloom.Piece]:
+    return [piece async for piece in run]
+
+
+# --- the queue ----------------------------------------------------------------
+
+
+def test_streams_go_on_while_a_long_prompt_comes_in(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(slots=3, chunk=64, budget=16)
+    batches = watch_batches(model, monkeypatch)
+    streams = [
+        model.stream(prompt(4, seed=i), max_tokens=60, seed=i, **endless(model)) for i in range(2)
+    ]
+    for stream in streams:
+        next(stream)
+    model.generate(prompt(200, seed=9), max_tokens=1)
+    long = [b for b in batches if any(len(c.tokens) > 1 and c.end > 20 for c in b)]
+    mixed = [b for b in long if len(b) > 1]
+    assert len(mixed) > 3
+    for batch in mixed:
+        assert sum(len(chunk.tokens) for chunk in batch) <= 16
+        assert sum(len(chunk.tokens) == 1 for chunk in batch) >= len(batch) - 1
+    for stream in streams:
+        stream.close()
+
+
+def test_first_come_first_served(load: Load) -> None:
+    model = load(slots=1)
+    order: list[int] = []
+
+    def wait(i: int, run: gemloom.Run) -> None:
+        next(run)
+        order.append(i)
+        run.completion()
+
+    runs = [model.stream(prompt(5, seed=i), max_tokens=20, **endless(model)) for i in range(8)]
+    threads = [threading.Thread(target=wait, args=pair) for pair in enumerate(runs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order == list(range(8))
+
+
+def test_a_full_queue_refuses(load: Load) -> None:
+    model = load(slots=1, queue=2)
+    first = model.stream(prompt(5), **endless(model))
+    next(first)
+    waiting = [model.stream(prompt(5), max_tokens=2) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests are waiting") as refused:
+        model.stream(prompt(5))
+    assert refused.value.status == 429
+    first.close()
+    assert all(len(run.completion().tokens) in (1, 2) for run in waiting)
+    idle(model)
+
+
+def test_a_waiting_request_can_be_cancelled(load: Load) -> None:
+    model = load(slots=1)
+    first, second = (model.stream(prompt(5), max_tokens=200, **endless(model)) for _ in range(2))
+    next(first)
+    second.cancel()
+    assert list(second) == []
+    first.close()
+    idle(model)
+
+
+# --- load ---------------------------------------------------------------------
+
+
+def test_every_request_ends_once_and_no_slot_is_lost(load: Load) -> None:
+    """64 clients, 640 requests: read to the end, cancelled, dropped, refused."""
+    model = load(slots=4, queue=32)
+    ends: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def request(random: Random) -> str:
+        n, kind = random.randrange(1, 12), random.choice(["read", "read", "cancel", "drop"])
+        ids = prompt(random.randrange(1, 30), seed=random.randrange(5))
+        try:
+            run = model.stream(ids, max_tokens=n, seed=0)
+        except QueueFullError:
+            return "refused"
+        if kind == "drop":
+            return "dropped"
+        if kind == "cancel":
+            threading.Timer(random.random() / 50, run.cancel).start()
+        pieces = list(run)
+        if pieces and pieces[-1].finish_reason:
+            return "answered"
+        assert kind == "cancel"
+        return "cancelled"
+
+    def client(seed: int) -> None:
+        random = Random(seed)
+        for _ in range(10):
+            end = request(random)
+            with lock:
+                ends[end] += 1
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(ends.values()) == 640
+    assert ends["answered"] > 100
+    idle(model)
+    fresh = load(slots=1).generate(prompt(20), temperature=0, max_tokens=8).tokens
+    assert model.generate(prompt(20), temperature=0, max_tokens=8).tokens == fresh
+
+
+# --- faults -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("boom"), MemoryError(), KeyboardInterrupt()])
+def test_a_failed_step_ends_everything_loudly(
+    load: Load, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    model = load(slots=2)
+    runs = [model.stream(prompt(5, seed=i), max_tokens=200, **endless(model)) for i in range(4)]
+    next(runs[0])
+
+    def fail(graph: Graph) -> None:
+        raise fault
+
+    monkeypatch.setattr(Graph, "compute", fail)
+    for run in runs:
+        with pytest.raises(EngineError, match=type(fault).__name__ if not str(fault) else "boom"):
+            list(run)
+    monkeypatch.undo()
+    with pytest.raises(EngineError, match="load the model again"):
+        model.generate(prompt(5))
+    assert model.stats().error
+    assert model.stats().slots_busy == 0
+    model.close()
+
+
+class Broken:
+    """A constraint that fails, or leaves nothing to say."""
+
+    finished = False
+
+    def __init__(self, mask: Any) -> None:
+        self._mask = mask
+
+    def prepare(self) -> None: ...
+
+    def accept(self, token: int) -> None: ...
+
+    def mask(self) -> Any:
+        if isinstance(self._mask, Exception):
+            raise self._mask
+        return self._mask
+
+
+def test_what_fails_in_one_request_ends_it_alone(load: Load) -> None:
+    model = load(slots=3)
+    well = model.stream(prompt(8), max_tokens=40, seed=1, **endless(model))
+    masks: Sequence[Any] = [ValueError("no mask"), np.zeros(model.config.n_vocab, bool)]
+    for mask in masks:
+        with pytest.raises(GemloomError, match=r"no mask|nothing to choose"):
+            model.generate(prompt(5), constraint=Broken(mask))
+    alone = load().generate(prompt(8), max_tokens=40, seed=1, **endless(model)).tokens
+    assert well.completion().tokens == alone
+    assert model.generate(prompt(5), max_tokens=2).tokens
+    idle(model)
+
+
+def test_a_constraint_bounds_every_token(load: Load) -> None:
+    model = load()
+    allowed = np.zeros(model.config.n_vocab, bool)
+    allowed[[300, 301, 302]] = True
+    done = model.generate(prompt(5), constraint=Broken(allowed), max_tokens=20, temperature=5)
+    assert set(done.tokens) <= {300, 301, 302}
+    assert len(done.tokens) == 20
+
+
+# --- prefixes -----------------------------------------------------------------
+
+TURN, END = "<|turn>", "<turn|>"
+
+
+def chat(model: gemloom.Model, *texts: str) -> list[int]:
+    """System, user, model, user, ...: a conversation, and the beginning of the next answer."""
+    roles = ["system", *["user", "model"] * len(texts)]
+    turns = [f"{TURN}{role}\n{text}{END}\n" for role, text in zip(roles, texts, strict=False)]
+    text = "".join(turns) + f"{TURN}model\n"
+    return model.tokenizer.with_bos(model.tokenize(text, special=True))
+
+
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+
+
+LONG = "the quick brown fox jumps over the lazy dog and runs away "
+SYSTEM, USER = 2 * LONG, 3 * LONG
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "gemma3" not in v])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_chat_costs_only_its_new_tokens(load: Load, variant: str, slots: int) -> None:
+    """Next turn, edited last message, answer made again; rings of 32 cells, wrapped many times."""
+    model = load(variant, slots=slots, chunk=16, context=512)
+    greedy = {"temperature": 0, "max_tokens": 60, **endless(model)}
+    first = chat(model, SYSTEM, USER)
+    answer = model.generate(first, **greedy)
+    start = len(chat(model, SYSTEM)) - 3  # where the first user turn begins, but for its role
+    cases = {
+        "again": (first, len(first) - 3),
+        "next turn, thoughts cut": (chat(model, SYSTEM, USER, "brown fox", "why"), len(first) - 3),
+        "edited": (chat(model, SYSTEM, "dog" + USER), start),
+    }
+    for name, (ids, least) in cases.items():
+        warm = model.generate(ids, **greedy)
+        cold = load(variant, chunk=16, context=512).generate(ids, **greedy)
+        assert warm.tokens == cold.tokens, name
+        assert least <= warm.usage.cached_tokens <= least + 5, name
+        model.generate(first, **greedy)
+    assert answer.tokens == model.generate(first, **greedy).tokens
+    grown = first + answer.tokens
+    assert model.generate([*grown, 300], **greedy).usage.cached_tokens >= len(grown) - 1
+
+
+def test_a_busy_slot_lends_its_prefix(load: Load) -> None:
+    """A shared system prompt is computed once, though its first user is still being answered."""
+    model = load(slots=3, chunk=16, context=512)
+    first = chat(model, SYSTEM, USER)
+    one = model.stream(first, temperature=0, max_tokens=100, **endless(model))
+    for _ in range(40):
+        next(one)
+    other = chat(model, SYSTEM, "why")
+    warm = model.generate(other, temperature=0, max_tokens=20)
+    assert shared(first, other) - 5 <= warm.usage.cached_tokens <= shared(first, other)
+    cold = load(chunk=16, context=512)
+    assert warm.tokens == cold.generate(other, temperature=0, max_tokens=20).tokens
+    alone = cold.generate(first, temperature=0, max_tokens=100, **endless(model)).tokens
+    assert alone[40:] == one.completion().tokens
+
+
+def test_without_snapshots_an_edit_begins_anew(load: Load) -> None:
+    model = load(chunk=16, context=512, snapshots=0)
+    model.generate(chat(model, SYSTEM, USER), max_tokens=60, **endless(model))
+    edited = model.generate(chat(model, SYSTEM, "dog" + USER), max_tokens=2)
+    assert edited.usage.cached_tokens == 0
+    assert model.stats().snapshot_bytes == 0
