@@ -65,7 +65,7 @@ class Engine:
         cells = kv.cells
         budget = options.snapshots << 20 if cells.sliding < cells.full else 0
         self.slots = Slots(options.slots, kv.window, cells.sliding, budget)
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: deque[Sequence | Future[Slot]] = deque()  # requests, and who wants a slot
         self._running: dict[int, Sequence] = {}  # by the index of their slot
         self._calls: deque[tuple[abc.Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
@@ -79,14 +79,16 @@ class Engine:
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a request. QueueFullError, EngineError or ClosedError where it cannot be taken."""
+        self._queue(sequence)
+
+    def _queue(self, wanted: Sequence | Future[Slot]) -> None:
         with self._wake:
             self._check()
-            free = len(self.slots.free)
-            if len(self._waiting) >= self._options.queue + free:
+            if len(self._waiting) >= self._options.queue + len(self.slots.free):
                 raise QueueFullError(
                     f"{self._options.queue} requests are waiting already; try again later"
                 )
-            self._waiting.append(sequence)
+            self._waiting.append(wanted)
             self._wake.notify()
 
     def cancel(self, sequence: Sequence) -> None:
@@ -106,8 +108,27 @@ class Engine:
             self._wake.notify()
         return future.result()
 
+    def hold(self) -> Slot:
+        """A slot for ``call``s of one's own, to be given back with ``release``; waits its turn.
+
+        Raises as ``submit``.
+        """
+        future: Future[Slot] = Future()
+        self._queue(future)
+        try:
+            return future.result()
+        except BaseException:
+            if not future.cancel() and not future.exception():  # Ctrl-C, and it had come
+                self.release(future.result())
+            raise
+
+    @property
+    def allowance(self) -> int:
+        """Rows that a ``call`` may compute at once: fewer where requests wait for their turn."""
+        return self._options.budget if self._running else self._options.chunk
+
     def release(self, slot: Slot, *, forget: bool = False) -> None:
-        """Give back a slot that ``acquire`` gave, after the step under way. Never waits."""
+        """Give back a slot that ``hold`` gave, after the step under way. Never waits."""
         with self._wake:
             self._calls.append((partial(self._release, slot, forget), Future()))
             self._wake.notify()
@@ -161,7 +182,8 @@ class Engine:
 
     def _can_admit(self) -> bool:
         """Whether a request waits that a step would take out of the queue."""
-        return any(s.cancelled for s in self._waiting) or bool(self._waiting and self.slots.free)
+        cancelled = any(isinstance(w, Sequence) and w.cancelled for w in self._waiting)
+        return cancelled or bool(self._waiting and self.slots.free)
 
     def step(self) -> None:
         """Compute one batch: a row of each request that decodes, a part of each other's prompt."""
@@ -192,22 +214,27 @@ class Engine:
         with self._wake:
             there = [*self._running.values(), *self._waiting]
         for sequence in there:
-            if not sequence.cancelled:
-                continue
-            self._end(sequence)
-            sequence.sink(None)
+            if isinstance(sequence, Sequence) and sequence.cancelled:
+                self._end(sequence)
+                sequence.sink(None)
 
     def _admit(self) -> None:
         """Give free slots to those that have waited longest."""
         while self._waiting and self.slots.free:
-            sequence = self._waiting.popleft()
-            slot = self.acquire(sequence.tokens)
-            self._running[slot.index] = sequence
-            sequence.begin(slot, len(slot.tokens))
-            self._counts["prompt"] += sequence.n_prompt
-            self._counts["cached"] += sequence.n_cached
+            first = self._waiting.popleft()
+            if isinstance(first, Sequence):
+                self._begin(first)
+            elif first.set_running_or_notify_cancel():
+                first.set_result(self._acquire([]))
 
-    def acquire(self, tokens: abc.Sequence[int]) -> Slot:
+    def _begin(self, sequence: Sequence) -> None:
+        slot = self._acquire(sequence.tokens)
+        self._running[slot.index] = sequence
+        sequence.begin(slot, len(slot.tokens))
+        self._counts["prompt"] += sequence.n_prompt
+        self._counts["cached"] += sequence.n_cached
+
+    def _acquire(self, tokens: abc.Sequence[int]) -> Slot:
         """A free slot whose cells hold as many of the first ``tokens`` as can be found."""
         slot, prefix = self.slots.acquire(tokens)
         window = prefix.window
@@ -286,18 +313,21 @@ class Engine:
     def _end_all(self, error: GemloomError) -> None:
         """End every request, and whoever waits for a call, with ``error``."""
         with self._wake:
-            ended = [*self._running.values(), *self._waiting]
-            calls = list(self._calls)
+            there = [*self._running.values(), *self._waiting]
+            futures = [w for w in there if isinstance(w, Future)] + [f for _, f in self._calls]
             self._running.clear()
             self._waiting.clear()
             self._calls.clear()
-        for sequence in ended:
+        for sequence in there:
+            if isinstance(sequence, Future):
+                continue
             if sequence.slot:
                 self.slots.cut(sequence.slot, 0)
                 self.slots.release(sequence.slot)
             sequence.sink(error)
-        for _, future in calls:
-            future.set_exception(error)
+        for future in futures:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
 
 def _typed(error: Exception) -> GemloomError:

@@ -273,12 +273,12 @@ class Model:
         head: bool = True,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Run ids from nothing in a slot of its own: per step its wanted logits and its taps."""
-        size = self.options.chunk
+        most = len(ids)
         if len(wanted) > 1 and head:
-            size = min(size, max(1, LOGITS_BYTES // 4 // self.config.n_vocab))
+            most = max(1, LOGITS_BYTES // 4 // self.config.n_vocab)
         with self._held_slot() as slot:
-            for start in range(0, len(ids), size):
-                tokens = ids[start : start + size]
+            while (start := len(slot.tokens)) < len(ids):
+                tokens = ids[start : start + min(most, self._engine.allowance)]
                 rows = [row - start for row in wanted if start <= row < start + len(tokens)]
                 chunk = Chunk(slot.index, start, tokens, rows)
                 yield self._engine.call(partial(self._compute, slot, chunk, taps, head))
@@ -292,7 +292,7 @@ class Model:
 
     @contextmanager
     def _held_slot(self) -> Iterator[Slot]:
-        slot = self._engine.call(lambda: self._engine.acquire([]))
+        slot = self._engine.hold()
         try:
             yield slot
         except BaseException:

@@ -19,6 +19,7 @@ from gemloom.cli.chatting import chat
 from gemloom.cli.doctor import doctor
 from gemloom.cli.inspecting import inspect, tokenize
 from gemloom.cli.running import run
+from gemloom.cli.serving import serve
 from gemloom.cli.terminal import fail
 from gemloom.errors import GemloomError, OptionError
 
@@ -94,12 +95,13 @@ def _top(
     Examples:
       gemloom run "The capital of France is" -n 20
       gemloom chat gemma-it.gguf
+      gemloom serve gemma-it.gguf
       gemloom inspect gemma.gguf
       gemloom COMMAND --help
     """
 
 
-for _command in (run, chat, inspect, tokenize, doctor, bench):
+for _command in (run, chat, serve, inspect, tokenize, doctor, bench):
     app.command(cls=Command)(_command)
 
 

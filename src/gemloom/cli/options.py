@@ -7,7 +7,7 @@ then has an option for every field. What a value may be is checked where it is u
 
 import inspect
 from collections.abc import Callable
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Annotated, Any
 
 import typer
@@ -67,6 +67,30 @@ class LoadOptions:
     def given(self) -> dict[str, Any]:
         """The options that were set, as ``options.Options`` takes them."""
         return _given(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManyOptions(LoadOptions):
+    """As LoadOptions, for a model that many use at once; ``slots`` is 4 where it is not set."""
+
+    slots: Annotated[
+        int | None, _option(help="Requests computed at once, each with its context.", default="4")
+    ] = None
+    queue: Annotated[
+        int | None, _option(help="Requests that may wait; more are refused.", default="64")
+    ] = None
+    budget: Annotated[
+        int | None,
+        _option(help="Prompt tokens in a step that others wait for.", default="128"),
+    ] = None
+    snapshots: Annotated[
+        int | None,
+        _option(metavar="MIB", help="Memory to come back to earlier turns.", default="128"),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were set, and slots, as ``options.Options`` takes them."""
+        return {"slots": 4, **_given(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +160,7 @@ def _bias(text: str) -> tuple[int, float]:
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command, with each parameter that is a group of options spread into its options."""
     own = list(inspect.signature(command).parameters.values())
-    groups = {p.name: p.annotation for p in own if p.annotation in (LoadOptions, SamplingOptions)}
+    groups: dict[str, Any] = {p.name: p.annotation for p in own if is_dataclass(p.annotation)}
     shared = [_parameter(option) for group in groups.values() for option in fields(group)]
     parameters = [p for p in own if p.name not in groups] + shared
 

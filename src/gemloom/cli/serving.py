@@ -1,0 +1,198 @@
+"""``gemloom serve``: the OpenAI-compatible server, until a signal ends it."""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemloom.cli.opening import default_model, open_model
+from gemloom.cli.options import ManyOptions, with_options
+from gemloom.cli.terminal import one_line
+from gemloom.errors import OptionError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from gemloom.server.service import Settings
+
+_KEYS_VARIABLE = "GEMLOOM_API_KEYS"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AFTER_STOP = 5  # seconds that clients get to read that their requests were ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """What a command line says of the server itself."""
+
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="What requests call the model; repeatable, the first is told."),
+    ] = None
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="A key that requests must have one of; repeatable.")
+    ] = None
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file of keys, one a line; # begins a comment.")
+    ] = None
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Let pages of this site in; repeatable; * for all."),
+    ] = None
+    max_body: Annotated[int, typer.Option(min=1, metavar="MIB", help="Largest request.")] = 32
+    timeout: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Longest request; 0: no limit.")
+    ] = 600
+    drain: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="At the end, time for requests under way."),
+    ] = 30
+    slot_state: Annotated[
+        bool, typer.Option("--slot-state", help="Let clients save and restore what was computed.")
+    ] = False
+
+    def settings(self, source: str) -> "Settings":
+        """As the server takes them, for the model of ``source``. OptionError for no keys."""
+        from gemloom.server.service import Settings
+
+        names = self.name or [_default_name(source)]
+        return Settings(
+            name=names[0],
+            aliases=tuple(names[1:]),
+            api_keys=_keys(self.api_key or [], self.api_key_file),
+            cors=tuple(self.cors or []),
+            max_body=self.max_body << 20,
+            timeout=self.timeout or None,
+            slot_state=self.slot_state,
+        )
+
+
+@with_options
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A file, hf:owner/repo, a built-in name.", show_default=False),
+    ] = None,
+    *,
+    server: ServerOptions,
+    load: ManyOptions,
+) -> None:
+    """Serve a model to many clients, in OpenAI's API.
+
+    Without MODEL, the built-in one. Clients of OpenAI's API work as they are,
+    with http://HOST:PORT/v1 as their base URL; a chat page is at /. Only this
+    machine can reach it, unless --host says otherwise; give it --api-key then.
+    Keys may be in GEMLOOM_API_KEYS too, separated by commas. Ctrl-C or SIGTERM
+    lets requests under way finish; a second one ends at once.
+
+    \b
+    Examples:
+      gemloom serve gemma-it.gguf
+      gemloom serve gemma-it.gguf --slots 8 --context 16384 --name gemma
+      gemloom serve gemma-it.gguf --host 0.0.0.0 --api-key-file keys.txt
+    """
+    source = model or default_model()
+    settings = server.settings(source)
+    listener = _listen(server.host, server.port)  # one in use is told before the model is loaded
+    with listener, open_model(source, load) as opened:
+        from gemloom.server.app import create_app
+
+        _run(create_app(opened, settings), listener, settings, server.drain)
+
+
+def _default_name(source: str) -> str:
+    """The name of a file without folder and ending; other sources as they are called."""
+    if source.startswith("hf:"):
+        return source.removeprefix("hf:")
+    return Path(source).name.removesuffix(".gguf")
+
+
+def _keys(given: list[str], file: Path | None) -> tuple[str, ...]:
+    """All keys there are. OptionError where something that is to have some has none."""
+    found = list(given)
+    variable = os.environ.get(_KEYS_VARIABLE)
+    if variable is not None:
+        found += _some(variable.split(","), _KEYS_VARIABLE)
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(f"--api-key-file {file}: {error}") from None
+        found += _some([line.partition("#")[0] for line in lines], str(file))
+    return tuple(_some(found, "--api-key")) if found else ()
+
+
+def _some(keys: list[str], where: str) -> list[str]:
+    stripped = [key.strip() for key in keys]
+    found = [key for key in stripped if key]
+    if not found:
+        raise OptionError(f"{where} has no API key: nobody could use the server")
+    return found
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address. AddressError in one line where it cannot be."""
+    from gemloom.server.errors import AddressError
+
+    with ExitStack() as stack:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, kind, protocol, _, address = found[0]
+            listener = stack.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            reason = f"{host}:{port}: {error.strerror}"
+            raise AddressError(f"{reason}; try another --host or --port") from None
+        stack.pop_all()
+    return listener
+
+
+def _run(app: "FastAPI", listener: socket.socket, settings: "Settings", drain: float) -> None:
+    """Serve until a signal comes and the requests under way have ended."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """uvicorn's, but the first signal drains, and the system's own way of the second ends."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            typer.echo(f"{one_line(settings.name)} is served at {_address(listener)}")
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            import asyncio
+
+            asyncio.get_running_loop().call_later(drain, app.state.service.stop)
+            await super().shutdown(sockets)
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            if threading.current_thread() is threading.main_thread():
+                for number in _SIGNALS:
+                    signal.signal(number, self.handle_exit)
+            yield
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.should_exit = True
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, lifespan="off",
+        timeout_graceful_shutdown=int(drain) + _AFTER_STOP, ws="none",
+    )  # fmt: skip
+    Server(config).run([listener])
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

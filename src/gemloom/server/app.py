@@ -1,0 +1,344 @@
+"""The HTTP side: which path does what, and how errors look. Made by ``create_app``."""
+
+from __future__ import annotations
+
+import base64
+import time
+from functools import partial
+from importlib.resources import files
+from threading import Event
+from typing import Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gemloom import __version__
+from gemloom.errors import EngineError, GemloomError, RequestError
+from gemloom.model import Model
+from gemloom.server import metrics, protocol
+from gemloom.server.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
+from gemloom.server.guard import read_body
+from gemloom.server.responses import ResponseAnswer, ResponsesRequest
+from gemloom.server.service import Service, Settings, in_thread
+from gemloom.server.streams import HungUpError
+
+_REF = "#/components/schemas/{model}"
+_HUNG_UP = 499  # in the metrics alone: nobody is there to read it
+_STATE_SLACK = 1 << 20  # bytes of saved state that are no K/V
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+_PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+async def _admit(request: Request) -> None:
+    _service(request).admit(request)
+
+
+async def _admit_state(request: Request) -> None:
+    _service(request).admit_state(request)
+
+
+def _body(kind: type[protocol.Body]) -> dict[str, Any]:
+    """The part of the OpenAPI page that tells what a route reads."""
+    schema = {"$ref": _REF.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+_BODIES = (
+    protocol.ChatRequest, protocol.CompletionRequest, ResponsesRequest, protocol.EmbeddingRequest,
+    protocol.TokenizeRequest, protocol.DetokenizeRequest, protocol.Conversation,
+)  # fmt: skip
+open_to_all = APIRouter()
+api = APIRouter(dependencies=[Depends(_admit)])
+
+
+@api.post("/v1/chat/completions", openapi_extra=_body(protocol.ChatRequest))
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    service = _service(request)
+    deadline = service.deadline()
+    asked = await service.read(protocol.ChatRequest, request, deadline)
+    jobs, splitters = await in_thread(partial(service.prepare.chat, asked), deadline)
+    tokenizer = service.model.tokenizer
+    choices = [ChatChoice(index, tokenizer, splitter) for index, splitter in enumerate(splitters)]
+    answer = ChatAnswer(service.head("chatcmpl"), choices, asked.wants_usage)
+    stream = bool(asked.stream)
+    return await service.answer(request, answer, jobs, stream=stream, deadline=deadline)
+
+
+@api.post("/v1/completions", openapi_extra=_body(protocol.CompletionRequest))
+async def completions(request: Request) -> Response:
+    """Continue one or several prompts."""
+    service = _service(request)
+    deadline = service.deadline()
+    asked = await service.read(protocol.CompletionRequest, request, deadline)
+    jobs = await in_thread(partial(service.prepare.completion, asked), deadline)
+    choices = [CompletionChoice(index, service.model.tokenizer) for index in range(len(jobs))]
+    answer = CompletionAnswer(service.head("cmpl"), choices, asked.choices, asked.wants_usage)
+    stream = bool(asked.stream)
+    return await service.answer(request, answer, jobs, stream=stream, deadline=deadline)
+
+
+@api.post("/v1/responses", openapi_extra=_body(ResponsesRequest))
+async def responses(request: Request) -> Response:
+    """Answer a conversation in the form of the responses API; nothing is stored."""
+    service = _service(request)
+    deadline = service.deadline()
+    asked = await service.read(ResponsesRequest, request, deadline)
+    jobs, (splitter,) = await in_thread(lambda: service.prepare.chat(asked.chat()), deadline)
+    answer = ResponseAnswer(service.head("resp"), asked, service.model.tokenizer, splitter)
+    stream = bool(asked.stream)
+    return await service.answer(request, answer, jobs, stream=stream, deadline=deadline)
+
+
+@api.post("/v1/embeddings", openapi_extra=_body(protocol.EmbeddingRequest))
+async def embeddings(request: Request) -> Response:
+    """One vector of length 1 for each text."""
+    service = _service(request)
+    deadline = service.deadline()
+    asked = await service.read(protocol.EmbeddingRequest, request, deadline)
+    vectors, count = await service.long(request, partial(_embed, service, asked), deadline)
+    shown = [_encoded(vector, asked.encoding_format) for vector in vectors]
+    return JSONResponse(protocol.embeddings_body(shown, service.settings.name, count))
+
+
+def _embed(
+    service: Service, asked: protocol.EmbeddingRequest, given_up: Event
+) -> tuple[list[np.ndarray], int]:
+    """Vectors float32 [n_embd], and how many tokens they were made of."""
+    prompts = [service.prepare.ids(text) for text in asked.inputs()]
+    vectors = []
+    for ids in prompts:
+        if given_up.is_set():
+            break
+        vectors.append(service.model.embed(ids))
+    return vectors, sum(map(len, prompts))
+
+
+def _encoded(vector: np.ndarray, form: str | None) -> Any:
+    if form == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return vector.tolist()
+
+
+@api.get("/v1/models")
+async def models(request: Request) -> Response:
+    """The one model there is, and its other names."""
+    service = _service(request)
+    names = (service.settings.name, *service.settings.aliases)
+    return JSONResponse({"object": "list", "data": [_model(service, name) for name in names]})
+
+
+@api.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> Response:
+    """One model."""
+    service = _service(request)
+    service.check_name(name)
+    return JSONResponse(_model(service, name))
+
+
+def _model(service: Service, name: str) -> protocol.Json:
+    served = service.model
+    sizes = (served.context, served.config.n_vocab, served.config.n_embd)
+    return protocol.model_body(name, service.created, *sizes)
+
+
+@api.post("/tokenize", openapi_extra=_body(protocol.TokenizeRequest))
+async def tokenize(request: Request) -> Response:
+    """Text to ids."""
+    service = _service(request)
+    asked = await service.read(protocol.TokenizeRequest, request, service.deadline())
+    return JSONResponse({"tokens": await in_thread(partial(_tokenize, service, asked), None)})
+
+
+def _tokenize(service: Service, asked: protocol.TokenizeRequest) -> list[Any]:
+    tokenizer = service.model.tokenizer
+    ids = tokenizer.encode(asked.content, asked.parse_special)
+    ids = tokenizer.with_bos(ids) if asked.add_special else ids
+    if not asked.with_pieces:
+        return ids
+    return [protocol.piece_body(token, tokenizer.token(token)) for token in ids]
+
+
+@api.post("/detokenize", openapi_extra=_body(protocol.DetokenizeRequest))
+async def detokenize(request: Request) -> Response:
+    """Ids to text, special tokens shown."""
+    service = _service(request)
+    asked = await service.read(protocol.DetokenizeRequest, request, service.deadline())
+    decode = partial(service.model.detokenize, asked.tokens, special=True)
+    return JSONResponse({"content": await in_thread(decode, None)})
+
+
+@api.post("/apply-template", openapi_extra=_body(protocol.Conversation))
+async def apply_template(request: Request) -> Response:
+    """The prompt that the model's template makes of a conversation: to look at, and as ids."""
+    service = _service(request)
+    asked = await service.read(protocol.Conversation, request, service.deadline())
+    ids = await in_thread(partial(service.prepare.prompt, asked), None)
+    return JSONResponse({"prompt": service.model.detokenize(ids, special=True), "tokens": ids})
+
+
+@api.get("/slots")
+async def slots(request: Request) -> Response:
+    """How many requests fit, and how many there are."""
+    service = _service(request)
+    stats = service.model.stats()
+    names = ("slots", "slots_busy", "running", "waiting")
+    counts = {name: getattr(stats, name) for name in names}
+    return JSONResponse(counts | {"context": service.model.context})
+
+
+@api.post(
+    "/slots",
+    dependencies=[Depends(_admit_state)],
+    openapi_extra={"requestBody": {"content": {"application/octet-stream": {}}}},
+)
+async def slot_state(request: Request, action: Literal["save", "restore"]) -> Response:
+    """Save the state of the request that ended last as bytes, or restore what was saved."""
+    service = _service(request)
+    if action == "save":
+        data = await in_thread(service.model.save_state, None)
+        return Response(data, media_type="application/octet-stream")
+    memory = service.model.memory()
+    limit = memory["kv_full"] + memory["kv_sliding"] + _STATE_SLACK
+    state = await read_body(request, limit)
+    count = await in_thread(partial(service.model.load_state, state), None)
+    return JSONResponse({"restored": count})
+
+
+@api.get("/metrics")
+async def prometheus(request: Request) -> Response:
+    """Counters, gauges and histograms for Prometheus."""
+    text = await in_thread(_service(request).metrics.text, None)
+    return Response(text, headers={"content-type": metrics.CONTENT_TYPE})
+
+
+@open_to_all.get("/health")
+async def health(request: Request) -> Response:
+    """Whether requests are answered; 503, and why, where they are not."""
+    error = _service(request).model.stats().error
+    if error is not None:
+        failed = protocol.error_body(EngineError(error))
+        return JSONResponse({"status": "error", **failed}, EngineError.status)
+    return JSONResponse({"status": "ok"})
+
+
+class _App(FastAPI):
+    """FastAPI, with the bodies that the routes read by themselves on its OpenAPI page."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            _, made = models_json_schema(
+                [(kind, "validation") for kind in _BODIES], ref_template=_REF
+            )
+            schema = super().openapi()
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(made["$defs"])
+            self.openapi_schema = schema
+        return self.openapi_schema
+
+
+class _Counted:
+    """Counts requests and their durations, by route and status."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._metrics = app, service.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self._metrics.answered(path, status, time.perf_counter() - started)
+
+
+def create_app(model: Model, settings: Settings) -> FastAPI:
+    """The application that serves ``model``, which the caller closes after it."""
+    app = _App(title="Gemloom", version=__version__, docs_url=None, redoc_url=None)
+    app.state.service = service = Service(model, settings)
+    app.include_router(open_to_all)
+    app.include_router(api)
+    _add_page(app)
+    app.add_exception_handler(GemloomError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    for gone in (HungUpError, ClientDisconnect):
+        app.add_exception_handler(gone, _on_hung_up)
+    app.add_exception_handler(Exception, _on_unforeseen)
+    if settings.cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(_Counted, service=service)
+    return app
+
+
+def _add_page(app: FastAPI) -> None:
+    """The chat page: its few files are read once, and nothing else is ever served."""
+    for file in (files("gemloom.server") / "page").iterdir():
+        suffix = file.name[file.name.rfind(".") :]
+        if suffix in _PAGE_TYPES:
+            show = partial(_show, file.read_bytes(), _PAGE_TYPES[suffix])
+            path = "/" if file.name == "index.html" else f"/{file.name}"
+            app.add_route(path, show, include_in_schema=False)
+
+
+async def _show(content: bytes, kind: str, request: Request) -> Response:
+    return Response(content, media_type=kind, headers=_PAGE_HEADERS)
+
+
+def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, GemloomError)
+    headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(error.status)
+    return JSONResponse(protocol.error_body(error), error.status, headers)
+
+
+def _on_http_error(request: Request, error: Exception) -> Response:
+    """No such path, or not with this method; or what FastAPI itself refuses."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:80]}: {error.detail}"
+    body = protocol.error_body(RequestError(message))
+    body["error"]["code"] = "not_found" if error.status_code == 404 else "invalid_request"
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return _on_error(request, RequestError(f"{first['loc'][-1]}: {first['msg']}"))
+
+
+def _on_hung_up(request: Request, error: Exception) -> Response:
+    return Response(status_code=_HUNG_UP)
+
+
+def _on_unforeseen(request: Request, error: Exception) -> Response:
+    body = protocol.error_body(GemloomError("internal error; the server's log has more"))
+    return JSONResponse(body, GemloomError.status)

@@ -1,0 +1,79 @@
+"""Who may ask, and how much they may send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from hmac import compare_digest
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from starlette.requests import HTTPConnection, Request
+
+from gemloom.server.errors import BodyTooLargeError, ForbiddenError, KeyRefusedError
+
+
+class Keys:
+    """The API keys a server takes; none: it takes every request. They are never shown."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def check(self, request: HTTPConnection) -> None:
+        """KeyRefusedError unless the request has one of the keys; the time it takes tells none."""
+        if not self._digests:
+            return
+        given = _digest(_given_key(request))
+        matches = [compare_digest(given, digest) for digest in self._digests]  # all of them, always
+        if not any(matches):
+            raise KeyRefusedError("no API key of this server: send Authorization: Bearer KEY")
+
+
+def _digest(key: bytes) -> bytes:
+    return sha256(key).digest()  # one length for all
+
+
+def _given_key(request: HTTPConnection) -> bytes:
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    given = key.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key", "")
+    return given.encode("latin-1")  # the bytes as they came
+
+
+def check_origin(request: HTTPConnection, allowed: Sequence[str]) -> None:
+    """ForbiddenError for a web page of another site, where no key would stop it.
+
+    A browser lets any page post to a server on this machine; it only hides the answer.
+    """
+    origin = request.headers.get("origin")
+    if origin is None or origin in allowed or "*" in allowed:
+        return
+    try:
+        own = urlsplit(origin).netloc == request.headers.get("host")
+    except ValueError:  # no URL at all
+        own = False
+    if not own:
+        raise ForbiddenError("pages of other sites may not use this server: start it with --cors")
+
+
+def is_local(request: HTTPConnection) -> bool:
+    """Whether the client is on this machine."""
+    try:
+        return request.client is not None and ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, of at most ``limit`` bytes; no more is ever kept. BodyTooLargeError."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise BodyTooLargeError(f"the body has {int(declared):,} bytes; {limit:,} is the most")
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > limit:
+            raise BodyTooLargeError(f"the body has more than {limit:,} bytes")
+    return bytes(data)

@@ -1,0 +1,228 @@
+"""From a request to what the engine is to run: prompt ids, sampling options, a constraint.
+
+All of it is slow enough (templates, tokenizing, grammars) to be done in a thread of its own, and
+all that can be wrong with a request is found here, before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from gemloom import conversation
+from gemloom.constraint import ThinkingBudget, both
+from gemloom.errors import RequestError
+from gemloom.generation import Run
+from gemloom.model import Model
+from gemloom.router import Router
+from gemloom.sampling import from_options
+from gemloom.sequence import Constraint
+from gemloom.server.answers import Plain, Splitter
+from gemloom.server.errors import FieldError
+from gemloom.server.protocol import ChatRequest, CompletionRequest, Conversation, Ids, Json, Sampled
+
+_TAIL = 64  # tokens at the end of a prompt, where a thought would have been opened
+_SEEDS = 2**64
+
+MakeConstraint = Callable[[], Constraint | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Thought:
+    """Whether the answer may begin with a thought, and whether the prompt has begun one."""
+
+    allowed: bool = False
+    begun: bool = False
+
+    def options(self) -> dict[str, bool]:
+        """As the methods of Grammars take it."""
+        return {"thinking": self.allowed, "open": self.begun}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run to start."""
+
+    prompt: Ids
+    sampling: Json
+    constraint: Constraint | None
+
+    def start(self, model: Model) -> Run:
+        """Start it; never blocks. Raises QueueFullError, EngineError and what is wrong with it."""
+        return model.stream(self.prompt, constraint=self.constraint, **self.sampling)
+
+
+def start(model: Model, jobs: Sequence[Job]) -> list[Run]:
+    """Start all, or none: those started before one that fails are cancelled."""
+    runs: list[Run] = []
+    try:
+        for job in jobs:
+            runs.append(job.start(model))
+    except BaseException:
+        for run in runs:
+            run.cancel()
+        raise
+    return runs
+
+
+class Preparer:
+    """Makes jobs of requests to one model; any thread may call it."""
+
+    def __init__(self, model: Model) -> None:
+        self._model, self._tokenizer = model, model.tokenizer
+        opening, closing = (model.tokenizer.id_of(text) for text in ("<|channel>", "<channel|>"))
+        # The tokens around a thought; None for a model that has no such markup.
+        self._markers = None if opening is None or closing is None else (opening, closing)
+        self._call = model.tokenizer.id_of("<|tool_call>")
+
+    def prompt(self, asked: Conversation) -> Ids:
+        """The prompt of a chat by the file's own template. RequestError where it cannot be made."""
+        variables = _variables(asked)
+        return self._model.chat_prompt(asked.messages, tools=asked.tools, variables=variables)
+
+    def chat(self, asked: ChatRequest) -> tuple[list[Job], list[Splitter]]:
+        """The runs of a chat, and what splits the text of each."""
+        sampling = _checked(self._chat_sampling(asked))
+        prompt = self.prompt(asked)
+        tail = self._tokenizer.decode(prompt[-_TAIL:], special=True)
+        thought = _Thought(
+            self._markers is not None and bool(_variables(asked).get("enable_thinking")),
+            self._markers is not None and conversation.starts_reasoning(tail),
+        )
+        jobs = _jobs([prompt], sampling, self._chat_constraint(asked, thought), asked.choices)
+        return jobs, [self._splitter(asked, thought) for _ in jobs]
+
+    def completion(self, asked: CompletionRequest) -> list[Job]:
+        """The runs of a request for completions, those of the first prompt first."""
+        sampling = _checked(asked.sampling())
+        prompts = [self.ids(prompt) for prompt in asked.prompts()]
+        return _jobs(prompts, sampling, self._format(asked, _Thought()), asked.choices)
+
+    def ids(self, prompt: str | Ids) -> Ids:
+        """Text as ids with one BOS; ids as they are."""
+        if not isinstance(prompt, str):
+            return prompt
+        return self._tokenizer.with_bos(self._tokenizer.encode(prompt)) if prompt else []
+
+    def _chat_sampling(self, asked: ChatRequest) -> Json:
+        """The options; where no tool may be called, the token that begins a call is barred."""
+        sampling = asked.sampling()
+        if self._call is None or _tool_choice(asked) is not None:
+            return sampling
+        return sampling | {"logit_bias": sampling.get("logit_bias", {}) | {self._call: -100.0}}
+
+    def _splitter(self, asked: ChatRequest, thought: _Thought) -> Splitter:
+        """A Router, but where a form leaves room for no markup: there, what looks so is text."""
+        formed = _form(asked) != "text" and not thought.allowed and not thought.begun
+        return Router(thought.begun) if self._markers and not formed else Plain()
+
+    def _chat_constraint(self, asked: ChatRequest, thought: _Thought) -> MakeConstraint:
+        choice = _tool_choice(asked)
+        form = self._format(asked, thought)
+        if choice is not None:
+            if _form(asked) != "text":
+                raise FieldError("tools", "tools: with them, a form needs tool_choice to be none")
+            tools = conversation.check_tools(asked.tools or [])
+            form = partial(self._model.grammars.tools, tools, choice, **thought.options())
+        return self._within_budget(asked, form, thought)
+
+    def _format(self, asked: Sampled, thought: _Thought) -> MakeConstraint:
+        """Makes each run the constraint that the format, the regex or the grammar asks for."""
+        grammars, options = self._model.grammars, thought.options()
+        form = _form(asked)
+        if form == "regex":
+            return partial(grammars.regex, asked.regex or "", **options)
+        if form == "grammar":
+            return partial(grammars.lark, asked.grammar or "", **options)
+        if form == "json_object":
+            return partial(grammars.json_object, **options)
+        if form == "json_schema":
+            return partial(grammars.json_schema, _schema(asked), **options)
+        return lambda: None
+
+    def _within_budget(
+        self, asked: ChatRequest, form: MakeConstraint, thought: _Thought
+    ) -> MakeConstraint:
+        """``form``, and the tokens that thoughts may take."""
+        budget = asked.thinking_budget
+        if budget is None:
+            budget = conversation.reasoning_budget(asked.reasoning_effort)
+        if budget is None or self._markers is None:
+            return form
+        opening, closing = self._markers
+        n_vocab = self._model.config.n_vocab
+
+        def make() -> Constraint:
+            limit = ThinkingBudget(closing, opening, budget, thought.begun, n_vocab)
+            inner = form()
+            return limit if inner is None else both(limit, inner)
+
+        return make
+
+
+def _jobs(prompts: Sequence[Ids], sampling: Json, make: MakeConstraint, choices: int) -> list[Job]:
+    """So many runs of each prompt, each with a seed of its own if one was given."""
+    jobs = []
+    for prompt in prompts:
+        for number in range(choices):
+            own = dict(sampling)
+            if "seed" in own:
+                own["seed"] = (own["seed"] + number) % _SEEDS
+            jobs.append(Job(prompt, own, make()))
+    return jobs
+
+
+def _checked(sampling: Json) -> Json:
+    """The options, once ``SamplingParams`` takes them. OptionError."""
+    from_options(sampling)
+    return sampling
+
+
+def _schema(asked: Sampled) -> Mapping[str, object]:
+    given = asked.response_format and asked.response_format.json_schema
+    if not given:
+        raise FieldError("response_format", "response_format: json_schema needs a json_schema")
+    return given.schema_
+
+
+def _form(asked: Sampled) -> str:
+    """What the answer must be: "text" for anything. RequestError where several are asked for."""
+    given = [name for name in ("regex", "grammar") if getattr(asked, name) is not None]
+    if asked.response_format and asked.response_format.type != "text":
+        given.append(asked.response_format.type)
+    if len(given) > 1:
+        raise RequestError("only one of response_format, regex and grammar can be asked for")
+    return given[0] if given else "text"
+
+
+def _variables(asked: Conversation) -> Json:
+    return conversation.variables(
+        reasoning_effort=asked.reasoning_effort,
+        enable_thinking=asked.enable_thinking,
+        chat_template_kwargs=asked.chat_template_kwargs,
+    )
+
+
+def _tool_choice(asked: ChatRequest) -> str | None:
+    """ "auto", "required" or a function's name; None where no tool may be called."""
+    choice = asked.tool_choice
+    named = isinstance(choice, dict)
+    if isinstance(choice, dict):
+        choice = _named_choice(choice)
+    elif choice not in (None, "none", "auto", "required"):
+        raise FieldError("tool_choice", "tool_choice must be none, auto, required or a function")
+    if (named or choice == "required") and not asked.tools:
+        raise FieldError("tool_choice", "tool_choice: there are no tools to choose from")
+    if choice == "none" and not named:
+        return None
+    return (choice or "auto") if asked.tools else None
+
+
+def _named_choice(choice: Json) -> str:
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if choice.get("type") != "function" or not isinstance(name, str):
+        shape = '{"type": "function", "function": {"name": "..."}}'
+        raise FieldError("tool_choice", f"tool_choice: an object must be {shape}")
+    return name

@@ -1,0 +1,234 @@
+"""From runs to what a client gets: their pieces as they come, and server-sent events.
+
+A run that nobody waits for any more is cancelled: whoever leaves ``reading`` for whatever reason
+(the answer is whole, the client hung up, time is up, an error) leaves no run behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gemloom.errors import GemloomError
+from gemloom.generation import Run, Usage
+from gemloom.sequence import Piece
+from gemloom.server.errors import OverdueError, StoppedError
+from gemloom.server.protocol import Json
+
+DONE = b"data: [DONE]\n\n"  # after the last event, where clients expect it
+_KEEP_ALIVE = b": keep-alive\n\n"
+_HANG_GRACE = 5.0  # seconds over the limit until a client that does not read is dropped
+
+_T = TypeVar("_T")
+_log = logging.getLogger("gemloom.server")
+
+
+class HungUpError(Exception):
+    """The client has gone; nobody is there to be told."""
+
+
+class Answer(Protocol):
+    """What makes events and a body of pieces (``answers.py``, ``responses.py``)."""
+
+    done: bool  # whether its stream ends with DONE
+
+    def begin(self) -> list[Json]:
+        """The events before the first piece."""
+
+    def push(self, index: int, piece: Piece) -> list[Json]:
+        """The events of one piece of the run ``index``."""
+
+    def end(self, usages: Sequence[Usage]) -> list[Json]:
+        """The events after the last piece."""
+
+    def body(self, usages: Sequence[Usage]) -> Json:
+        """The whole answer."""
+
+    def failed(self, error: GemloomError) -> Json:
+        """The event that ends a stream which an error cut short."""
+
+
+class Observer(Protocol):
+    """Who wants to know how fast it goes (``metrics.py``)."""
+
+    def first_token(self, seconds: float) -> None:
+        """A run has given its first piece, so long after it was started."""
+
+    def finished(self, usage: Usage) -> None:
+        """A run has given its last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one request: ``deadline`` by the event loop's clock; ``beat`` in seconds."""
+
+    deadline: float | None
+    beat: float  # how long a stream may be silent before a comment shows that it lives
+
+
+@contextmanager
+def reading(runs: Sequence[Run]) -> Iterator[None]:
+    """Whatever happens inside, no run goes on after it."""
+    try:
+        yield
+    finally:
+        for run in runs:
+            run.cancel()
+
+
+async def pieces(
+    runs: Sequence[Run], limits: Limits, observer: Observer
+) -> AsyncGenerator[tuple[int, Piece] | None, None]:
+    """(index of the run, piece) as they come, None where nothing came for ``beat`` seconds.
+
+    Raises what a run raises, OverdueError at the deadline, StoppedError where a run was cancelled
+    from elsewhere.
+    """
+    waiting = {asyncio.ensure_future(_next(run)): index for index, run in enumerate(runs)}
+    started, begun = perf_counter(), set[int]()
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(
+                waiting, timeout=_patience(limits), return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                yield None
+            for task in done:
+                index = waiting.pop(task)
+                piece = task.result()
+                if piece is None:
+                    raise StoppedError("the request was ended: the server is stopping")
+                if index not in begun:
+                    begun.add(index)
+                    observer.first_token(perf_counter() - started)
+                if piece.finish_reason:
+                    observer.finished(runs[index].usage)
+                else:
+                    waiting[asyncio.ensure_future(_next(runs[index]))] = index
+                yield index, piece
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def _next(run: Run) -> Piece | None:
+    return await anext(run, None)
+
+
+def _patience(limits: Limits) -> float:
+    """Seconds to wait for a piece. OverdueError at the deadline."""
+    if limits.deadline is None:
+        return limits.beat
+    left = limits.deadline - asyncio.get_running_loop().time()
+    if left <= 0:
+        raise OverdueError("the request took longer than this server allows")
+    return min(left, limits.beat)
+
+
+async def whole(answer: Answer, runs: Sequence[Run], limits: Limits, observer: Observer) -> Json:
+    """The answer in one piece. Raises as ``pieces``."""
+    async with aclosing(pieces(runs, limits, observer)) as coming:
+        async for item in coming:
+            if item is not None:
+                answer.push(*item)
+    return answer.body([run.usage for run in runs])
+
+
+async def events(
+    answer: Answer, runs: Sequence[Run], limits: Limits, observer: Observer
+) -> AsyncGenerator[bytes, None]:
+    """The answer as server-sent events; an error is one of them, and the last."""
+    try:
+        yield b"".join(map(encode, answer.begin()))
+        async with aclosing(pieces(runs, limits, observer)) as coming:
+            async for item in coming:
+                yield _KEEP_ALIVE if item is None else b"".join(map(encode, answer.push(*item)))
+        yield b"".join(map(encode, answer.end([run.usage for run in runs])))
+        if answer.done:
+            yield DONE
+    except GemloomError as error:
+        yield encode(answer.failed(error))
+    except Exception:
+        _log.exception("a stream failed")
+        yield encode(answer.failed(GemloomError("internal error; the server's log has more")))
+
+
+def encode(event: Json) -> bytes:
+    """One event; those with a type are named by it."""
+    name = f"event: {event['type']}\n" if "type" in event else ""
+    data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    return f"{name}data: {data}\n\n".encode()
+
+
+class EventStream(Response):
+    """Sends server-sent events; ends the runs behind them when they end or the client hangs up."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, source: AsyncGenerator[bytes, None], runs: Sequence[Run], deadline: float | None
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._source, self._runs, self._deadline = source, runs, deadline
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it all."""
+        end = None if self._deadline is None else self._deadline + _HANG_GRACE
+        with reading(self._runs):
+            try:
+                async with asyncio.timeout_at(end):
+                    await attended(receive, self._send(send))
+            except (HungUpError, TimeoutError):
+                return  # nobody reads it
+
+    async def _send(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        async with aclosing(self._source) as source:
+            async for data in source:
+                if data:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def attended(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of ``work``, which is cancelled if the client hangs up: then HungUpError.
+
+    To be called when the request's body has been read.
+    """
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HungUpError
+        return task.result()
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def before(deadline: float | None, work: Awaitable[_T]) -> _T:
+    """The result of ``work``. OverdueError if it is not there by the deadline."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await work
+    except TimeoutError:
+        raise OverdueError("the request took longer than this server allows") from None

@@ -1,0 +1,74 @@
+"""A server on the loopback for tests: a real one, in a thread of this process."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+
+import gemloom
+from gemloom.server.app import create_app
+from gemloom.server.service import Settings
+
+NAME = "tiny"
+
+
+@contextmanager
+def serving(model: gemloom.Model, buffer: int = 0, **settings: Any) -> Iterator[str]:
+    """The URL of a server of ``model`` for as long as the block runs.
+
+    ``buffer``: bytes that the system takes for a client that does not read; 0: its own idea.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    if buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+    app = create_app(model, Settings(**{"name": NAME, **settings}))
+    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def http(url: str, **options: Any) -> httpx.Client:
+    return httpx.Client(base_url=url, trust_env=False, timeout=60, **options)
+
+
+def until(met: Callable[[], Any], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def events(lines: Iterator[str]) -> Iterator[Any]:
+    """What the data lines of server-sent events say; the last may be "[DONE]"."""
+    for line in lines:
+        if line.startswith("data: "):
+            data = line.removeprefix("data: ")
+            yield data if data == "[DONE]" else json.loads(data)
+
+
+def endless(model: gemloom.Model) -> dict[str, float]:
+    """A bias under which no answer ends by itself."""
+    return {str(token): -100 for token in model.tokenizer.eog}
+
+
+def slowly(run: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    """``run``, so much later."""
+
+    def late(*args: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return run(*args, **options)
+
+    return late

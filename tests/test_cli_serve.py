@@ -1,0 +1,123 @@
+"""``gemloom serve``: how it starts, and how signals end it."""
+
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from command_line import ENVIRONMENT, call, command, write
+from serving import http, until
+
+ENDLESS = {"prompt": "a", "max_tokens": 20_000, "regex": "[a-z]{30000}", "stream": True}
+
+
+@contextmanager
+def served(*args: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process of the command and its URL; killed at the end if it is still there."""
+    process = subprocess.Popen(
+        command("serve", *args, "--port", "0", "--threads", "1"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, process.communicate()
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("models"))
+
+
+def test_a_signal_drains(file: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# of two people\nfirst  # hers\nsecond\n")
+    with served(file, "--name", "mine", "--api-key-file", keys, "--context", "1024") as (
+        process,
+        url,
+    ):
+        bearer = {"Authorization": "Bearer second"}
+        with http(url, headers=bearer) as client:
+            assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
+            assert client.get("/slots").json()["slots"] == 4
+            assert (
+                client.get("/v1/models", headers={"Authorization": "Bearer x"}).status_code == 401
+            )
+            asked = {**ENDLESS, "max_tokens": 600}
+            with client.stream("POST", "/v1/completions", json=asked) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                until(lambda: refused(url))
+                told = list(lines)
+        assert "data: [DONE]" in told
+        out, error = process.communicate(timeout=30)
+        assert (process.returncode, out, error) == (0, "", "")
+
+
+def refused(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/health", trust_env=False)
+    except httpx.ConnectError:
+        return True
+    return False
+
+
+def test_what_does_not_drain_in_time_is_told(file: Path) -> None:
+    with (
+        served(file, "--drain", "0.2", "--context", "30000") as (process, url),
+        http(url) as client,
+        client.stream("POST", "/v1/completions", json=ENDLESS) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGINT)
+        last = [line for line in lines if line][-1]
+        assert '"code":"server_stopping"' in last
+        out, error = process.communicate(timeout=30)
+        assert (process.returncode, out, error) == (0, "", "")
+
+
+def test_a_second_signal_ends_at_once(file: Path) -> None:
+    with (
+        served(file, "--context", "30000") as (process, url),
+        http(url) as client,
+        client.stream("POST", "/v1/completions", json=ENDLESS) as answer,
+    ):
+        next(answer.iter_lines())
+        process.send_signal(signal.SIGTERM)
+        until(lambda: refused(url))
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
+
+
+def test_a_port_in_use_is_one_line(file: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = call("serve", file, "--port", str(port))
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert f"127.0.0.1:{port}: Address already in use" in result.stderr
+
+
+@pytest.mark.parametrize("keys", ["", "# none\n\n"])
+def test_a_file_without_keys_is_an_error(file: Path, tmp_path: Path, keys: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(keys)
+    result = call("serve", file, "--api-key-file", path)
+    assert result.exit_code == 2
+    assert "has no API key" in result.stderr
+    assert call("serve", file, "--api-key", " ").exit_code == 2
+    assert call("serve", file, "--api-key-file", tmp_path / "none").exit_code == 2
