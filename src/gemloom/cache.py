@@ -176,6 +176,12 @@ class KVCache:
                 store.write(data[:size], slot * self.cells.of(spec.sliding) * store.strides[1])
                 data = data[size:]
 
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of a whole window, as ``window_before`` gives it."""
+        rows = min(self.window, self.cells.sliding)
+        return sum(rows * store.strides[1] for store in self._sliding())
+
     def window_before(self, slot: int, end: int) -> bytes:
         """The sliding cells of the window's positions before ``end``, K and V of each layer."""
         return b"".join(

@@ -12,7 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import abc, deque
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -64,6 +66,13 @@ class Engine:
         self._runner, self._kv, self._options, self._context = runner, kv, options, context
         cells = kv.cells
         budget = options.snapshots << 20 if cells.sliding < cells.full else 0
+        if 0 < budget < kv.window_bytes:
+            _log.warning(
+                "a snapshot takes %d MiB, more than the %d allowed: edited chats are computed anew",
+                kv.window_bytes >> 20,
+                options.snapshots,
+            )
+            budget = 0
         self.slots = Slots(options.slots, kv.window, cells.sliding, budget)
         self._waiting: deque[Sequence | Future[Slot]] = deque()  # requests, and who wants a slot
         self._running: dict[int, Sequence] = {}  # by the index of their slot
@@ -118,6 +127,9 @@ class Engine:
         try:
             return future.result()
         except BaseException:
+            with self._wake:
+                if future in self._waiting:
+                    self._waiting.remove(future)
             if not future.cancel() and not future.exception():  # Ctrl-C, and it had come
                 self.release(future.result())
             raise
@@ -148,7 +160,10 @@ class Engine:
         )  # fmt: skip
 
     def close(self) -> None:
-        """End all requests with ClosedError and free the model. May be called anywhere, twice."""
+        """End all requests with ClosedError and free the model; a second call does nothing.
+
+        From any thread, a garbage collector's call in the engine's own among them.
+        """
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -160,6 +175,8 @@ class Engine:
             raise ClosedError("the model is closed")
         if self._failure:
             raise EngineError(self._failure)
+        if not self._thread.is_alive():
+            raise EngineError("a model does not live through a fork: load it in the child")
 
     # -- the engine's own thread ---------------------------------------------------------------
 
@@ -177,7 +194,7 @@ class Engine:
         """Sleep until there is something to do; False to end."""
         with self._wake:
             while not (self._closing or self._calls or self._running or self._can_admit()):
-                self._wake.wait()
+                self._wake.wait(1.0)  # a finalizer that runs in here wakes nobody
             return not self._closing
 
     def _can_admit(self) -> bool:
@@ -201,7 +218,7 @@ class Engine:
         self._deliver(batch, logits)
 
     def _answer_calls(self) -> None:
-        while self._calls:
+        for _ in range(len(self._calls)):  # those that come meanwhile wait for a step
             function, future = self._calls.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
@@ -221,11 +238,12 @@ class Engine:
     def _admit(self) -> None:
         """Give free slots to those that have waited longest."""
         while self._waiting and self.slots.free:
-            first = self._waiting.popleft()
+            first = self._waiting[0]  # it stays there for _end_all, should this fail
             if isinstance(first, Sequence):
                 self._begin(first)
-            elif first.set_running_or_notify_cancel():
+            elif not first.cancelled():
                 first.set_result(self._acquire([]))
+            self._waiting.popleft()
 
     def _begin(self, sequence: Sequence) -> None:
         slot = self._acquire(sequence.tokens)
@@ -260,17 +278,31 @@ class Engine:
             self.slots.cut(slot, 0)  # cells such as no prompt would give
 
     def _prepare(self, chunk: Chunk) -> None:
-        constraint = self._running[chunk.slot].constraint
-        if chunk.wanted and constraint:
-            constraint.prepare()
+        sequence = self._running[chunk.slot]
+        if chunk.wanted and sequence.constraint:
+            with self._alone(sequence):
+                sequence.constraint.prepare()
+
+    @contextmanager
+    def _alone(self, sequence: Sequence) -> Iterator[None]:
+        """What goes wrong in here ends this request and no other."""
+        try:
+            yield
+        except BaseException as error:
+            self._end(sequence)
+            sequence.sink(_typed(error))
 
     def _deliver(self, batch: abc.Sequence[Chunk], logits: np.ndarray) -> None:
         rows = iter(logits)
         for chunk in batch:
-            sequence = self._running[chunk.slot]
+            row = next(rows) if chunk.wanted else None
+            sequence = self._running.get(chunk.slot)
+            if sequence is None:  # its grammar failed
+                continue
             self._advance(sequence, chunk)
-            if chunk.wanted:
-                self._emit(sequence, next(rows))
+            if row is not None:
+                with self._alone(sequence):
+                    self._emit(sequence, row)
 
     def _advance(self, sequence: Sequence, chunk: Chunk) -> None:
         """Take note that a chunk's K/V are in the cells, and keep what may be come back to."""
@@ -284,13 +316,8 @@ class Engine:
                 self.slots.keep(slot, at, self._kv.window_before(slot.index, at))
 
     def _emit(self, sequence: Sequence, logits: np.ndarray) -> None:
-        """Pick the next token of a request and send it; what goes wrong there ends it alone."""
-        try:
-            piece = sequence.accept(logits)
-        except Exception as error:
-            self._end(sequence)
-            sequence.sink(_typed(error))
-            return
+        """Pick the next token of a request and send it."""
+        piece = sequence.accept(logits)
         self._counts["generated"] += 1
         if piece.finish_reason:
             self._end(sequence)
@@ -330,7 +357,7 @@ class Engine:
                 future.set_exception(error)
 
 
-def _typed(error: Exception) -> GemloomError:
+def _typed(error: BaseException) -> GemloomError:
     """The error itself, or one that says what kind it was."""
     if isinstance(error, GemloomError):
         return error

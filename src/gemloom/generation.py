@@ -114,8 +114,8 @@ def _wake(future: asyncio.Future[None]) -> None:
 class Run(Iterator[Piece]):
     """A request under way: iterate over its pieces, with ``for`` or ``async for``.
 
-    ``completion()``, or ``await``, gives them put together. ``close()``, or leaving ``with``, stops
-    it early. It is computed whether or not somebody reads.
+    ``completion()``, or ``await``, gives them put together. ``close()``, leaving ``with`` or
+    dropping it stops it early. It is computed whether or not somebody reads; one reader at a time.
     """
 
     def __init__(
@@ -143,12 +143,7 @@ class Run(Iterator[Piece]):
     async def __anext__(self) -> Piece:
         if not self._open:
             raise StopAsyncIteration
-        try:
-            event = await self._inbox.wait()
-        except BaseException:
-            self.close()
-            raise
-        if piece := self._take(event):
+        if piece := self._take(await self._inbox.wait()):
             return piece
         raise StopAsyncIteration
 
@@ -166,7 +161,8 @@ class Run(Iterator[Piece]):
         return self._gather().__await__()
 
     async def _gather(self) -> Completion:
-        return self._completion([piece async for piece in self])
+        with self:  # a task that is cancelled while it waits ends the request
+            return self._completion([piece async for piece in self])
 
     def completion(self) -> Completion:
         """Wait for the end and put the pieces together."""
@@ -267,7 +263,8 @@ class ChatRun(Iterator[Part]):
         return self._gather().__await__()
 
     async def _gather(self) -> ChatCompletion:
-        return self._completion([part async for part in self])
+        with self:
+            return self._completion([part async for part in self])
 
     def completion(self) -> ChatCompletion:
         """Wait for the end and put the parts together."""

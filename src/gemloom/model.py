@@ -204,8 +204,9 @@ class Model:
         request = Request(
             ids, params, self.tokenizer, inbox.put, limit=limit, constraint=constraint
         )
+        run = Run(request, inbox, self._engine.cancel, self)  # first, so that none is left alone
         self._engine.submit(request)
-        return Run(request, inbox, self._engine.cancel, self)
+        return run
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Prompt as checked ids."""

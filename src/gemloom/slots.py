@@ -78,6 +78,8 @@ class Slots:
             slot.tokens.extend(prefix.slot.tokens[: prefix.length])
         if slot is not prefix.slot or prefix.window is not None:
             slot.intact = max(0, prefix.length - self._window)
+        if slot is not prefix.slot and prefix.window is None:
+            slot.intact = max(slot.intact, prefix.slot.intact)  # a copy is no better than that
         slot.busy = True
         return slot, prefix
 

@@ -191,6 +191,7 @@ class Device:
     """The backends a model computes on, with the scheduler that spreads a graph over them.
 
     ``name`` is "auto" or "cpu": the CPU, with BLAS in front of it where ggml was built with it.
+    ``names`` are the backends then in use, preferred first.
     Raises DeviceError for any other name. Free with ``close()``.
     """
 
@@ -212,6 +213,8 @@ class Device:
         self.scheduler = self._schedule()
         self._repacked: dict[tuple[GGMLQuantizationType, tuple[int, ...]], Any] = {}
         self.current: object = None  # the graph whose tensors have memory now
+        self.names = [ggml.ggml_backend_name(backend).decode() for backend in self.backends]
+        self.compute_bytes = 0  # for the intermediate tensors of graphs
 
     def _kinds(self) -> list[int]:
         accelerated = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_ACCEL)
@@ -239,16 +242,10 @@ class Device:
         self._closers.append(lambda: ggml.ggml_backend_sched_free(scheduler))
         return scheduler
 
-    @property
-    def compute_bytes(self) -> int:
-        """Memory the scheduler holds for the intermediate tensors of graphs, in bytes."""
+    def measure(self) -> None:
+        """Look how much memory the scheduler holds, which only changes where a graph gets some."""
         size = ggml.ggml_backend_sched_get_buffer_size
-        return sum(int(size(self.scheduler, backend)) for backend in self.backends)
-
-    @property
-    def names(self) -> list[str]:
-        """The backends in use, preferred first."""
-        return [ggml.ggml_backend_name(backend).decode() for backend in self.backends]
+        self.compute_bytes = sum(int(size(self.scheduler, backend)) for backend in self.backends)
 
     def repacked(self, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Any:
         """The buffer type whose kernels are faster for such a matrix, or None.

@@ -75,6 +75,7 @@ class Graph:
         ggml.ggml_backend_sched_reset(self._device.scheduler)
         if not ggml.ggml_backend_sched_reserve(self._device.scheduler, self._graph):
             raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
+        self._device.measure()
 
     def allocate(self) -> None:
         """Give every tensor memory, taking it from the graph that had it before."""
@@ -85,6 +86,7 @@ class Graph:
         if not ggml.ggml_backend_sched_alloc_graph(self._device.scheduler, self._graph):
             raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
         self._device.current = self
+        self._device.measure()
 
     def compute(self) -> None:
         """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails."""
