@@ -41,7 +41,10 @@ def test_everything_asked_for_is_measured_in_order(model: gemloom.Model) -> None
 def test_phases_add_up_to_the_time(model: gemloom.Model) -> None:
     for test in measured(model, repetitions=1).timings:
         steps = test.tokens if test.kind == "decode" else 1
-        assert sum(test.phases.values()) * steps / 1e3 == pytest.approx(test.seconds[0], rel=1e-6)
+        whole = sum(test.phases.values()) * steps / 1e3
+        if test.kind == "prompt":
+            assert whole == pytest.approx(test.seconds[0], rel=1e-6)
+        assert whole > test.seconds[0] * (1 - 1e-6)  # of a decode, the difference of two runs
         assert min(test.phases.values()) >= 0 and test.phases["compute"] > 0
         assert 0 < test.python_share < 1
 

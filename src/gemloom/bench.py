@@ -191,17 +191,25 @@ def _prompt(model: Model, n: int, repetition: int) -> tuple[float, dict[str, flo
 
 
 def _decode(model: Model, n: int, depth: int, repetition: int) -> tuple[float, dict[str, float]]:
-    """Seconds for ``n`` tokens after the first one that follows ``depth`` positions."""
+    """Seconds for ``n`` tokens after the first that follows ``depth`` positions; of one, by phase.
+
+    By the engine's own clock, since it does not wait for a reader. The phases are those of
+    ``n + 1`` tokens less those of one.
+    """
     ids = _tokens(model, max(depth, 1), depth)  # the same each time: found in the cells
-    with _stream(model, ids, n + 1, repetition) as run:
-        next(run)
-        before, first, start = model.times, run.times, perf_counter()
-        for _ in range(n):
-            next(run)
-        seconds = perf_counter() - start
-        outside = {name: spent - first[name] for name, spent in run.times.items()}
-        phases = _phases(seconds, before, model.times, outside)
-        return seconds, {name: spent / n for name, spent in phases.items()}
+    _stream(model, ids, 1, repetition).completion()
+    _, first = _timed(model, ids, 1, repetition)
+    seconds, all_of_them = _timed(model, ids, n + 1, repetition)
+    phases = {name: max(0.0, all_of_them[name] - first[name]) / n for name in first}
+    return seconds, phases | {"other": max(0.0, seconds / n - sum(phases.values()))}
+
+
+def _timed(model: Model, ids: list[int], n: int, seed: int) -> tuple[float, dict[str, float]]:
+    """Seconds from the first of ``n`` tokens to the last, and by phase of all of them."""
+    before = model.times
+    run = _stream(model, ids, n, seed)
+    seconds = run.completion().usage.decode_seconds
+    return seconds, {name: spent - before[name] for name, spent in model.times.items()} | run.times
 
 
 def _phases(

@@ -13,8 +13,8 @@ import logging
 import threading
 from collections import abc, deque
 from collections.abc import Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -241,9 +241,18 @@ class Engine:
             first = self._waiting[0]  # it stays there for _end_all, should this fail
             if isinstance(first, Sequence):
                 self._begin(first)
-            elif not first.cancelled():
-                first.set_result(self._acquire([]))
-            self._waiting.popleft()
+            elif first.set_running_or_notify_cancel():
+                self._give_slot(first)
+            with self._wake:
+                if self._waiting and self._waiting[0] is first:  # not taken back meanwhile
+                    self._waiting.popleft()
+
+    def _give_slot(self, future: Future[Slot]) -> None:
+        try:
+            future.set_result(self._acquire([]))
+        except BaseException as error:
+            future.set_exception(error)
+            raise
 
     def _begin(self, sequence: Sequence) -> None:
         slot = self._acquire(sequence.tokens)
@@ -353,8 +362,9 @@ class Engine:
                 self.slots.release(sequence.slot)
             sequence.sink(error)
         for future in futures:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+            if not future.done():
+                with suppress(InvalidStateError):  # cancelled in this very moment
+                    future.set_exception(error)
 
 
 def _typed(error: BaseException) -> GemloomError:
