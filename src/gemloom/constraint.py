@@ -14,7 +14,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ _MAX_LINE = 100
 _PICTURE = re.compile(r"\s*(\d+ \|.*|\^+|<non-verbose/>)?")
 _CACHED = 32  # compiled grammars kept
 _THREADS = 2  # that compute masks while the model computes
+_USUAL = 0.001  # seconds a step waits for a mask; the rare longer ones are computed beside it
 _STACK = 128 * 2**20  # llguidance recurses along chains of rules; bytes are taken only if used
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,  # tens of milliseconds
@@ -285,7 +286,9 @@ class _Matching:
         self.finished = matcher.is_stopped()
 
     def prepare(self) -> None:
-        self._next()
+        # Most masks take 0.03 ms. One that is computed beside ggml's threads, which use all cores,
+        # makes them wait for each other far longer than that.
+        wait([self._next()], timeout=_USUAL)
 
     def mask(self) -> Mask:
         return self._next().result()

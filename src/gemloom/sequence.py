@@ -65,7 +65,7 @@ class Constraint(Protocol):
         """True when nothing more may follow: the request ends with "stop"."""
 
     def prepare(self) -> None:
-        """Begin to compute the next mask elsewhere, while the step computes; returns at once."""
+        """Begin to compute the next mask elsewhere; returns within a millisecond."""
 
     def mask(self) -> np.ndarray | None:
         """Bool [n_vocab] of the tokens allowed next, not to be written to; None for all."""
