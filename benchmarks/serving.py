@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -63,11 +63,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str) -> None:
         if process.poll() is not None:
             assert process.stderr
             raise GemloomError(process.stderr.read().decode(errors="replace").strip()[-300:])
-        try:
+        with suppress(httpx.TransportError):  # it does not listen yet
             if httpx.get(f"{address}/health", timeout=1).status_code == 200:
                 return
-        except httpx.TransportError:
-            pass
         time.sleep(0.1)
     raise GemloomError(f"{address} did not answer within {READY} seconds")
 

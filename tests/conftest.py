@@ -41,6 +41,11 @@ def load() -> Iterator[Load]:
         yield make
 
 
+def endless(model: gemloom.Model) -> dict[str, Any]:
+    """Options with which a text ends only where the context or ``max_tokens`` does."""
+    return {"logit_bias": dict.fromkeys(model.tokenizer.eog, -100)}
+
+
 def prompt(n: int, seed: int = 9, n_vocab: int = 300) -> list[int]:
     """<bos> and n - 1 tokens."""
     import numpy as np

@@ -14,18 +14,13 @@ import numpy as np
 import pytest
 
 import gemloom
-from conftest import Load, prompt
+from conftest import Load, endless, prompt
 from gemloom.errors import EngineError, GemloomError, QueueFullError
 from gemloom.ggml.graph import Graph
 from gemloom.sequence import Batch
 from tiny import VARIANTS
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def endless(model: gemloom.Model) -> dict[str, Any]:
-    """Options with which a text ends only where the context or ``max_tokens`` does."""
-    return {"logit_bias": dict.fromkeys(model.tokenizer.eog, -100)}
 
 
 def idle(model: gemloom.Model) -> None:

@@ -3,13 +3,14 @@
 import gc
 import weakref
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 
 import gemloom
 import tiny
-from conftest import Load, prompt
+from conftest import Load, endless, prompt
 from gemloom.config import LayerSpec
 from gemloom.errors import (
     ClosedError,
@@ -43,9 +44,9 @@ def run(model: gemloom.Model, *chunks: Chunk) -> np.ndarray:
     return model._runner.run(chunks)
 
 
-def endless(model: gemloom.Model) -> dict[str, object]:
-    """Options with which a text ends only where the context or ``max_tokens`` does."""
-    return {"temperature": 0, "logit_bias": dict.fromkeys(model.tokenizer.eog, -100)}
+def greedy(model: gemloom.Model) -> dict[str, Any]:
+    """The most likely token each time, and no end but the context's or ``max_tokens``."""
+    return {"temperature": 0, **endless(model)}
 
 
 def reference(load: Load, variant: str, ids: list[int]) -> np.ndarray:
@@ -238,16 +239,16 @@ def turned(model: gemloom.Model, spec: LayerSpec, k: np.ndarray, by: int) -> np.
 @variants
 def test_context_shift_goes_on_past_the_context(load: Load, variant: str) -> None:
     model = load(variant, context=64, keep=4, chunk=8)
-    done = model.generate(prompt(40), max_tokens=150, **endless(model))
+    done = model.generate(prompt(40), max_tokens=150, **greedy(model))
     assert done.usage.completion_tokens == 150
-    again = model.generate(prompt(40), max_tokens=5, **endless(model))
+    again = model.generate(prompt(40), max_tokens=5, **greedy(model))
     assert again.usage.cached_tokens == 0  # what was moved is not taken for a prefix
     assert again.tokens == done.tokens[:5]
 
 
 def test_without_shift_the_context_ends_the_text(load: Load) -> None:
     model = load(context=48)
-    done = model.generate(prompt(40), **endless(model))
+    done = model.generate(prompt(40), **greedy(model))
     assert (done.finish_reason, len(done.tokens)) == ("length", 9)
 
 
@@ -344,7 +345,7 @@ def test_no_state_of_a_shifted_or_running_request(load: Load) -> None:
     model = load(context=64, keep=4, chunk=8)
     with pytest.raises(RequestError, match="no finished request"):
         model.save_state()
-    with model.stream(prompt(40), max_tokens=60, **endless(model)) as stream:
+    with model.stream(prompt(40), max_tokens=60, **greedy(model)) as stream:
         for _ in range(50):
             next(stream)
         with pytest.raises(RequestError, match="no finished request"):
@@ -389,11 +390,11 @@ def test_bad_requests(load: Load) -> None:
 
 def test_busy_slots_and_early_ends(load: Load) -> None:
     model = load(slots=1)
-    stream = model.stream(prompt(5), max_tokens=200, **endless(model))
+    stream = model.stream(prompt(5), max_tokens=200, **greedy(model))
     next(stream)
     assert_same(model.logits(prompt(5)), load().logits(prompt(5)))  # once the slot is free
     assert len(list(stream)) == 199
-    stream = model.stream(prompt(5), max_tokens=200, **endless(model))
+    stream = model.stream(prompt(5), max_tokens=200, **greedy(model))
     next(stream)
     stream.close()
     assert list(stream) == []
@@ -404,7 +405,7 @@ def test_busy_slots_and_early_ends(load: Load) -> None:
 
 def test_closed(load: Load) -> None:
     model = load()
-    stream = model.stream(prompt(5), **endless(model))
+    stream = model.stream(prompt(5), **greedy(model))
     next(stream)
     model.close()
     model.close()

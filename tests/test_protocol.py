@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import vocabularies
 from gemloom.errors import GemloomError, RequestError
 from gemloom.generation import Usage
-from gemloom.router import Content, Reasoning, Router
+from gemloom.router import Content, Plain, Reasoning, Router
 from gemloom.sequence import Piece
 from gemloom.server import protocol
 from gemloom.server.answers import (
@@ -19,7 +19,6 @@ from gemloom.server.answers import (
     CompletionAnswer,
     CompletionChoice,
     Head,
-    Plain,
 )
 from gemloom.server.errors import FieldError
 from gemloom.server.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, parse

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from gemloom.chat import Message, check
@@ -96,6 +97,18 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             raise RequestError(f"tools[{index}]: the name {name!r} is taken by another tool")
         names.add(name)
     return ready
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """Whether an answer may begin with a thought, and whether its prompt has begun one."""
+
+    allowed: bool = False
+    begun: bool = False
+
+    def options(self) -> dict[str, bool]:
+        """As the methods of ``Grammars`` take it."""
+        return {"thinking": self.allowed, "open": self.begun}
 
 
 def starts_reasoning(prompt_text: str) -> bool:

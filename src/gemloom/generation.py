@@ -9,11 +9,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+from secrets import token_hex
 from typing import Any, Self
-from uuid import uuid4
 
 from gemloom.errors import GemloomError
-from gemloom.router import Content, Part, Reasoning, Router, ToolCall
+from gemloom.router import Content, Part, Reasoning, Splitter, ToolCall
 from gemloom.sequence import Piece
 from gemloom.sequence import Sequence as Request
 
@@ -216,12 +216,11 @@ class Run(Iterator[Piece]):
 class ChatRun(Iterator[Part]):
     """An answer under way, taken apart: iterate over its Content, Reasoning and ToolCall parts.
 
-    With ``for`` or ``async for``; ``completion()``, or ``await``, gives them put together. Without
-    a router all of it is Content.
+    With ``for`` or ``async for``; ``completion()``, or ``await``, gives them put together.
     """
 
-    def __init__(self, run: Run, router: Router | None) -> None:
-        self.run, self._router = run, router
+    def __init__(self, run: Run, splitter: Splitter) -> None:
+        self.run, self._splitter = run, splitter
         self._parts: deque[Part] = deque()
         self._open, self._called = True, False
         self.finish_reason: str | None = None
@@ -245,19 +244,14 @@ class ChatRun(Iterator[Part]):
 
     def _read(self, piece: Piece | None) -> None:
         self._open = piece is not None and not piece.finish_reason
-        found = self._route(piece.text) if piece else []
-        if not self._open and self._router:
-            found += self._router.flush()
+        found = self._splitter.push(piece.text) if piece else []
+        if not self._open:
+            found += self._splitter.flush()
         self._parts += found
         self._called = self._called or any(isinstance(part, ToolCall) for part in found)
         if piece and piece.finish_reason:
             tools = self._called and piece.finish_reason == "stop"
             self.finish_reason = "tool_calls" if tools else piece.finish_reason
-
-    def _route(self, text: str) -> list[Part]:
-        if self._router:
-            return self._router.push(text)
-        return [Content(text)] if text else []
 
     def __await__(self) -> Generator[Any, None, ChatCompletion]:
         return self._gather().__await__()
@@ -304,10 +298,11 @@ def message(parts: Iterable[Part]) -> dict[str, Any]:
     if reasoning:
         found["reasoning_content"] = reasoning
     if calls:
-        found["tool_calls"] = [_call(call) for call in calls]
+        found["tool_calls"] = [call_body(call) for call in calls]
     return found
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
+def call_body(call: ToolCall) -> dict[str, Any]:
+    """A tool call as OpenAI's API has it, under a new id."""
     function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid4().hex}", "type": "function", "function": function}
+    return {"id": f"call_{token_hex(12)}", "type": "function", "function": function}

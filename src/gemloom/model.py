@@ -28,7 +28,7 @@ from gemloom.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
 from gemloom.ggml.device import Device, trim_memory
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options, from_options
-from gemloom.router import Router
+from gemloom.router import Plain, Router
 from gemloom.runner import Runner, node_budget
 from gemloom.sampling import check_vocabulary
 from gemloom.sampling import from_options as sampling_params
@@ -42,6 +42,7 @@ from gemloom.weights import Weights
 if TYPE_CHECKING:
     from gemloom.constraint import Grammars
 
+TAIL = 64  # tokens at the end of a prompt, where a thought would have been opened
 LOGITS_BYTES = 64 << 20  # of one step, where many rows' logits are wanted
 HIDDEN = "output_norm"  # the intermediate that goes into the head
 MAX_TAPS = 40  # more than a layer has
@@ -156,22 +157,20 @@ class Model:
         are said: text, thoughts and tool calls.
         """
         prompt = self.chat_prompt(messages, tools=tools, variables=variables)
-        thinking = self._thinking(prompt, variables)
+        thought = self.thought(prompt, variables or {})
         if response_format is not None:
-            options["constraint"] = self.grammars.response_format(response_format, **thinking)
+            bounds = self.grammars.response_format(response_format, **thought.options())
+            options["constraint"] = bounds
         markup = self.tokenizer.id_of("<|channel>") is not None
-        router = Router(thinking["open"]) if markup else None
-        run = ChatRun(self.stream(prompt, **options), router)
+        splitter = Router(thought.begun) if markup else Plain()
+        run = ChatRun(self.stream(prompt, **options), splitter)
         return run if stream else run.completion()
 
-    def _thinking(
-        self, prompt: Sequence[int], variables: Mapping[str, Any] | None
-    ) -> dict[str, bool]:
-        """Whether the model may think before it answers, and whether the prompt began a thought."""
-        tail = self.tokenizer.decode(prompt[-16:], special=True)
+    def thought(self, prompt: Sequence[int], variables: Mapping[str, Any]) -> conversation.Thought:
+        """Whether the answer to a chat's prompt may begin with a thought, or is inside one."""
+        tail = self.tokenizer.decode(prompt[-TAIL:], special=True)
         begun = conversation.starts_reasoning(tail)
-        asked = bool((variables or {}).get("enable_thinking"))
-        return {"thinking": begun or asked, "open": begun}
+        return conversation.Thought(begun or bool(variables.get("enable_thinking")), begun)
 
     @cached_property
     def grammars(self) -> Grammars:

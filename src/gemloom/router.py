@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol
 
 _OPEN, _CLOSE = "<|channel>", "<channel|>"
 _CALL, _CALL_END = "<|tool_call>", "<tool_call|>"
@@ -54,6 +55,28 @@ class ToolCall:
 
 
 Part = Content | Reasoning | ToolCall
+
+
+class Splitter(Protocol):
+    """What takes an answer apart: a Router, or Plain."""
+
+    def push(self, text: str) -> list[Part]:
+        """The parts that are certain now."""
+
+    def flush(self) -> list[Part]:
+        """The rest, at the end."""
+
+
+class Plain:
+    """Where there is no markup for thoughts and tools, or none is to be read: all is Content."""
+
+    def push(self, text: str) -> list[Part]:
+        """The text as it is."""
+        return [Content(text)] if text else []
+
+    def flush(self) -> list[Part]:
+        """Nothing: nothing is held back."""
+        return []
 
 
 class Router:

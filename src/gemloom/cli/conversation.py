@@ -13,6 +13,7 @@ from typing import Any
 from gemloom.errors import RequestError
 from gemloom.generation import ChatRun
 from gemloom.model import Model
+from gemloom.router import Plain
 
 Message = dict[str, str]
 _NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
@@ -37,7 +38,7 @@ class Conversation:
             return self._model.chat(messages, stream=True, **self._params)
         stop = [*self._params.get("stop", ()), _STOP]
         return ChatRun(
-            self._model.stream(transcript(messages), **{**self._params, "stop": stop}), None
+            self._model.stream(transcript(messages), **{**self._params, "stop": stop}), Plain()
         )
 
     def keep(self, text: str, answer: str) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from gemloom.errors import GemloomError
-from gemloom.generation import Usage
-from gemloom.router import Content, Part, Reasoning, ToolCall
+from gemloom.generation import Usage, call_body
+from gemloom.router import Part, Reasoning, Splitter, ToolCall
 from gemloom.sequence import Piece
 from gemloom.server.protocol import Json, error_body, timings_body, usage_body
 from gemloom.tokenizer import StreamDecoder, Tokenizer
@@ -30,28 +29,6 @@ class Head:
     def body(self, kind: str) -> Json:
         """The beginning of an object of this ``kind``."""
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-
-class Splitter(Protocol):
-    """What ``router.Router`` does: text in pieces to content, reasoning and tool calls."""
-
-    def push(self, text: str) -> list[Part]:
-        """The parts that are certain now."""
-
-    def flush(self) -> list[Part]:
-        """The rest, at the end."""
-
-
-class Plain:
-    """The Splitter of a model that has no markup for thoughts and tools: all is content."""
-
-    def push(self, text: str) -> list[Part]:
-        """The text as it is."""
-        return [Content(text)] if text else []
-
-    def flush(self) -> list[Part]:
-        """Nothing: nothing is held back."""
-        return []
 
 
 def new_id(prefix: str) -> str:
@@ -111,8 +88,7 @@ class ChatChoice:
     def _delta(self, part: Part) -> Json:
         self._thinking = isinstance(part, Reasoning)
         if isinstance(part, ToolCall):
-            function = {"name": part.name, "arguments": part.arguments}
-            call = {"id": new_id("call"), "type": "function", "function": function}
+            call = call_body(part)
             self._calls.append(call)
             return {"tool_calls": [{"index": len(self._calls) - 1, **call}]}
         if isinstance(part, Reasoning):

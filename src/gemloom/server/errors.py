@@ -3,6 +3,7 @@
 GemloomError
 ├── RequestError              400  invalid_request
 │   └── FieldError            400  invalid_field        names the field, as ``param``
+├── AddressError              500  address_unavailable
 ├── KeyRefusedError           401  invalid_api_key
 ├── ForbiddenError            403  forbidden
 ├── UnknownModelError         404  model_not_found

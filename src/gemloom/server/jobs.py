@@ -12,32 +12,19 @@ from functools import partial
 
 from gemloom import conversation
 from gemloom.constraint import ThinkingBudget, both
+from gemloom.conversation import Thought
 from gemloom.errors import RequestError
 from gemloom.generation import Run
 from gemloom.model import Model
-from gemloom.router import Router
+from gemloom.router import Plain, Router, Splitter
 from gemloom.sampling import from_options
 from gemloom.sequence import Constraint
-from gemloom.server.answers import Plain, Splitter
 from gemloom.server.errors import FieldError
 from gemloom.server.protocol import ChatRequest, CompletionRequest, Conversation, Ids, Json, Sampled
 
-_TAIL = 64  # tokens at the end of a prompt, where a thought would have been opened
 _SEEDS = 2**64
 
 MakeConstraint = Callable[[], Constraint | None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Thought:
-    """Whether the answer may begin with a thought, and whether the prompt has begun one."""
-
-    allowed: bool = False
-    begun: bool = False
-
-    def options(self) -> dict[str, bool]:
-        """As the methods of Grammars take it."""
-        return {"thinking": self.allowed, "open": self.begun}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +65,17 @@ class Preparer:
 
     def prompt(self, asked: Conversation) -> Ids:
         """The prompt of a chat by the file's own template. RequestError where it cannot be made."""
-        variables = _variables(asked)
+        return self._prompt(asked, _variables(asked))
+
+    def _prompt(self, asked: Conversation, variables: Json) -> Ids:
         return self._model.chat_prompt(asked.messages, tools=asked.tools, variables=variables)
 
     def chat(self, asked: ChatRequest) -> tuple[list[Job], list[Splitter]]:
         """The runs of a chat, and what splits the text of each."""
         sampling = _checked(self._chat_sampling(asked))
-        prompt = self.prompt(asked)
-        tail = self._tokenizer.decode(prompt[-_TAIL:], special=True)
-        thought = _Thought(
-            self._markers is not None and bool(_variables(asked).get("enable_thinking")),
-            self._markers is not None and conversation.starts_reasoning(tail),
-        )
+        variables = _variables(asked)
+        prompt = self._prompt(asked, variables)
+        thought = self._model.thought(prompt, variables) if self._markers else Thought()
         jobs = _jobs([prompt], sampling, self._chat_constraint(asked, thought), asked.choices)
         return jobs, [self._splitter(asked, thought) for _ in jobs]
 
@@ -97,7 +83,7 @@ class Preparer:
         """The runs of a request for completions, those of the first prompt first."""
         sampling = _checked(asked.sampling())
         prompts = [self.ids(prompt) for prompt in asked.prompts()]
-        return _jobs(prompts, sampling, self._format(asked, _Thought()), asked.choices)
+        return _jobs(prompts, sampling, self._format(asked, Thought()), asked.choices)
 
     def ids(self, prompt: str | Ids) -> Ids:
         """Text as ids with one BOS; ids as they are."""
@@ -112,12 +98,12 @@ class Preparer:
             return sampling
         return sampling | {"logit_bias": sampling.get("logit_bias", {}) | {self._call: -100.0}}
 
-    def _splitter(self, asked: ChatRequest, thought: _Thought) -> Splitter:
+    def _splitter(self, asked: ChatRequest, thought: Thought) -> Splitter:
         """A Router, but where a form leaves room for no markup: there, what looks so is text."""
         formed = _form(asked) != "text" and not thought.allowed and not thought.begun
         return Router(thought.begun) if self._markers and not formed else Plain()
 
-    def _chat_constraint(self, asked: ChatRequest, thought: _Thought) -> MakeConstraint:
+    def _chat_constraint(self, asked: ChatRequest, thought: Thought) -> MakeConstraint:
         choice = _tool_choice(asked)
         form = self._format(asked, thought)
         if choice is not None:
@@ -127,7 +113,7 @@ class Preparer:
             form = partial(self._model.grammars.tools, tools, choice, **thought.options())
         return self._within_budget(asked, form, thought)
 
-    def _format(self, asked: Sampled, thought: _Thought) -> MakeConstraint:
+    def _format(self, asked: Sampled, thought: Thought) -> MakeConstraint:
         """Makes each run the constraint that the format, the regex or the grammar asks for."""
         grammars, options = self._model.grammars, thought.options()
         form = _form(asked)
@@ -142,7 +128,7 @@ class Preparer:
         return lambda: None
 
     def _within_budget(
-        self, asked: ChatRequest, form: MakeConstraint, thought: _Thought
+        self, asked: ChatRequest, form: MakeConstraint, thought: Thought
     ) -> MakeConstraint:
         """``form``, and the tokens that thoughts may take."""
         budget = asked.thinking_budget

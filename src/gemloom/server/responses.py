@@ -13,10 +13,10 @@ from pydantic import Field
 
 from gemloom.errors import GemloomError
 from gemloom.generation import Usage
-from gemloom.router import Content, Part, Reasoning, ToolCall
+from gemloom.router import Content, Part, Reasoning, Splitter, ToolCall
 from gemloom.sampling import GEMMA_DEFAULTS
 from gemloom.sequence import Piece
-from gemloom.server.answers import Head, Splitter, new_id, token_logprobs
+from gemloom.server.answers import Head, new_id, token_logprobs
 from gemloom.server.errors import FieldError
 from gemloom.server.protocol import (
     MAX_TOP_LOGPROBS,
