@@ -33,7 +33,7 @@ function open(conversation) {
   const address = conversations.includes(conversation) ? `#${conversation.id}` : location.pathname;
   history.replaceState(null, "", address);
   views.clear();
-  follow = true;
+  followAgain();
   sidebar(false);
   showMessages();
   showConversations();
@@ -134,7 +134,7 @@ async function answer(conversation) {
   runs.set(conversation.id, run);
   keep(conversation);
   history.replaceState(null, "", `#${conversation.id}`);
-  follow = true;
+  followAgain();
   showMessages();
   announce("Answering");
   const ticks = setInterval(() => paint(run), 500); // the seconds of thinking
@@ -251,10 +251,15 @@ function tell(text) {
 let follow = true;
 let lastTop = 0;
 
+function followAgain() {
+  follow = true;
+  lastTop = 0;
+}
+
 function keepUp() {
   const box = $("scroll");
-  if (follow) box.scrollTop = box.scrollHeight;
-  $("latest").hidden = follow;
+  scrolled(); // a reader's scroll tells of itself a frame later: look before following
+  if (follow) box.scrollTop = lastTop = box.scrollHeight - box.clientHeight;
 }
 
 function scrolled() {
@@ -338,7 +343,7 @@ function wirePage() {
   document.addEventListener("keydown", key);
   $("scroll").addEventListener("scroll", scrolled);
   $("latest").addEventListener("click", () => {
-    follow = true;
+    followAgain();
     keepUp();
   });
   $("new").addEventListener("click", openNew);
