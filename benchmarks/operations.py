@@ -25,6 +25,7 @@ from gemloom.errors import GemloomError
 from gemloom.sequence import Chunk
 
 CHUNK = 512
+I8 = 24  # ggml's number of the type
 SHOWN = 16  # operations
 
 
@@ -37,6 +38,12 @@ def describe(node: Any) -> tuple[str, float]:
         kind = ggml.ggml_type_name(w.type).decode()
         work = float(w.ne[0]) * x.ne[0] * x.ne[1] * x.ne[2] * x.ne[3]
         return f"product, {kind}, {w.ne[0]} x {w.ne[1]}, {x.ne[1]} rows", work
+    if name == "CUSTOM":
+        rows = x.ne[1] * x.ne[2]
+        if x.type == I8:
+            return f"to 8 bits, {x.src[0].contents.ne[0]} x {rows}", 0.0
+        k = x.src[1].contents.src[0].contents.ne[0]
+        return f"product, packed, {k} x {x.ne[0]}, {rows} rows", float(k) * x.ne[0] * rows
     if name.startswith("FLASH"):
         q, k = x.src[0].contents, x.src[1].contents
         return f"attention, head of {q.ne[0]}, {k.ne[1]} cells, {q.ne[1]} rows", 0.0

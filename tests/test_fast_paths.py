@@ -45,8 +45,8 @@ def test_repacked_weights_are_as_right_as_plain_ones(
     """
     exact = load(variant, forms={"edit": _rounded}).logits(IDS)
     options = {"forms": QUANTIZED, "kv_type": kv_type, "chunk": 32}
-    plain = load(variant, repack=False, **options)
-    fast = load(variant, repack=True, **options)
+    plain = load(variant, kernels="plain", **options)
+    fast = load(variant, kernels="ggml", **options)
     if not fast.memory()["repacked"]:
         pytest.skip("this CPU has no kernels for repacked weights")
     assert not plain.memory()["repacked"]

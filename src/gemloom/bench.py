@@ -251,9 +251,10 @@ def _machine(model: Model) -> Machine:
 def _kernels(model: Model) -> list[str]:
     memory = model.memory()
     there = {
+        "own": bool(memory["packed"]),
         "blas": "BLAS" in model.backends,
-        "repack": bool(memory.get("repacked")),
-        "plain": memory.get("repacked", 0) < memory["weights"],
+        "repack": bool(memory["repacked"]),
+        "plain": memory["repacked"] + memory["packed"] < memory["weights"],
     }
     return [name for name, used in there.items() if used]
 

@@ -78,7 +78,7 @@ class Model:
             stack.callback(self._device.close)
             layout = ARCHITECTURES[self.config.architecture].layout(self.config, file.tensors)
             self._weights = Weights(
-                self._device, file, layout, in_place=options.mmap, repack=options.repack
+                self._device, file, layout, in_place=options.mmap, kernels=options.kernels
             )
             stack.callback(self._weights.close)
             self._kv = KVCache(
@@ -327,6 +327,7 @@ class Model:
             "mapped": self._weights.bytes_mapped,
             "copied": self._weights.bytes_copied,
             "repacked": self._weights.bytes_repacked,
+            "packed": self._weights.bytes_packed,
         }
 
     def stats(self) -> Stats:

@@ -11,6 +11,7 @@ from gemloom.config import Config
 from gemloom.errors import OptionError
 
 KV_TYPES = ("f32", "f16", "q8_0")
+KERNELS = ("auto", "ggml", "plain")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,7 @@ class Options:
         128  # most rows of a step in which a request decodes: how long its stream may wait
     )
     snapshots: int = 128  # MiB for windows of K/V cells that chats may come back to; 0: none
-    repack: bool = True  # copy matrices into the layout this CPU multiplies fastest
+    kernels: str = "auto"  # of products: our own, "ggml" for its fastest, "plain" for its plain ones
     keep: int | None = None  # shift the context when it is full, keeping so many first tokens
 
     def __post_init__(self) -> None:
@@ -44,11 +45,13 @@ class Options:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise OptionError(f"{name} must be an integer from {low} to {high}, is {value!r}")
-        for name in ("mmap", "repack"):
+        for name in ("mmap",):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, is {getattr(self, name)!r}")
-        if not isinstance(self.kv_type, str) or self.kv_type not in KV_TYPES:
-            raise OptionError(f"kv_type must be one of {', '.join(KV_TYPES)}, is {self.kv_type!r}")
+        for name, known in (("kv_type", KV_TYPES), ("kernels", KERNELS)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise OptionError(f"{name} must be one of {', '.join(known)}, is {value!r}")
 
     def context_for(self, config: Config) -> int:
         """Positions a sequence may fill in this model. OptionError where it cannot have so many."""

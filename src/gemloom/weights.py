@@ -6,9 +6,11 @@ tensor, where not. Nothing is computed here but the widening of small f16/bf16 v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from gemloom.errors import TensorError
-from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor
+from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor, address
 from gemloom.gguf import GGUF, TensorInfo, nbytes
+from gemloom.kernels.library import Library, Weight
+from gemloom.kernels.products import I8, Packed, library, packed_shape
 
 F32 = GGMLQuantizationType.F32
 _FLOATS = {F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
@@ -25,6 +29,7 @@ _FLOATS = {F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 _ACTIVATIONS = {GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K}
 # Vision and audio parts that some makers keep in the same file; this is a text runtime.
 _OTHER_MODALITIES = ("v.", "a.", "mm.", "model.vision", "model.audio")
+_PIECE = 4 << 20  # bytes that one thread packs at a time
 PER_LAYER_TABLE = "per_layer_token_embd.weight"
 
 
@@ -35,19 +40,19 @@ class Layout:
     required: Mapping[str, tuple[int, ...]]
     ignored: frozenset[str] = frozenset()
     sliced: frozenset[str] = frozenset()  # not only multiplied whole: read by row or in slices
+    head: str = ""  # of these, the one that is multiplied whole as well
 
 
 class Weights:
     """All tensors of a model. ``close()`` frees them."""
 
     def __init__(
-        self, device: Device, file: GGUF, layout: Layout, *, in_place: bool, repack: bool
+        self, device: Device, file: GGUF, layout: Layout, *, in_place: bool, kernels: str
     ) -> None:
         """Check the file against ``layout`` and give every tensor its bytes.
 
-        With ``in_place`` False everything is copied, and the file may go away afterwards. With
-        ``repack`` True matrices are copied into the layout that this CPU's kernels like best, if
-        there is one for their type.
+        With ``in_place`` False everything is copied, and the file may go away afterwards.
+        ``kernels``, as in Options, decides which matrices are copied into another layout.
         Raises TensorError, before anything is allocated, for a tensor that is missing, extra,
         of another shape or of a type that cannot be used.
         """
@@ -55,32 +60,75 @@ class Weights:
         self._arenas: dict[Any, Arena] = {}  # by buffer type; None: the CPU's own
         self._tensors: dict[str, Tensor] = {}
         self.bytes_mapped = 0
-        self._device, self._layout = device, layout
+        self._device, self._layout, self._in_place = device, layout, in_place
+        self._library = library() if kernels == "auto" else None
+        self._repack = kernels != "plain"
+        self._jobs: list[Callable[[], None]] = []
         try:
-            self._fill(file, in_place, repack)
+            self._fill(file)
         except BaseException:
             self.close()
             raise
         self.bytes, self.per_layer_bytes = planned_bytes(file, layout)
 
-    def _fill(self, file: GGUF, in_place: bool, repack: bool) -> None:
-        copies = []
+    def _fill(self, file: GGUF) -> None:
         for name, shape in self._layout.required.items():
             info = file.tensors[name]
-            kind = _kind(info, shape)
-            packed = None
-            if repack and name not in self._layout.sliced:
-                packed = self._device.repacked(kind, shape)
-            if packed not in self._arenas:
-                count = len(self._layout.required)
-                self._arenas[packed] = Arena(self._device, count, packed, weights=True)
-            self._tensors[name] = self._arenas[packed].tensor(name, kind, shape)
-            if packed or not in_place or not self._map(info):
-                copies.append(info)
+            own = self._library if self._packs(info) else None
+            if own is None or name in self._layout.sliced:
+                self._place(info, shape)
+            if own:
+                self._pack(own, info, shape)
         for arena in self._arenas.values():
             arena.allocate("the weights")
         with ThreadPoolExecutor(self._device.threads) as pool:
-            list(pool.map(self._copy, copies))
+            list(pool.map(lambda job: job(), self._jobs))
+        self._jobs.clear()
+
+    def _packs(self, info: TensorInfo) -> bool:
+        """Whether our own kernels multiply with this tensor."""
+        whole = info.name not in self._layout.sliced or info.name == self._layout.head
+        k = info.shape[0]
+        return bool(self._library and whole and self._library.serves(info.type, k))
+
+    def _place(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
+        """Let a tensor use its bytes where they are, or have them copied."""
+        kind, better = _kind(info, shape), None
+        if self._repack and info.name not in self._layout.sliced:
+            better = self._device.repacked(kind, shape)
+        self._tensors[info.name] = self._arena(better).tensor(info.name, kind, shape)
+        if better or not self._in_place or not self._map(info):
+            self._jobs.append(partial(self._copy, info))
+
+    def _pack(self, own: Library, info: TensorInfo, shape: tuple[int, ...]) -> None:
+        """Have a matrix copied into the layout of our own kernels."""
+        weight = Weight(info.type, *shape[:2])
+        place = self._arena("packed").tensor(
+            info.name, I8, packed_shape(own, weight, shape)
+        )
+        if info.name not in self._tensors:
+            self._tensors[info.name] = Tensor(place.pointer, info.type, shape, name=info.name)
+        self._tensors[info.name].packed = Packed(own, weight, place)
+        count, step = prod(shape[2:]), max(1, _PIECE * weight.groups * prod(shape[2:]) // info.nbytes)
+        for index in range(count):
+            for first in range(0, weight.groups, step):
+                last = min(first + step, weight.groups)
+                self._jobs.append(partial(self._pack_groups, info, index, count, first, last))
+
+    def _pack_groups(self, info: TensorInfo, index: int, count: int, first: int, last: int) -> None:
+        packed = self._tensors[info.name].packed
+        assert packed
+        data = info.data()
+        source = address(data) + index * (info.nbytes // count)
+        target = packed.tensor.address + index * (packed.tensor.nbytes // count)
+        packed.library.pack(packed.weight, source, target, first, last)
+
+    def _arena(self, kind: Any) -> Arena:
+        if kind not in self._arenas:
+            count = len(self._layout.required)
+            buffer_type = None if kind == "packed" else kind
+            self._arenas[kind] = Arena(self._device, count, buffer_type, weights=True)
+        return self._arenas[kind]
 
     def _copy(self, info: TensorInfo) -> None:
         tensor, data = self._tensors[info.name], info.data()
@@ -108,7 +156,13 @@ class Weights:
     @property
     def bytes_repacked(self) -> int:
         """Of these, memory of matrices in a layout of the CPU's own."""
-        return sum(arena.bytes_allocated for kind, arena in self._arenas.items() if kind)
+        others = (None, "packed")
+        return sum(a.bytes_allocated for kind, a in self._arenas.items() if kind not in others)
+
+    @property
+    def bytes_packed(self) -> int:
+        """Of these, memory of matrices in the layout of our own kernels."""
+        return self._arenas["packed"].bytes_allocated if "packed" in self._arenas else 0
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

@@ -34,7 +34,7 @@ def bench(
     Examples:
       gemloom bench gemma.gguf
       gemloom bench gemma.gguf -p 128 -p 2048 -d 0 -d 4096 -r 7
-      gemloom bench gemma.gguf --threads 1 --no-repack --json
+      gemloom bench gemma.gguf --threads 1 --kernels ggml --json
     """
     from dataclasses import replace
 

@@ -55,13 +55,9 @@ class LoadOptions:
         _option("--mmap/--no-mmap", help="Use the file in place, or copy it.", default="in place"),
     ] = None
 
-    repack: Annotated[
-        bool | None,
-        _option(
-            "--repack/--no-repack",
-            help="Copy matrices into the layout this CPU multiplies fastest.",
-            default="repack",
-        ),
+    kernels: Annotated[
+        str | None,
+        _option(help="Of matrix products: auto (ours), ggml, or plain ggml.", default="auto"),
     ] = None
 
     def given(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # A thread that waits for the others spins this often before it sleeps. libgomp's own default
 # starves whatever else runs on the same cores, another of its teams or OpenBLAS among it.
@@ -25,6 +25,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import DeviceError
 from gemloom.gguf import nbytes
+
+if TYPE_CHECKING:
+    from gemloom.kernels.products import Packed
 
 ALIGNMENT = 32  # bytes, of addresses that ggml's CPU kernels get
 
@@ -49,10 +52,11 @@ ggml.ggml_log_set(_on_log, None)
 class Tensor:
     """A ggml tensor: its pointer, and what Python needs to know of it without asking C.
 
-    ``shape`` is in ggml order (fastest first) and has as many dimensions as were given.
+    ``shape`` is in ggml order (fastest first) and has as many dimensions as were given. ``packed``
+    is the same matrix in the layout of our own kernels, where there is one for it.
     """
 
-    __slots__ = ("name", "offset", "pointer", "shape", "strides", "type")
+    __slots__ = ("name", "packed", "pointer", "shape", "strides", "type")
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class Tensor:
         name: str = "",
     ) -> None:
         self.pointer, self.type, self.shape, self.name = pointer, type, shape, name
+        self.packed: Packed | None = None
         self.strides = strides or contiguous_strides(type, shape)
 
     def __repr__(self) -> str:
@@ -77,6 +82,12 @@ class Tensor:
     def allocated(self) -> bool:
         """Whether it has memory. An input that no node of a graph reads never gets any."""
         return bool(self.pointer.contents.data)
+
+    @property
+    def address(self) -> int:
+        """Of its first byte."""
+        assert self.allocated, self
+        return int(self.pointer.contents.data)
 
     def write(self, array: np.ndarray[Any, Any] | memoryview | bytes, offset: int = 0) -> None:
         """Copy ``array`` in, from byte ``offset`` on."""

@@ -7,7 +7,7 @@ A shape that does not fit is a bug of ours (AssertionError): ggml itself would a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from math import prod
 from typing import Any
 
@@ -20,6 +20,8 @@ from gemloom.ggml.device import Device, Tensor, contiguous_strides
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 I32, I64 = GGMLQuantizationType.I32, GGMLQuantizationType.I64
+
+_ALL_THREADS = -1  # GGML_N_TASKS_MAX
 
 
 class Graph:
@@ -38,6 +40,7 @@ class Graph:
         self._graph = ggml.ggml_new_graph_custom(self._context, max_nodes, False)
         self._taps = frozenset(taps)
         self.tapped: dict[str, Tensor] = {}
+        self._made: dict[tuple[str, int], Tensor] = {}
         self.names: list[str] = []
 
     # -- inputs, outputs, running ------------------------------------------------------------
@@ -119,6 +122,30 @@ class Graph:
         assert x.shape[2] == ids.shape[1] and ids.shape[0] % x.shape[1] == 0, (x, ids)
         result = ggml.ggml_mul_mat_id(self._context, w.pointer, x.pointer, ids.pointer)
         return Tensor(result, F32, (w.shape[1], *ids.shape))
+
+    def once(self, what: str, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` makes of ``x``: one node, whoever asks for it."""
+        key = what, ctypes.addressof(x.pointer.contents)
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def custom(
+        self, operation: int, kind: GGMLQuantizationType, shape: tuple[int, ...],
+        args: Sequence[Tensor], data: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """What the native function at the address ``operation`` makes of ``args``, by all threads.
+
+        ``data`` is a ctypes structure that it gets besides, which must live as long as the graph.
+        """
+        pointers = (ctypes.POINTER(ggml.ggml_tensor) * len(args))(*(arg.pointer for arg in args))
+        sizes = (*shape, 1, 1, 1)[:4]
+        result = ggml.ggml_custom_4d(
+            self._context, int(kind), *sizes, pointers, len(args),
+            ggml.ggml_custom_op_t(operation), _ALL_THREADS,
+            None if data is None else ctypes.addressof(data),
+        )  # fmt: skip
+        return Tensor(result, kind, shape)
 
     def get_rows(self, table: Tensor, ids: Tensor) -> Tensor:
         """table [k, n] of any type, ids [m] i32 -> [k, m], the rows named by ids."""

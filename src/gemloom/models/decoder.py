@@ -108,6 +108,11 @@ def model_shapes(config: Config, there: Collection[str]) -> Shapes:
     return shapes
 
 
+def head_name(shapes: Shapes) -> str:
+    """The matrix that makes logits."""
+    return "output.weight" if "output.weight" in shapes else "token_embd.weight"
+
+
 def sliced_names(shapes: Shapes) -> frozenset[str]:
     """The tensors that are read by row, or in slices, and not only multiplied whole."""
     return frozenset(n for n in shapes if n == "token_embd.weight" or n.endswith("attn_qkv.weight"))

@@ -13,7 +13,14 @@ from gemloom.cache import KVCache, Rows
 from gemloom.config import Config, LayerSpec
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from gemloom.models.decoder import Block, Decoder, layer_shapes, model_shapes, sliced_names
+from gemloom.models.decoder import (
+    Block,
+    Decoder,
+    head_name,
+    layer_shapes,
+    model_shapes,
+    sliced_names,
+)
 from gemloom.weights import Layout
 
 
@@ -54,4 +61,4 @@ class Gemma3(Decoder):
         shapes = model_shapes(config, there)
         for spec in config.layers:
             shapes |= layer_shapes(config, spec, there)
-        return Layout(shapes, sliced=sliced_names(shapes))
+        return Layout(shapes, sliced=sliced_names(shapes), head=head_name(shapes))

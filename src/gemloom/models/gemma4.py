@@ -22,6 +22,7 @@ from gemloom.models.decoder import (
     Block,
     Decoder,
     Shapes,
+    head_name,
     layer_shapes,
     model_shapes,
     sliced_names,
@@ -157,7 +158,7 @@ class Gemma4(Decoder):
                 names = ("attn_k", "attn_v", "attn_k_norm")
                 ignored |= {f"blk.{spec.index}.{name}.weight" for name in names}
         sliced = sliced_names(shapes) | {PER_LAYER_TABLE, "per_layer_model_proj.weight"}
-        return Layout(shapes, frozenset(ignored), sliced)
+        return Layout(shapes, frozenset(ignored), sliced, head_name(shapes))
 
 
 def _gemma4_shapes(config: Config, spec: LayerSpec, there: Collection[str]) -> Shapes:

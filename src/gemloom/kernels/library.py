@@ -1,0 +1,102 @@
+"""The native library: which kernels this processor can run, packing, and their operations.
+
+ctypes ends here. What the bytes of a packed matrix mean is drawn in ``native/types.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import GGMLQuantizationType
+
+from gemloom.kernels.build import NAME
+
+TYPES = {  # as enum Type in types.h; and the columns that one block of it has
+    GGMLQuantizationType.Q4_0: (0, 32),
+    GGMLQuantizationType.Q8_0: (1, 32),
+    GGMLQuantizationType.TQ2_0: (2, 256),
+    GGMLQuantizationType.Q4_K: (3, 256),
+    GGMLQuantizationType.Q5_K: (4, 256),
+    GGMLQuantizationType.Q6_K: (5, 256),
+}
+GROUP = 64  # rows that are packed together
+
+_log = logging.getLogger("gemloom.kernels")
+
+
+class Weight(ctypes.Structure):
+    """A matrix [k, m] of one type, or several behind one another: struct Weight of library.cpp."""
+
+    _fields_ = [("type", ctypes.c_int64), ("k", ctypes.c_int64), ("m", ctypes.c_int64)]
+
+    def __init__(self, kind: GGMLQuantizationType, k: int, m: int) -> None:
+        super().__init__(TYPES[kind][0], k, m)
+
+    @property
+    def groups(self) -> int:
+        """Groups of rows, which may be packed apart."""
+        return -(-int(self.m) // GROUP)
+
+
+class Library:
+    """The kernels in use, named ``name``."""
+
+    def __init__(self, native: ctypes.CDLL, index: int, name: str) -> None:
+        self._native, self._index, self.name = native, index, name
+        native.gemloom_activation_bytes.restype = ctypes.c_int64
+        native.gemloom_activation_bytes.argtypes = [ctypes.c_int64]
+        native.gemloom_packed_bytes.restype = ctypes.c_int64
+        native.gemloom_packed_bytes.argtypes = [ctypes.POINTER(Weight)]
+        native.gemloom_pack.restype = None
+        native.gemloom_pack.argtypes = [
+            ctypes.POINTER(Weight), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
+        ]  # fmt: skip
+
+    def use(self, offsets: Mapping[str, int]) -> None:
+        """Learn where ggml's tensors have their data, ne, nb and src, in bytes."""
+        values = (ctypes.c_int64 * 4)(*(offsets[name] for name in ("data", "ne", "nb", "src")))
+        self._native.gemloom_use(self._index, values)
+
+    def serves(self, kind: GGMLQuantizationType, k: int) -> bool:
+        """Whether there is a kernel for weights of this type with rows of k columns."""
+        return kind in TYPES and k % TYPES[kind][1] == 0
+
+    def activation_bytes(self, k: int) -> int:
+        """Bytes of k activations in 8 bits, with their scales."""
+        return int(self._native.gemloom_activation_bytes(k))
+
+    def packed_bytes(self, weight: Weight) -> int:
+        """Bytes of one packed matrix."""
+        return int(self._native.gemloom_packed_bytes(weight))
+
+    def pack(self, weight: Weight, source: int, target: int, first: int, last: int) -> None:
+        """Pack groups ``first`` to ``last`` of the matrix at one address to another."""
+        self._native.gemloom_pack(weight, source, target, first, last)
+
+    def address(self, operation: str) -> int:
+        """Where the function of a ggml operation is: quantize, product or expert_product."""
+        function = getattr(self._native, f"gemloom_{operation}")
+        return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+
+@cache
+def supported(path: Path | None = None) -> tuple[Library, ...]:
+    """The kernels that this processor can run, fastest first; none where none were built."""
+    path = path or Path(__file__).with_name(NAME)
+    try:
+        native = ctypes.CDLL(os.fspath(path))
+        name_of: Any = native.gemloom_supported
+    except (OSError, AttributeError) as error:
+        _log.info("no kernels of our own: %s", error)
+        return ()
+    name_of.restype = ctypes.c_char_p
+    names = []
+    while name := name_of(len(names)):
+        names.append(name.decode())
+    return tuple(Library(native, i, name) for i, name in enumerate(names))

@@ -1,0 +1,151 @@
+// Packed weights: how the bytes of a matrix lie so that 16 rows are multiplied at once.
+//
+// A matrix of k columns and m rows is cut into groups of 64 rows (the last one padded with rows of
+// zeros), a group along k into blocks, and a block into 4 panels of 16 rows:
+//
+//     group 0                                  group 1
+//     | block 0         | block 1         | ..  | ...
+//     | p0 | p1 | p2 | p3 | p0 | p1 | p2 | p3 |
+//
+// One panel's share of a block is a Record. In it, a vector of 64 bytes holds 4 consecutive columns
+// of 16 rows, row after row: what an int8 dot product instruction takes, with the activations of
+// these 4 columns broadcast, so that lane r sums up row r and nothing is ever added sideways.
+// A run of 32 columns are 8 such vectors, w0 to w7. Nibbles: byte i of `nibbles[v]` is w(2v)[i] in
+// its low and w(2v+1)[i] in its high half. Further bits lie in planes:
+// `twos[u]` has the bits 5-6 of w(4u+j) at bit 2j, `ones` the fifth bit of w(j) at bit j.
+//
+// A value is scale * (w - OFFSET) - minimum; `SCALES` counts the scales of a run: one, or one for
+// each half of it.
+
+#pragma once
+
+#include <cstdint>
+
+namespace gemloom {
+
+constexpr int PANEL = 16;           // rows
+constexpr int PANELS = 4;           // of a group
+constexpr int GROUP = PANEL * PANELS;
+constexpr int RUN = 32;             // columns that share a scale of the activations
+constexpr int VECTOR = 4 * PANEL;   // bytes: 4 columns of a panel
+
+using half = uint16_t;  // the bits of a float16
+
+struct Q4_0 {
+    static constexpr int BLOCK = 32, SCALES = 1, OFFSET = 8;
+    static constexpr bool MINIMUM = false;
+    struct Run {
+        uint8_t nibbles[4][VECTOR];
+    };
+    struct Record {
+        half scale[PANEL];
+        Run runs[1];
+    };
+};
+
+struct Q8_0 {
+    static constexpr int BLOCK = 32, SCALES = 1, OFFSET = 128;
+    static constexpr bool MINIMUM = false;
+    struct Run {
+        uint8_t bytes[8][VECTOR];  // 128 more than the value
+    };
+    struct Record {
+        half scale[PANEL];
+        Run runs[1];
+    };
+};
+
+struct TQ2_0 {
+    static constexpr int BLOCK = 256, SCALES = 1, OFFSET = 1;
+    static constexpr bool MINIMUM = false;
+    struct Run {
+        uint8_t twos[2][VECTOR];
+    };
+    struct Record {
+        half scale[PANEL];
+        Run runs[8];
+    };
+};
+
+struct Q4_K {
+    static constexpr int BLOCK = 256, SCALES = 1, OFFSET = 0;
+    static constexpr bool MINIMUM = true;
+    struct Run {
+        uint8_t scale[PANEL], minimum[PANEL];
+        uint8_t nibbles[4][VECTOR];
+    };
+    struct Record {
+        half scale[PANEL], minimum[PANEL];  // of the scales and minima of the runs
+        Run runs[8];
+    };
+};
+
+struct Q5_K {
+    static constexpr int BLOCK = 256, SCALES = 1, OFFSET = 0;
+    static constexpr bool MINIMUM = true;
+    struct Run {
+        uint8_t scale[PANEL], minimum[PANEL];
+        uint8_t nibbles[4][VECTOR];
+        uint8_t ones[VECTOR];
+    };
+    struct Record {
+        half scale[PANEL], minimum[PANEL];
+        Run runs[8];
+    };
+};
+
+struct Q6_K {
+    static constexpr int BLOCK = 256, SCALES = 2, OFFSET = 32;
+    static constexpr bool MINIMUM = false;
+    struct Run {
+        int8_t scale[2][PANEL];
+        uint8_t nibbles[4][VECTOR];
+        uint8_t twos[2][VECTOR];
+    };
+    struct Record {
+        half scale[PANEL];
+        Run runs[8];
+    };
+};
+
+static_assert(sizeof(Q4_0::Record) == 288 && sizeof(Q8_0::Record) == 544);
+static_assert(sizeof(Q4_K::Record) == 2368 && sizeof(Q5_K::Record) == 2880);
+static_assert(sizeof(Q6_K::Record) == 3360 && sizeof(TQ2_0::Record) == 1056);
+
+// A row of activations in 8 bits, k a multiple of 32: the values, and for each run of 32 the scale,
+// scale times the sum of the values (for minima), and for each half of a run minus that half's sum
+// (for offsets).
+struct Activations {
+    const int8_t *values;
+    const float *scale, *sum;
+    const int32_t *minus;
+
+    static constexpr int64_t bytes(int64_t k) { return (k + k / RUN * 16 + 63) / 64 * 64; }
+
+    Activations() = default;
+    Activations(const void *row, int64_t k)
+        : values(static_cast<const int8_t *>(row)),
+          scale(reinterpret_cast<const float *>(values + k)),
+          sum(scale + k / RUN),
+          minus(reinterpret_cast<const int32_t *>(sum + k / RUN)) {}
+};
+
+// What the kernels of one instruction set offer; `kernels_*` below, of which `select()` takes one.
+enum Type { TYPE_Q4_0, TYPE_Q8_0, TYPE_TQ2_0, TYPE_Q4_K, TYPE_Q5_K, TYPE_Q6_K, TYPES };
+
+// Product of a group of 64 rows, of which `rows` are wanted, with n rows of activations [k]:
+// y[i][0..rows) is set.
+struct Job {
+    const void *group;
+    int64_t k, rows, n;
+    const Activations *x;
+    float *const *y;
+};
+
+struct Kernels {
+    const char *name;
+    void (*product[TYPES])(const Job &);
+    void (*quantize)(const float *x, int64_t k, int64_t first, int64_t last, void *row);
+};
+
+}  // namespace gemloom
