@@ -57,17 +57,17 @@ def test_repacked_weights_are_as_right_as_plain_ones(
 
 
 @variants
-@pytest.mark.parametrize("repack", [False, True])
+@pytest.mark.parametrize("kernels", ["auto", "ggml", "plain"])
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 def test_no_cut_changes_a_quantized_model(
-    load: Load, variant: str, kv_type: str, repack: bool
+    load: Load, variant: str, kv_type: str, kernels: str
 ) -> None:
     """A row's activations are rounded by themselves, whatever rows come along.
 
     Not one bit differed on AVX-512; kernels that add in another order for several rows may tip a
     rounding, but stay below what repacking does.
     """
-    model = load(variant, forms=QUANTIZED, kv_type=kv_type, chunk=40, repack=repack)
+    model = load(variant, forms=QUANTIZED, kv_type=kv_type, chunk=40, kernels=kernels)
     whole = model.logits(IDS)
     error = np.abs(ragged(model) - whole) / whole.std()
     assert error.mean() < 0.025

@@ -19,6 +19,7 @@ from gguf.constants import GGMLQuantizationType
 from gemloom.config import Config, LayerSpec
 from gemloom.ggml.device import Arena, Device, Tensor, contiguous_strides
 from gemloom.ggml.graph import Graph
+from gemloom.kernels.operations import attention, serves_attention
 
 KV_TYPES = {
     "f32": GGMLQuantizationType.F32,
@@ -233,9 +234,12 @@ class KVCache:
         """q [head_dim, n_head, n] -> [head_dim * n_head, n]: each span over its own cells."""
         parts = []
         for span in rows.spans:
-            part = g.swap(g.slice(q, 2, span.first, span.first + span.count))
-            k, v = self._read(g, spec, span)
-            parts.append(g.attention(part, k, v, span.mask(spec.sliding), scale))
+            part = g.slice(q, 2, span.first, span.first + span.count)
+            (k, v), mask = self._read(g, spec, span), span.mask(spec.sliding)
+            if serves_attention(g, part, k):
+                parts.append(attention(g, part, k, v, mask, scale))
+            else:
+                parts.append(g.attention(g.swap(part), k, v, mask, scale))
         return reduce(g.concat, parts)
 
     def move(self, g: Graph, spec: LayerSpec, rotate: Rotate, source: Tensor, to: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from gemloom.kernels.products import expert_product, product
+from gemloom.kernels.operations import expert_product, product
 
 
 def linear(g: Graph, w: Tensor, x: Tensor) -> Tensor:

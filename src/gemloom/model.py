@@ -74,7 +74,7 @@ class Model:
             n_layer = self.config.n_layer
             raise OptionError(f"slots {options.slots} are too many for {n_layer} layers")
         with ExitStack() as stack:
-            self._device = Device(options.device, options.threads, budget)
+            self._device = Device(options.device, options.threads, budget, options.kernels)
             stack.callback(self._device.close)
             layout = ARCHITECTURES[self.config.architecture].layout(self.config, file.tensors)
             self._weights = Weights(

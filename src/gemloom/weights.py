@@ -21,7 +21,7 @@ from gemloom.errors import TensorError
 from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor, address
 from gemloom.gguf import GGUF, TensorInfo, nbytes
 from gemloom.kernels.library import Library, Weight
-from gemloom.kernels.products import I8, Packed, library, packed_shape
+from gemloom.kernels.operations import I8, Packed, packed_shape
 
 F32 = GGMLQuantizationType.F32
 _FLOATS = {F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
@@ -61,7 +61,6 @@ class Weights:
         self._tensors: dict[str, Tensor] = {}
         self.bytes_mapped = 0
         self._device, self._layout, self._in_place = device, layout, in_place
-        self._library = library() if kernels == "auto" else None
         self._repack = kernels != "plain"
         self._jobs: list[Callable[[], None]] = []
         try:
@@ -74,7 +73,7 @@ class Weights:
     def _fill(self, file: GGUF) -> None:
         for name, shape in self._layout.required.items():
             info = file.tensors[name]
-            own = self._library if self._packs(info) else None
+            own = self._device.kernels if self._packs(info) else None
             if own is None or name in self._layout.sliced:
                 self._place(info, shape)
             if own:
@@ -88,8 +87,8 @@ class Weights:
     def _packs(self, info: TensorInfo) -> bool:
         """Whether our own kernels multiply with this tensor."""
         whole = info.name not in self._layout.sliced or info.name == self._layout.head
-        k = info.shape[0]
-        return bool(self._library and whole and self._library.serves(info.type, k))
+        own = self._device.kernels
+        return bool(own and whole and own.serves(info.type, info.shape[0]))
 
     def _place(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
         """Let a tensor use its bytes where they are, or have them copied."""
@@ -108,7 +107,7 @@ class Weights:
         )
         if info.name not in self._tensors:
             self._tensors[info.name] = Tensor(place.pointer, info.type, shape, name=info.name)
-        self._tensors[info.name].packed = Packed(own, weight, place)
+        self._tensors[info.name].packed = Packed(weight, place)
         count, step = prod(shape[2:]), max(1, _PIECE * weight.groups * prod(shape[2:]) // info.nbytes)
         for index in range(count):
             for first in range(0, weight.groups, step):
@@ -117,11 +116,11 @@ class Weights:
 
     def _pack_groups(self, info: TensorInfo, index: int, count: int, first: int, last: int) -> None:
         packed = self._tensors[info.name].packed
-        assert packed
+        assert packed and self._device.kernels
         data = info.data()
         source = address(data) + index * (info.nbytes // count)
         target = packed.tensor.address + index * (packed.tensor.nbytes // count)
-        packed.library.pack(packed.weight, source, target, first, last)
+        self._device.kernels.pack(packed.weight, source, target, first, last)
 
     def _arena(self, kind: Any) -> Arena:
         if kind not in self._arenas:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Collection, Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import ggml
 import numpy as np
@@ -21,6 +21,7 @@ from gemloom.ggml.device import Device, Tensor, contiguous_strides
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 I32, I64 = GGMLQuantizationType.I32, GGMLQuantizationType.I64
 
+T = TypeVar("T")
 _ALL_THREADS = -1  # GGML_N_TASKS_MAX
 
 
@@ -40,7 +41,9 @@ class Graph:
         self._graph = ggml.ggml_new_graph_custom(self._context, max_nodes, False)
         self._taps = frozenset(taps)
         self.tapped: dict[str, Tensor] = {}
+        self.kernels = device.kernels
         self._made: dict[tuple[str, int], Tensor] = {}
+        self._kept: list[Any] = []
         self.names: list[str] = []
 
     # -- inputs, outputs, running ------------------------------------------------------------
@@ -130,6 +133,11 @@ class Graph:
             self._made[key] = make()
         return self._made[key]
 
+    def keep(self, data: T) -> T:
+        """Let ``data`` live as long as the graph."""
+        self._kept.append(data)
+        return data
+
     def custom(
         self, operation: int, kind: GGMLQuantizationType, shape: tuple[int, ...],
         args: Sequence[Tensor], data: Any = None,
@@ -191,6 +199,9 @@ class Graph:
     def gelu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """gelu(gate) * up, GELU in its tanh form; both of one shape, rows contiguous."""
         assert gate.shape == up.shape, (gate, up)
+        if self.kernels:
+            address = self.kernels.address("gelu_mul")
+            return self.custom(address, F32, gate.shape, (gate, up))
         a, b = self._spread(gate), self._spread(up)
         result = ggml.ggml_geglu_split(self._context, a.pointer, b.pointer)
         return self.reshape(Tensor(result, F32, a.shape), *gate.shape)
@@ -203,6 +214,10 @@ class Graph:
 
     def rms_norm(self, x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
         """x / sqrt(mean(x^2) + eps) over the first dimension, times weight if there is one."""
+        if self.kernels and (weight is None or weight.shape == x.shape[:1]):
+            args = (x, weight) if weight else (x,)
+            address, data = self.kernels.address("norm"), self.keep(ctypes.c_float(eps))
+            return self.custom(address, F32, x.shape, args, data)
         result = Tensor(ggml.ggml_rms_norm(self._context, x.pointer, eps), F32, x.shape)
         return self.mul(result, weight) if weight else result
 

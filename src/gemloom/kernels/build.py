@@ -27,7 +27,7 @@ _X86 = {
     "AVX_VNNI": [*_AVX2, "-mavxvnni"],
     "AVX2": _AVX2,
 }
-SETS = {  # of instructions, by processor: the flags that product.cpp is compiled with
+SETS = {  # of instructions, by processor: the flags that kernels.cpp is compiled with
     "x86_64": _X86,
     "AMD64": _X86,
     "aarch64": {"NEON_DOTPROD": ["-march=armv8.2-a+dotprod"]},
@@ -59,7 +59,7 @@ def _compile_all(compiler: list[str], sets: dict[str, list[str]], scratch: Path)
         return made if _run(command) else None
 
     with ThreadPoolExecutor() as pool:
-        tried = {name: pool.submit(one, name, "product.cpp", sets[name]) for name in sets}
+        tried = {name: pool.submit(one, name, "kernels.cpp", sets[name]) for name in sets}
         known = {name: made for name, job in tried.items() if (made := job.result())}
         if not known:
             return []

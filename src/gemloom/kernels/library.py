@@ -44,6 +44,12 @@ class Weight(ctypes.Structure):
         return -(-int(self.m) // GROUP)
 
 
+class Attention(ctypes.Structure):
+    """How attention is computed: struct Attention of library.cpp."""
+
+    _fields_ = [("scale", ctypes.c_float), ("halves", ctypes.c_int32)]
+
+
 class Library:
     """The kernels in use, named ``name``."""
 
@@ -86,9 +92,9 @@ class Library:
 
 
 @cache
-def supported(path: Path | None = None) -> tuple[Library, ...]:
+def supported() -> tuple[Library, ...]:
     """The kernels that this processor can run, fastest first; none where none were built."""
-    path = path or Path(__file__).with_name(NAME)
+    path = Path(__file__).with_name(NAME)
     try:
         native = ctypes.CDLL(os.fspath(path))
         name_of: Any = native.gemloom_supported

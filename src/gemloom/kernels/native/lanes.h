@@ -1,7 +1,7 @@
 // The instructions that the kernels need, for one instruction set: 16 lanes of int32 or float32.
 //
 // Compiled once for each instruction set, chosen by the compiler's flags. No header of C++'s
-// library is included here or in product.cpp: functions of theirs compiled for a new processor
+// library is included in what is compiled so: functions of theirs compiled for a new processor
 // could be linked into code that an old one runs.
 
 #pragma once
@@ -56,8 +56,19 @@ struct Lanes {
     static Floats add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static Floats subtract(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 
+    static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+    static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+    static Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
+    static Floats above_zero(Floats x) {  // 1 where x > 0, else 0
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ), floats(1.0f));
+    }
+    static Ints rounded(Floats x) { return _mm512_cvtps_epi32(x); }
+    static Floats scaled_by_power(Floats x, Ints n) {  // x * 2^n
+        return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), left<23>(n)));
+    }
+
     static float largest(Floats a, Floats b) {  // magnitude
-        return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+        return _mm512_reduce_max_ps(max(magnitude(a), magnitude(b)));
     }
     // Rounded to the nearest, ties to even; stored as int8. Gives their sum.
     static int32_t store_rounded(int8_t *p, Floats x) {
@@ -159,12 +170,29 @@ struct Lanes {
         return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
     }
 
-    static __m256 magnitude(Floats x) {
-        __m256 sign = _mm256_set1_ps(-0.0f);
-        return _mm256_max_ps(_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b));
+    static Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+    static Ints rounded(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+    static Floats scaled_by_power(Floats x, Ints n) {
+        Ints power = left<23>(n);
+        return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.a), power.a)),
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.b), power.b))};
     }
+
+    static Floats div(Floats x, Floats y) {
+        return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
+    }
+    static Floats magnitude(Floats x) {
+        __m256 sign = _mm256_set1_ps(-0.0f);
+        return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+    }
+    static __m256 above_zero(__m256 x) {
+        return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ), _mm256_set1_ps(1.0f));
+    }
+    static Floats above_zero(Floats x) { return {above_zero(x.a), above_zero(x.b)}; }
+
     static float largest(Floats x, Floats y) {
-        __m256 m = _mm256_max_ps(magnitude(x), magnitude(y));
+        Floats both = max(magnitude(x), magnitude(y));
+        __m256 m = _mm256_max_ps(both.a, both.b);
         __m128 n = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
         n = _mm_max_ps(n, _mm_movehl_ps(n, n));
         return _mm_cvtss_f32(_mm_max_ss(n, _mm_movehdup_ps(n)));
@@ -276,6 +304,30 @@ struct Lanes {
     }
     static Floats subtract(Floats x, Floats y, Floats z) {
         return every([&](int i) { return vfmsq_f32(z.v[i], x.v[i], y.v[i]); });
+    }
+
+    static Floats max(Floats x, Floats y) {
+        return every([&](int i) { return vmaxq_f32(x.v[i], y.v[i]); });
+    }
+    static Floats div(Floats x, Floats y) {
+        return every([&](int i) { return vdivq_f32(x.v[i], y.v[i]); });
+    }
+    static Floats magnitude(Floats x) {
+        return every([&](int i) { return vabsq_f32(x.v[i]); });
+    }
+    static Floats above_zero(Floats x) {
+        return every([&](int i) {
+            uint32x4_t one = vreinterpretq_u32_f32(vdupq_n_f32(1.0f));
+            return vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(x.v[i], vdupq_n_f32(0.0f)), one));
+        });
+    }
+    static Ints rounded(Floats x) {
+        return each([&](int i) { return vcvtnq_s32_f32(x.v[i]); });
+    }
+    static Floats scaled_by_power(Floats x, Ints n) {
+        return every([&](int i) {
+            return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(x.v[i]), vshlq_n_s32(n.v[i], 23)));
+        });
     }
 
     static float largest(Floats x, Floats y) {

@@ -77,6 +77,52 @@ struct Rows {
 
 thread_local Rows scratch;
 
+struct Attention {
+    float scale;
+    int32_t halves;  // K/V are float16, not float32
+};
+
+constexpr int ATTENTION_ROWS = 64;
+
+// The rows of one AttentionJob, and the memory it works in.
+struct AttentionTask {
+    std::vector<const float *> q;
+    std::vector<const half *> mask;
+    std::vector<float *> out;
+    std::vector<float> scratch;
+    AttentionJob job{};
+
+    AttentionTask(int64_t head_dim, int64_t cells, const Attention &how)
+        : scratch(AttentionJob::scratch_floats(head_dim) + 16) {
+        job.head_dim = head_dim;
+        job.cells = cells;
+        job.halves = how.halves;
+        job.scale = how.scale;
+        job.scratch = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) / 4;
+    }
+    void clear(const char *k, int64_t k_stride, const char *v, int64_t v_stride) {
+        q.clear();
+        mask.clear();
+        out.clear();
+        job.k = k;
+        job.v = v;
+        job.k_stride = k_stride;
+        job.v_stride = v_stride;
+    }
+    void push(const void *row, const void *seen, void *to) {
+        q.push_back(static_cast<const float *>(row));
+        mask.push_back(static_cast<const half *>(seen));
+        out.push_back(static_cast<float *>(to));
+    }
+    void run() {
+        job.rows = static_cast<int64_t>(q.size());
+        job.q = q.data();
+        job.mask = mask.data();
+        job.out = out.data();
+        kernels->attend(job);
+    }
+};
+
 #if defined(__aarch64__)
 bool has_dotprod() {
 #if defined(__linux__)
@@ -164,6 +210,49 @@ EXPORT void gemloom_product(char *dst, int ith, int nth, void *weight) {
     for (int64_t i = 0; i < to.rows(); i++) scratch.push(from.row(i), w.k, to.row(i));
     for (int64_t g = w.groups() * ith / nth; g < w.groups() * (ith + 1) / nth; g++) {
         scratch.multiply(w, packed.data(), g);
+    }
+}
+
+// float q [head_dim, n_head, n], k and v [head_dim, cells, n_kv], mask [cells, n]
+// -> float [head_dim, n_head, n].
+EXPORT void gemloom_attention(char *dst, int ith, int nth, void *options) {
+    const Attention &how = *static_cast<const Attention *>(options);
+    const Tensor to{dst}, q = to.src(0), k = to.src(1), v = to.src(2), mask = to.src(3);
+    const int64_t n_kv = k.ne(2), shared = q.ne(1) / n_kv, rows = shared * q.ne(2);  // for one of n_kv
+    const int64_t blocks = (rows + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
+    AttentionTask task(q.ne(0), k.ne(1), how);
+    for (int64_t i = ith; i < n_kv * blocks; i += nth) {
+        const int64_t head = i / blocks, first = i % blocks * ATTENTION_ROWS;
+        task.clear(k.data() + head * k.nb(2), k.nb(1), v.data() + head * v.nb(2), v.nb(1));
+        for (int64_t r = first; r < std::min(rows, first + ATTENTION_ROWS); r++) {
+            const int64_t at = head * shared + r % shared, token = r / shared;
+            task.push(q.data() + at * q.nb(1) + token * q.nb(2), mask.row(token),
+                      to.data() + at * to.nb(1) + token * to.nb(2));
+        }
+        task.run();
+    }
+}
+
+// float x [n, ...], perhaps weight [n] -> RMS norm of each row, times the weight.
+EXPORT void gemloom_norm(char *dst, int ith, int nth, void *eps) {
+    const Tensor to{dst}, from = to.src(0), weight = to.src(1);
+    auto *factors = weight.at ? reinterpret_cast<const float *>(weight.data()) : nullptr;
+    for (int64_t i = to.rows() * ith / nth; i < to.rows() * (ith + 1) / nth; i++) {
+        kernels->norm(reinterpret_cast<const float *>(from.row(i)), factors, *static_cast<float *>(eps),
+                      from.ne(0), reinterpret_cast<float *>(to.row(i)));
+    }
+}
+
+// float gate and up [n, ...], their rows contiguous -> gelu(gate) * up.
+EXPORT void gemloom_gelu_mul(char *dst, int ith, int nth, void *) {
+    const Tensor to{dst}, gate = to.src(0), up = to.src(1);
+    const int64_t n = to.ne(0), total = n * to.rows();
+    for (int64_t at = total * ith / nth, end = total * (ith + 1) / nth; at < end;) {
+        const int64_t row = at / n, first = at % n, count = std::min(n - first, end - at);
+        kernels->gelu_mul(reinterpret_cast<const float *>(gate.row(row)) + first,
+                          reinterpret_cast<const float *>(up.row(row)) + first, count,
+                          reinterpret_cast<float *>(to.row(row)) + first);
+        at += count;
     }
 }
 

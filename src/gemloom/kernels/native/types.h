@@ -130,7 +130,7 @@ struct Activations {
           minus(reinterpret_cast<const int32_t *>(sum + k / RUN)) {}
 };
 
-// What the kernels of one instruction set offer; `kernels_*` below, of which `select()` takes one.
+// What the kernels of one instruction set offer: kernels.cpp makes the table, library.cpp takes one.
 enum Type { TYPE_Q4_0, TYPE_Q8_0, TYPE_TQ2_0, TYPE_Q4_K, TYPE_Q5_K, TYPE_Q6_K, TYPES };
 
 // Product of a group of 64 rows, of which `rows` are wanted, with n rows of activations [k]:
@@ -142,10 +142,28 @@ struct Job {
     float *const *y;
 };
 
+// Attention of up to 64 query rows, of heads that share K/V, over `cells` cells, a multiple of 32.
+struct AttentionJob {
+    int64_t head_dim, rows, cells;
+    const float *const *q;     // [rows][head_dim]
+    const half *const *mask;   // [rows][cells]: 0 where a row sees a cell
+    float *const *out;         // [rows][head_dim]
+    const char *k, *v;         // rows of float16, or of float32
+    int64_t k_stride, v_stride;  // bytes
+    bool halves;
+    float scale;
+    float *scratch;  // scratch_floats(head_dim), aligned to 64 bytes
+
+    static constexpr int64_t scratch_floats(int64_t head_dim) { return head_dim * (2 * 64 + 2 * 32); }
+};
+
 struct Kernels {
     const char *name;
     void (*product[TYPES])(const Job &);
     void (*quantize)(const float *x, int64_t k, int64_t first, int64_t last, void *row);
+    void (*attend)(const AttentionJob &);
+    void (*norm)(const float *x, const float *weight, float eps, int64_t n, float *y);
+    void (*gelu_mul)(const float *gate, const float *up, int64_t n, float *y);
 };
 
 }  // namespace gemloom

@@ -4,6 +4,8 @@
 // its dot products are summed in int32, exactly, and then scaled into float sums, run after run:
 // so a result does not depend on the tile that computed it.
 
+#pragma once
+
 #include "lanes.h"
 #include "types.h"
 
@@ -201,17 +203,5 @@ void quantize(const float *x, int64_t k, int64_t first, int64_t last, void *row)
 }
 
 }  // namespace
-
-#define NAMED(prefix, set) NAMED_(prefix, set)
-#define NAMED_(prefix, set) prefix##set
-#define TEXT(set) TEXT_(set)
-#define TEXT_(set) #set
-
-extern const Kernels NAMED(kernels_, INSTRUCTION_SET);
-const Kernels NAMED(kernels_, INSTRUCTION_SET) = {
-    TEXT(INSTRUCTION_SET),
-    {product<Q4_0>, product<Q8_0>, product<TQ2_0>, product<Q4_K>, product<Q5_K>, product<Q6_K>},
-    quantize,
-};
 
 }  // namespace gemloom

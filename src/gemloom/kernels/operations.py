@@ -1,0 +1,76 @@
+"""Our own kernels as operations of a ggml graph. Who uses them asks ``serves...`` first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from gguf.constants import GGMLQuantizationType
+
+from gemloom.ggml.device import Tensor
+from gemloom.ggml.graph import F16, F32, Graph
+from gemloom.kernels.library import Attention, Library, Weight
+
+I8 = GGMLQuantizationType.I8
+_FEWEST_QUERIES = 32  # rows that share K/V; ggml is as fast with fewer
+_CELLS, _LANES = 32, 16  # of which attention takes whole multiples
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A matrix [k, m] or experts [k, m, n_expert] in our kernels' layout, in ``tensor``'s bytes."""
+
+    weight: Weight
+    tensor: Tensor
+
+
+def packed_shape(library: Library, weight: Weight, shape: tuple[int, ...]) -> tuple[int]:
+    """Of the I8 tensor for a matrix [k, m] or experts [k, m, n_expert]."""
+    return (library.packed_bytes(weight) * prod(shape[2:]),)
+
+
+def product(g: Graph, w: Packed, x: Tensor) -> Tensor:
+    """w [k, m], x [k, ...] -> [m, ...] = W x."""
+    assert g.kernels and w.weight.k == x.shape[0], (w, x)
+    shape = (int(w.weight.m), *x.shape[1:])
+    address = g.kernels.address("product")
+    return g.custom(address, F32, shape, (w.tensor, quantized(g, x)), w.weight)
+
+
+def expert_product(g: Graph, w: Packed, x: Tensor, ids: Tensor) -> Tensor:
+    """w [k, m, n_expert], x [k, 1 or used, n], ids [used, n] -> [m, used, n], as named by ids."""
+    assert g.kernels and w.weight.k == x.shape[0] and x.shape[2] == ids.shape[1], (w, x, ids)
+    shape = (int(w.weight.m), *ids.shape)
+    address = g.kernels.address("expert_product")
+    return g.custom(address, F32, shape, (w.tensor, quantized(g, x), ids), w.weight)
+
+
+def quantized(g: Graph, x: Tensor) -> Tensor:
+    """x [k, ...] in 8 bits; the same node for every product that has the same x."""
+
+    def make() -> Tensor:
+        assert g.kernels
+        shape = (g.kernels.activation_bytes(x.shape[0]), *x.shape[1:])
+        return g.custom(g.kernels.address("quantize"), I8, shape, (x,))
+
+    return g.once("quantized", x, make)
+
+
+def serves_attention(g: Graph, q: Tensor, k: Tensor) -> bool:
+    """Whether our attention takes these (as ``attention`` has them), and is faster than ggml's."""
+    rows = q.shape[1] // k.shape[2] * q.shape[2]
+    whole = k.shape[1] % _CELLS == 0 and q.shape[0] % _LANES == 0
+    return bool(g.kernels and rows >= _FEWEST_QUERIES and whole and k.type in (F16, F32))
+
+
+def attention(g: Graph, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Softmax(scale * q k + mask) v in f32, where a row sees the cells whose mask is 0.
+
+    q [head_dim, n_head, n], k and v [head_dim, cells, n_kv], mask f16 [cells, n]
+    -> [head_dim * n_head, n].
+    """
+    assert g.kernels and mask.shape == (k.shape[1], q.shape[2]) and k.shape == v.shape, (q, k, mask)
+    options = g.keep(Attention(scale, k.type == F16))
+    args = (q, k, v, mask)
+    y = g.custom(g.kernels.address("attention"), F32, q.shape, args, options)
+    return g.reshape(y, q.shape[0] * q.shape[1], q.shape[2])
