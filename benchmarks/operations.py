@@ -26,7 +26,22 @@ from gemloom.sequence import Chunk
 
 CHUNK = 512
 I8 = 24  # ggml's number of the type
-SHOWN = 16  # operations
+SHOWN = 26  # operations
+
+
+def describe_own(x: Any) -> tuple[str, float]:
+    """A node of our own kernels: told apart by what it reads."""
+    args = [arg.contents for arg in x.src if arg]
+    rows = x.ne[1] * x.ne[2] * x.ne[3]
+    if x.type == I8:
+        return f"to 8 bits, {args[0].ne[0]} x {rows}", 0.0
+    if args[0].type == I8:
+        k = args[1].src[0].contents.ne[0]
+        return f"product, packed, {k} x {x.ne[0]}, {rows} rows", float(k) * x.ne[0] * rows
+    if len(args) == 4:
+        cells = args[1].ne[1]
+        return f"attention, own, head of {x.ne[0]}, {cells} cells, {x.ne[2]} rows", 0.0
+    return "norm or gelu, own", 0.0
 
 
 def describe(node: Any) -> tuple[str, float]:
@@ -39,11 +54,7 @@ def describe(node: Any) -> tuple[str, float]:
         work = float(w.ne[0]) * x.ne[0] * x.ne[1] * x.ne[2] * x.ne[3]
         return f"product, {kind}, {w.ne[0]} x {w.ne[1]}, {x.ne[1]} rows", work
     if name == "CUSTOM":
-        rows = x.ne[1] * x.ne[2]
-        if x.type == I8:
-            return f"to 8 bits, {x.src[0].contents.ne[0]} x {rows}", 0.0
-        k = x.src[1].contents.src[0].contents.ne[0]
-        return f"product, packed, {k} x {x.ne[0]}, {rows} rows", float(k) * x.ne[0] * rows
+        return describe_own(x)
     if name.startswith("FLASH"):
         q, k = x.src[0].contents, x.src[1].contents
         return f"attention, head of {q.ne[0]}, {k.ne[1]} cells, {q.ne[1]} rows", 0.0

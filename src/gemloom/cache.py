@@ -236,7 +236,7 @@ class KVCache:
         for span in rows.spans:
             part = g.slice(q, 2, span.first, span.first + span.count)
             (k, v), mask = self._read(g, spec, span), span.mask(spec.sliding)
-            if serves_attention(g, part, k):
+            if serves_attention(g, k):
                 parts.append(attention(g, part, k, v, mask, scale))
             else:
                 parts.append(g.attention(g.swap(part), k, v, mask, scale))

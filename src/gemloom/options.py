@@ -30,7 +30,9 @@ class Options:
         128  # most rows of a step in which a request decodes: how long its stream may wait
     )
     snapshots: int = 128  # MiB for windows of K/V cells that chats may come back to; 0: none
-    kernels: str = "auto"  # of products: our own, "ggml" for its fastest, "plain" for its plain ones
+    kernels: str = (
+        "auto"  # of products: our own, "ggml" for its fastest, "plain" for its plain ones
+    )
     keep: int | None = None  # shift the context when it is full, keeping so many first tokens
 
     def __post_init__(self) -> None:

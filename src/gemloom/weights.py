@@ -102,13 +102,14 @@ class Weights:
     def _pack(self, own: Library, info: TensorInfo, shape: tuple[int, ...]) -> None:
         """Have a matrix copied into the layout of our own kernels."""
         weight = Weight(info.type, *shape[:2])
-        place = self._arena("packed").tensor(
-            info.name, I8, packed_shape(own, weight, shape)
-        )
+        place = self._arena("packed").tensor(info.name, I8, packed_shape(own, weight, shape))
         if info.name not in self._tensors:
             self._tensors[info.name] = Tensor(place.pointer, info.type, shape, name=info.name)
         self._tensors[info.name].packed = Packed(weight, place)
-        count, step = prod(shape[2:]), max(1, _PIECE * weight.groups * prod(shape[2:]) // info.nbytes)
+        count, step = (
+            prod(shape[2:]),
+            max(1, _PIECE * weight.groups * prod(shape[2:]) // info.nbytes),
+        )
         for index in range(count):
             for first in range(0, weight.groups, step):
                 last = min(first + step, weight.groups)

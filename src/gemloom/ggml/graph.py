@@ -41,7 +41,7 @@ class Graph:
         self._graph = ggml.ggml_new_graph_custom(self._context, max_nodes, False)
         self._taps = frozenset(taps)
         self.tapped: dict[str, Tensor] = {}
-        self.kernels = device.kernels
+        self.kernels, self.threads = device.kernels, device.threads
         self._made: dict[tuple[str, int], Tensor] = {}
         self._kept: list[Any] = []
         self.names: list[str] = []

@@ -47,7 +47,10 @@ class Weight(ctypes.Structure):
 class Attention(ctypes.Structure):
     """How attention is computed: struct Attention of library.cpp."""
 
-    _fields_ = [("scale", ctypes.c_float), ("halves", ctypes.c_int32)]
+    _fields_ = [
+        ("scale", ctypes.c_float), ("halves", ctypes.c_int32), ("parts", ctypes.c_void_p),
+        ("done", ctypes.c_int32),
+    ]  # fmt: skip
 
 
 class Library:

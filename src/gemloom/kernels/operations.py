@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from gemloom.ggml.device import Tensor
@@ -12,8 +13,8 @@ from gemloom.ggml.graph import F16, F32, Graph
 from gemloom.kernels.library import Attention, Library, Weight
 
 I8 = GGMLQuantizationType.I8
-_FEWEST_QUERIES = 32  # rows that share K/V; ggml is as fast with fewer
 _CELLS, _LANES = 32, 16  # of which attention takes whole multiples
+_SEGMENT, _NARROW, _WIDE = 512, 16, 64  # cells and rows of its blocks, as in library.cpp
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,10 @@ def quantized(g: Graph, x: Tensor) -> Tensor:
     return g.once("quantized", x, make)
 
 
-def serves_attention(g: Graph, q: Tensor, k: Tensor) -> bool:
-    """Whether our attention takes these (as ``attention`` has them), and is faster than ggml's."""
-    rows = q.shape[1] // k.shape[2] * q.shape[2]
-    whole = k.shape[1] % _CELLS == 0 and q.shape[0] % _LANES == 0
-    return bool(g.kernels and rows >= _FEWEST_QUERIES and whole and k.type in (F16, F32))
+def serves_attention(g: Graph, k: Tensor) -> bool:
+    """Whether our attention takes such cells [head_dim, cells, n_kv]."""
+    whole = k.shape[1] % _CELLS == 0 and k.shape[0] % _LANES == 0
+    return bool(g.kernels and whole and k.type in (F16, F32))
 
 
 def attention(g: Graph, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -70,7 +70,18 @@ def attention(g: Graph, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: fl
     -> [head_dim * n_head, n].
     """
     assert g.kernels and mask.shape == (k.shape[1], q.shape[2]) and k.shape == v.shape, (q, k, mask)
-    options = g.keep(Attention(scale, k.type == F16))
+    options = Attention(scale, k.type == F16, _parts(g, q, k))
     args = (q, k, v, mask)
-    y = g.custom(g.kernels.address("attention"), F32, q.shape, args, options)
+    y = g.custom(g.kernels.address("attention"), F32, q.shape, args, g.keep(options))
     return g.reshape(y, q.shape[0] * q.shape[1], q.shape[2])
+
+
+def _parts(g: Graph, q: Tensor, k: Tensor) -> int | None:
+    """Memory for threads to leave segments in; None where each has a block of rows for itself."""
+    rows, size = q.shape[1] // k.shape[2] * q.shape[2], q.shape[0]
+    width = _NARROW if rows <= _NARROW else _WIDE
+    blocks = k.shape[2] * -(-rows // width)
+    if blocks >= 2 * g.threads or k.shape[1] <= _SEGMENT or g.threads == 1:
+        return None
+    count = blocks * -(-k.shape[1] // _SEGMENT) * width * (size + 2)
+    return int(g.keep(np.empty(count, np.float32)).ctypes.data)

@@ -1,9 +1,10 @@
-// Attention of many query rows over K/V cells, for one instruction set: softmax(q k + mask) v.
+// Attention of query rows over K/V cells, for one instruction set: softmax(q k + mask) v.
 //
-// Lanes are query rows: 64 of them, from any heads that share K/V, against 32 cells at a time, so
-// that maxima and sums run down the lanes and nothing is ever added sideways. The softmax goes
-// over the cells once, rescaling what it has when a larger score comes (Milakov and Gimelshein,
-// arXiv:1805.02867). Blocks of cells that none of the rows sees are passed over.
+// Lanes are query rows: up to 64, from any heads that share K/V, against 32 cells at a time, so
+// that maxima and sums run down the lanes and nothing is ever added sideways. Segments of cells are
+// computed each by itself, rescaling what they have when a larger score comes (Milakov and
+// Gimelshein, arXiv:1805.02867), and merged in their order: a row's result does not depend on the
+// rows beside it, nor on the threads. Blocks of cells that none of the rows sees are passed over.
 
 #pragma once
 
@@ -13,39 +14,10 @@
 namespace gemloom {
 namespace {
 
-constexpr int ROWS = 64, CELLS = 32, VECTORS = ROWS / PANEL;
-constexpr int N = 4, P = Lanes::PANELS_AT_ONCE;
+constexpr int CELLS = 32;
 constexpr float HIDDEN = -1e30f;  // finite: minus infinity less itself would be no number
 
-// c[i][...] = c[i][...] * factor + sum over j of a[i * ai + j * aj] * b[j][...], for N i's and P
-// vectors; rows of b and c are ROWS wide. Without a factor c begins at zero.
-inline void multiply(const float *a, int64_t ai, int64_t aj, const float *b, int64_t count,
-                     const float *factor, float *c) {
-    Lanes::Floats sums[N][P];
-    for (int i = 0; i < N; i++) {
-        for (int p = 0; p < P; p++) {
-            if (factor) {
-                const Lanes::Floats old = Lanes::load(c + i * ROWS + p * PANEL);
-                sums[i][p] = Lanes::mul(old, Lanes::load(factor + p * PANEL));
-            } else {
-                sums[i][p] = Lanes::zero();
-            }
-        }
-    }
-    for (int64_t j = 0; j < count; j++) {
-        Lanes::Floats row[P];
-        for (int p = 0; p < P; p++) row[p] = Lanes::load(b + j * ROWS + p * PANEL);
-        for (int i = 0; i < N; i++) {
-            const Lanes::Floats one = Lanes::floats(a[i * ai + j * aj]);
-            for (int p = 0; p < P; p++) sums[i][p] = Lanes::add(one, row[p], sums[i][p]);
-        }
-    }
-    for (int i = 0; i < N; i++) {
-        for (int p = 0; p < P; p++) Lanes::store(c + i * ROWS + p * PANEL, sums[i][p]);
-    }
-}
-
-// e^x for x <= 0, never less than 1e-38: 2^whole * 2^rest, the latter by its Taylor series in ln 2.
+// e^x for x <= 0, never less than 4e-38: 2^whole * 2^rest, the latter by its Taylor series in ln 2.
 inline Lanes::Floats exponential(Lanes::Floats x) {
     const Lanes::Floats scaled = Lanes::mul(Lanes::max(x, Lanes::floats(-86.0f)), Lanes::floats(1.44269504f));
     const Lanes::Ints whole = Lanes::rounded(scaled);
@@ -56,20 +28,8 @@ inline Lanes::Floats exponential(Lanes::Floats x) {
     return Lanes::scaled_by_power(y, whole);
 }
 
-// State of one block of rows: everything transposed, [head_dim][ROWS] or [cells][ROWS].
-struct Block {
-    float *q, *sums, *k, *v;  // k and v: the cells at hand as float32 [CELLS][head_dim]
-    alignas(64) float scores[CELLS][ROWS], largest[ROWS], total[ROWS], factor[ROWS];
-};
-
-inline void convert(const AttentionJob &job, const char *from, int64_t stride, int64_t first, float *to) {
-    for (int64_t c = 0; c < CELLS; c++, to += job.head_dim) {
-        const char *row = from + (first + c) * stride;
-        for (int64_t d = 0; d < job.head_dim; d += PANEL) {
-            Lanes::store(to + d, job.halves ? Lanes::halves(reinterpret_cast<const half *>(row) + d)
-                                            : Lanes::load(reinterpret_cast<const float *>(row) + d));
-        }
-    }
+inline Lanes::Floats minus(Lanes::Floats a, Lanes::Floats b) {
+    return Lanes::add(b, Lanes::floats(-1.0f), a);
 }
 
 enum Sight { NONE, SOME, ALL };
@@ -85,84 +45,153 @@ inline Sight sight(const AttentionJob &job, int64_t first) {
     return hidden == tokens * CELLS ? NONE : hidden ? SOME : ALL;
 }
 
-inline void hide(const AttentionJob &job, int64_t first, Block &b) {
-    for (int64_t r = 0; r < job.rows; r++) {
-        for (int c = 0; c < CELLS; c++) {
-            if (job.mask[r][first + c]) b.scores[c][r] = HIDDEN;
+// 32 cells from `first` as float32 [CELLS][head_dim].
+inline void widen(const AttentionJob &job, const char *from, int64_t stride, int64_t first, float *to) {
+    for (int64_t c = 0; c < CELLS; c++, to += job.head_dim) {
+        const char *row = from + (first + c) * stride;
+        for (int64_t d = 0; d < job.head_dim; d += PANEL) {
+            Lanes::store(to + d, job.halves ? Lanes::halves(reinterpret_cast<const half *>(row) + d)
+                                            : Lanes::load(reinterpret_cast<const float *>(row) + d));
         }
     }
 }
 
-// Scores to weights; what was summed up before is to be multiplied by `factor`.
-inline void soften(Block &b) {
-    for (int p = 0; p < VECTORS; p++) {
-        const int at = p * PANEL;
-        const Lanes::Floats before = Lanes::load(b.largest + at);
-        Lanes::Floats largest = before;
-        for (int c = 0; c < CELLS; c++) largest = Lanes::max(largest, Lanes::load(b.scores[c] + at));
-        const Lanes::Floats minus = Lanes::mul(largest, Lanes::floats(-1.0f)), one = Lanes::floats(1.0f);
-        const Lanes::Floats factor = exponential(Lanes::add(before, one, minus));
-        Lanes::Floats total = Lanes::mul(Lanes::load(b.total + at), factor);
-        for (int c = 0; c < CELLS; c++) {
-            const Lanes::Floats y = exponential(Lanes::add(Lanes::load(b.scores[c] + at), one, minus));
-            total = Lanes::add(y, one, total);
-            Lanes::store(b.scores[c] + at, y);
-        }
-        Lanes::store(b.largest + at, largest);
-        Lanes::store(b.total + at, total);
-        Lanes::store(b.factor + at, factor);
-    }
-}
+// Rows in lanes, WIDTH of them: everything is [head_dim][WIDTH] or [cells][WIDTH].
+template <int WIDTH> struct Attention {
+    static constexpr int VECTORS = WIDTH / PANEL;
+    static constexpr int P = Lanes::PANELS_AT_ONCE < VECTORS ? Lanes::PANELS_AT_ONCE : VECTORS;
+    static constexpr int N = Lanes::PANELS_AT_ONCE > P ? 8 : 4;
 
-inline void begin(const AttentionJob &job, Block &b) {
-    for (int64_t r = 0; r < ROWS; r++) {
-        b.largest[r] = HIDDEN;
-        b.total[r] = 0.0f;
-        for (int64_t d = 0; d < job.head_dim; d++) {
-            b.q[d * ROWS + r] = r < job.rows ? job.q[r][d] * job.scale : 0.0f;
-            b.sums[d * ROWS + r] = 0.0f;
-        }
-    }
-}
+    // A segment's sums, unscaled, with the largest score and the total of the weights of each row.
+    struct Part {
+        float largest[WIDTH], total[WIDTH], sums[];
 
-inline void finish(const AttentionJob &job, const Block &b) {
-    for (int64_t r = 0; r < job.rows; r++) {
-        const float inverse = 1.0f / b.total[r];
-        for (int64_t d = 0; d < job.head_dim; d++) job.out[r][d] = b.sums[d * ROWS + r] * inverse;
-    }
-}
+        static Part &at(float *memory) { return *reinterpret_cast<Part *>(memory); }
+    };
 
-void attend(const AttentionJob &job) {
-    alignas(64) Block b;
-    const int64_t size = job.head_dim;
-    b.q = job.scratch;
-    b.sums = b.q + size * ROWS;
-    b.k = b.sums + size * ROWS;
-    b.v = b.k + size * CELLS;
-    begin(job, b);
-    const int vectors = (job.rows + PANEL - 1) / PANEL;
-    for (int64_t first = 0; first < job.cells; first += CELLS) {
-        const Sight seen = sight(job, first);
-        if (seen == NONE) continue;
-        convert(job, job.k, job.k_stride, first, b.k);
-        convert(job, job.v, job.v_stride, first, b.v);
-        for (int p = 0; p < vectors; p += P) {
-            for (int c = 0; c < CELLS; c += N) {
-                multiply(b.k + c * size, size, 1, b.q + p * PANEL, size, nullptr, b.scores[c] + p * PANEL);
+    // c[i] = c[i] * factor + sum over j of a[i * ai + j * aj] * b[j], for N i's and P vectors of
+    // lanes. Without a factor c begins at zero.
+    static void multiply(const float *a, int64_t ai, int64_t aj, const float *b, int64_t count,
+                         const float *factor, float *c) {
+        Lanes::Floats sums[N][P];
+        for (int i = 0; i < N; i++) {
+            for (int p = 0; p < P; p++) {
+                const float *old = c + i * WIDTH + p * PANEL;
+                sums[i][p] = factor ? Lanes::mul(Lanes::load(old), Lanes::load(factor + p * PANEL)) : Lanes::zero();
             }
         }
-        if (seen == SOME) hide(job, first, b);
-        soften(b);
-        for (int p = 0; p < vectors; p += P) {
-            for (int64_t d = 0; d < size; d += N) {
-                float *sums = b.sums + d * ROWS + p * PANEL;
-                multiply(b.v + d, 1, size, b.scores[0] + p * PANEL, CELLS, b.factor + p * PANEL, sums);
+        for (int64_t j = 0; j < count; j++) {
+            Lanes::Floats row[P];
+            for (int p = 0; p < P; p++) row[p] = Lanes::load(b + j * WIDTH + p * PANEL);
+            for (int i = 0; i < N; i++) {
+                const Lanes::Floats one = Lanes::floats(a[i * ai + j * aj]);
+                for (int p = 0; p < P; p++) sums[i][p] = Lanes::add(one, row[p], sums[i][p]);
+            }
+        }
+        for (int i = 0; i < N; i++) {
+            for (int p = 0; p < P; p++) Lanes::store(c + i * WIDTH + p * PANEL, sums[i][p]);
+        }
+    }
+
+    static void hide(const AttentionJob &job, int64_t first, float (&scores)[CELLS][WIDTH]) {
+        for (int64_t r = 0; r < job.rows; r++) {
+            for (int c = 0; c < CELLS; c++) {
+                if (job.mask[r][first + c]) scores[c][r] = HIDDEN;
             }
         }
     }
-    finish(job, b);
-}
+
+    // Scores become weights; what was summed up before is to be multiplied by `factor`.
+    static void soften(float (&scores)[CELLS][WIDTH], Part &part, float (&factor)[WIDTH]) {
+        for (int at = 0; at < WIDTH; at += PANEL) {
+            const Lanes::Floats before = Lanes::load(part.largest + at), one = Lanes::floats(1.0f);
+            Lanes::Floats largest = before;
+            for (auto &row : scores) largest = Lanes::max(largest, Lanes::load(row + at));
+            const Lanes::Floats shrunk = exponential(minus(before, largest));
+            Lanes::Floats total = Lanes::mul(Lanes::load(part.total + at), shrunk);
+            for (auto &row : scores) {
+                const Lanes::Floats weight = exponential(minus(Lanes::load(row + at), largest));
+                total = Lanes::add(weight, one, total);
+                Lanes::store(row + at, weight);
+            }
+            Lanes::store(part.largest + at, largest);
+            Lanes::store(part.total + at, total);
+            Lanes::store(factor + at, shrunk);
+        }
+    }
+
+    static void clear(int64_t size, Part &part) {
+        for (float &x : part.largest) x = HIDDEN;
+        for (float &x : part.total) x = 0.0f;
+        for (int64_t i = 0; i < size * WIDTH; i++) part.sums[i] = 0.0f;
+    }
+
+    static void transpose(const AttentionJob &job, float *q) {
+        for (int64_t r = 0; r < WIDTH; r++) {
+            for (int64_t d = 0; d < job.head_dim; d++) {
+                q[d * WIDTH + r] = r < job.rows ? job.q[r][d] * job.scale : 0.0f;
+            }
+        }
+    }
+
+    // Cells `first` to `last` into a part; `q` is from transpose(), `cells` memory for two blocks.
+    static void attend(const AttentionJob &job, const float *q, int64_t first, int64_t last, float *cells, Part &part) {
+        alignas(64) float scores[CELLS][WIDTH], factor[WIDTH];
+        const int64_t size = job.head_dim;
+        float *k = cells, *v = cells + CELLS * size;
+        clear(size, part);
+        for (; first < last; first += CELLS) {
+            const Sight seen = sight(job, first);
+            if (seen == NONE) continue;
+            widen(job, job.k, job.k_stride, first, k);
+            widen(job, job.v, job.v_stride, first, v);
+            for (int p = 0; p < WIDTH; p += P * PANEL) {
+                for (int c = 0; c < CELLS; c += N) multiply(k + c * size, size, 1, q + p, size, nullptr, scores[c] + p);
+            }
+            if (seen == SOME) hide(job, first, scores);
+            soften(scores, part, factor);
+            for (int p = 0; p < WIDTH; p += P * PANEL) {
+                for (int64_t d = 0; d < size; d += N) {
+                    multiply(v + d, 1, size, scores[0] + p, CELLS, factor + p, part.sums + d * WIDTH + p);
+                }
+            }
+        }
+    }
+
+    static void merge(int64_t size, const Part &from, Part &into) {
+        for (int at = 0; at < WIDTH; at += PANEL) {
+            const Lanes::Floats a = Lanes::load(into.largest + at), b = Lanes::load(from.largest + at);
+            const Lanes::Floats largest = Lanes::max(a, b);
+            const Lanes::Floats fa = exponential(minus(a, largest)), fb = exponential(minus(b, largest));
+            auto add = [&](float *x, const float *y) {
+                Lanes::store(x, Lanes::add(Lanes::load(y), fb, Lanes::mul(Lanes::load(x), fa)));
+            };
+            Lanes::store(into.largest + at, largest);
+            add(into.total + at, from.total + at);
+            for (int64_t d = 0; d < size; d++) add(into.sums + d * WIDTH + at, from.sums + d * WIDTH + at);
+        }
+    }
+
+    static void finish(const AttentionJob &job, const Part &part) {
+        for (int64_t r = 0; r < job.rows; r++) {
+            const float inverse = 1.0f / part.total[r];
+            for (int64_t d = 0; d < job.head_dim; d++) job.out[r][d] = part.sums[d * WIDTH + r] * inverse;
+        }
+    }
+};
+
+template <int WIDTH> constexpr AttentionKernels attention_of = {
+    [](const AttentionJob &job, float *q) { Attention<WIDTH>::transpose(job, q); },
+    [](const AttentionJob &job, const float *q, int64_t first, int64_t last, float *cells, float *part) {
+        Attention<WIDTH>::attend(job, q, first, last, cells, Attention<WIDTH>::Part::at(part));
+    },
+    [](int64_t size, float *from, float *into) {
+        Attention<WIDTH>::merge(size, Attention<WIDTH>::Part::at(from), Attention<WIDTH>::Part::at(into));
+    },
+    [](const AttentionJob &job, float *part) {
+        Attention<WIDTH>::finish(job, Attention<WIDTH>::Part::at(part));
+    },
+};
 
 }  // namespace
-
 }  // namespace gemloom

@@ -18,7 +18,7 @@ const Kernels NAMED(kernels_, INSTRUCTION_SET) = {
     TEXT(INSTRUCTION_SET),
     {product<Q4_0>, product<Q8_0>, product<TQ2_0>, product<Q4_K>, product<Q5_K>, product<Q6_K>},
     quantize,
-    attend,
+    {attention_of<16>, attention_of<64>},
     norm,
     gelu_mul,
 };

@@ -1,6 +1,7 @@
 // What Python calls: which kernels run here, packing, and the operations that ggml's threads call.
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #if defined(__aarch64__) && defined(__linux__)
@@ -77,50 +78,83 @@ struct Rows {
 
 thread_local Rows scratch;
 
+constexpr int64_t SEGMENT = 512;  // cells
+
+// How one attention node is computed; made by Python, which keeps it as long as the graph.
 struct Attention {
     float scale;
-    int32_t halves;  // K/V are float16, not float32
+    int32_t halves;             // K/V are float16, not float32
+    float *parts;               // where threads leave their segments when they share a block of rows
+    std::atomic<int32_t> done;  // threads that have left theirs
 };
 
-constexpr int ATTENTION_ROWS = 64;
-
-// The rows of one AttentionJob, and the memory it works in.
-struct AttentionTask {
-    std::vector<const float *> q;
-    std::vector<const half *> mask;
-    std::vector<float *> out;
-    std::vector<float> scratch;
-    AttentionJob job{};
-
-    AttentionTask(int64_t head_dim, int64_t cells, const Attention &how)
-        : scratch(AttentionJob::scratch_floats(head_dim) + 16) {
-        job.head_dim = head_dim;
-        job.cells = cells;
+// Blocks of rows that share K/V, one chosen at a time.
+class AttentionBlocks {
+  public:
+    AttentionBlocks(const Tensor &to, const Attention &how)
+        : to(to), q(to.src(0)), k(to.src(1)), v(to.src(2)), mask(to.src(3)),
+          shared(q.ne(1) / k.ne(2)), all(shared * q.ne(2)), width(all <= 16 ? 16 : 64),
+          size(q.ne(0)), kernels(gemloom::kernels->attention[width == 64]),
+          memory(size * (width + 64) + 2 * part_floats()) {
+        job.head_dim = size;
         job.halves = how.halves;
         job.scale = how.scale;
-        job.scratch = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) / 4;
     }
-    void clear(const char *k, int64_t k_stride, const char *v, int64_t v_stride) {
-        q.clear();
-        mask.clear();
+    int64_t count() const { return k.ne(2) * ((all + width - 1) / width); }
+    int64_t segments() const { return (k.ne(1) + SEGMENT - 1) / SEGMENT; }
+    int64_t part_floats() const { return width * (size + 2); }
+
+    void choose(int64_t i) {
+        const int64_t blocks = count() / k.ne(2), head = i / blocks, first = i % blocks * width;
+        from.clear();
+        seen.clear();
         out.clear();
-        job.k = k;
-        job.v = v;
-        job.k_stride = k_stride;
-        job.v_stride = v_stride;
-    }
-    void push(const void *row, const void *seen, void *to) {
-        q.push_back(static_cast<const float *>(row));
-        mask.push_back(static_cast<const half *>(seen));
-        out.push_back(static_cast<float *>(to));
-    }
-    void run() {
-        job.rows = static_cast<int64_t>(q.size());
-        job.q = q.data();
-        job.mask = mask.data();
+        for (int64_t r = first; r < std::min(all, first + width); r++) {
+            const int64_t at = head * shared + r % shared, token = r / shared;
+            from.push_back(reinterpret_cast<float *>(q.data() + at * q.nb(1) + token * q.nb(2)));
+            seen.push_back(reinterpret_cast<half *>(mask.row(token)));
+            out.push_back(reinterpret_cast<float *>(to.data() + at * to.nb(1) + token * to.nb(2)));
+        }
+        job.rows = static_cast<int64_t>(from.size());
+        job.q = from.data();
+        job.mask = seen.data();
         job.out = out.data();
-        kernels->attend(job);
+        job.k = k.data() + head * k.nb(2);
+        job.v = v.data() + head * v.nb(2);
+        job.k_stride = k.nb(1);
+        job.v_stride = v.nb(1);
     }
+    void transpose() { kernels.transpose(job, memory.data()); }
+    void attend(int64_t segment, float *part) {
+        const int64_t first = segment * SEGMENT, last = std::min(k.ne(1), first + SEGMENT);
+        kernels.attend(job, memory.data(), first, last, memory.data() + size * width, part);
+    }
+    // All segments, by one thread.
+    void compute() {
+        float *part = memory.data() + size * (width + 64), *next = part + part_floats();
+        transpose();
+        attend(0, part);
+        for (int64_t s = 1; s < segments(); s++) {
+            attend(s, next);
+            kernels.merge(size, next, part);
+        }
+        kernels.finish(job, part);
+    }
+    // Segments that several threads have left behind one another.
+    void merge(float *parts) {
+        for (int64_t s = 1; s < segments(); s++) kernels.merge(size, parts + s * part_floats(), parts);
+        kernels.finish(job, parts);
+    }
+
+  private:
+    const Tensor to, q, k, v, mask;
+    const int64_t shared, all, width, size;  // heads and rows of one of n_kv, lanes, head_dim
+    const AttentionKernels &kernels;
+    AttentionJob job{};
+    std::vector<const float *> from;
+    std::vector<const half *> seen;
+    std::vector<float *> out;
+    std::vector<float> memory;
 };
 
 #if defined(__aarch64__)
@@ -216,20 +250,26 @@ EXPORT void gemloom_product(char *dst, int ith, int nth, void *weight) {
 // float q [head_dim, n_head, n], k and v [head_dim, cells, n_kv], mask [cells, n]
 // -> float [head_dim, n_head, n].
 EXPORT void gemloom_attention(char *dst, int ith, int nth, void *options) {
-    const Attention &how = *static_cast<const Attention *>(options);
-    const Tensor to{dst}, q = to.src(0), k = to.src(1), v = to.src(2), mask = to.src(3);
-    const int64_t n_kv = k.ne(2), shared = q.ne(1) / n_kv, rows = shared * q.ne(2);  // for one of n_kv
-    const int64_t blocks = (rows + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
-    AttentionTask task(q.ne(0), k.ne(1), how);
-    for (int64_t i = ith; i < n_kv * blocks; i += nth) {
-        const int64_t head = i / blocks, first = i % blocks * ATTENTION_ROWS;
-        task.clear(k.data() + head * k.nb(2), k.nb(1), v.data() + head * v.nb(2), v.nb(1));
-        for (int64_t r = first; r < std::min(rows, first + ATTENTION_ROWS); r++) {
-            const int64_t at = head * shared + r % shared, token = r / shared;
-            task.push(q.data() + at * q.nb(1) + token * q.nb(2), mask.row(token),
-                      to.data() + at * to.nb(1) + token * to.nb(2));
+    Attention &how = *static_cast<Attention *>(options);
+    AttentionBlocks blocks(Tensor{dst}, how);
+    if (!how.parts) {
+        for (int64_t i = ith; i < blocks.count(); i += nth) {
+            blocks.choose(i);
+            blocks.compute();
         }
-        task.run();
+        return;
+    }
+    const int64_t segments = blocks.segments(), total = blocks.count() * segments;
+    for (int64_t i = ith; i < total; i += nth) {
+        blocks.choose(i / segments);
+        blocks.transpose();
+        blocks.attend(i % segments, how.parts + i * blocks.part_floats());
+    }
+    if (how.done.fetch_add(1, std::memory_order_acq_rel) + 1 < nth) return;
+    how.done.store(0, std::memory_order_relaxed);  // the last thread merges
+    for (int64_t i = 0; i < blocks.count(); i++) {
+        blocks.choose(i);
+        blocks.merge(how.parts + i * segments * blocks.part_floats());
     }
 }
 

@@ -142,26 +142,32 @@ struct Job {
     float *const *y;
 };
 
-// Attention of up to 64 query rows, of heads that share K/V, over `cells` cells, a multiple of 32.
+// Attention of query rows, 16 or 64 at most, of heads that share K/V.
 struct AttentionJob {
-    int64_t head_dim, rows, cells;
-    const float *const *q;     // [rows][head_dim]
-    const half *const *mask;   // [rows][cells]: 0 where a row sees a cell
-    float *const *out;         // [rows][head_dim]
-    const char *k, *v;         // rows of float16, or of float32
+    int64_t head_dim, rows;
+    const float *const *q;       // [rows][head_dim]
+    const half *const *mask;     // [rows][cells]: 0 where a row sees a cell
+    float *const *out;           // [rows][head_dim]
+    const char *k, *v;           // cells: rows of float16, or of float32
     int64_t k_stride, v_stride;  // bytes
     bool halves;
     float scale;
-    float *scratch;  // scratch_floats(head_dim), aligned to 64 bytes
+};
 
-    static constexpr int64_t scratch_floats(int64_t head_dim) { return head_dim * (2 * 64 + 2 * 32); }
+// For so many rows (width). Sizes in floats: q width * head_dim; cells 64 * head_dim; a part
+// width * (head_dim + 2).
+struct AttentionKernels {
+    void (*transpose)(const AttentionJob &, float *q);
+    void (*attend)(const AttentionJob &, const float *q, int64_t first, int64_t last, float *cells, float *part);
+    void (*merge)(int64_t head_dim, float *from, float *into);
+    void (*finish)(const AttentionJob &, float *part);
 };
 
 struct Kernels {
     const char *name;
     void (*product[TYPES])(const Job &);
     void (*quantize)(const float *x, int64_t k, int64_t first, int64_t last, void *row);
-    void (*attend)(const AttentionJob &);
+    AttentionKernels attention[2];  // for 16 rows, for 64
     void (*norm)(const float *x, const float *weight, float eps, int64_t n, float *y);
     void (*gelu_mul)(const float *gate, const float *up, int64_t n, float *y);
 };
