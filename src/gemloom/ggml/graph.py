@@ -75,6 +75,11 @@ class Graph:
             self.tapped[name] = self.output(self.cont(x))
         return x
 
+    def tapping(self, name: str) -> bool:
+        """Whether an intermediate is to be kept; it is listed as one that can be."""
+        self.names.append(name)
+        return name in self._taps
+
     def reserve(self) -> None:
         """Let the scheduler take the memory this graph needs. DeviceError if there is none."""
         self._device.current = None
@@ -215,11 +220,21 @@ class Graph:
     def rms_norm(self, x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
         """x / sqrt(mean(x^2) + eps) over the first dimension, times weight if there is one."""
         if self.kernels and (weight is None or weight.shape == x.shape[:1]):
-            args = (x, weight) if weight else (x,)
-            address, data = self.kernels.address("norm"), self.keep(ctypes.c_float(eps))
-            return self.custom(address, F32, x.shape, args, data)
+            return self._norm(x, eps, *((weight,) if weight else ()))
         result = Tensor(ggml.ggml_rms_norm(self._context, x.pointer, eps), F32, x.shape)
         return self.mul(result, weight) if weight else result
+
+    def add_norm(
+        self, a: Tensor, x: Tensor, eps: float, weight: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
+        """(a + rms_norm(x) * weight) * scale, with a scale [1] if there is one; all at once."""
+        assert self.kernels and a.shape == x.shape and weight.shape == x.shape[:1], (a, x, weight)
+        return self._norm(x, eps, weight, a, *((scale,) if scale else ()))
+
+    def _norm(self, x: Tensor, eps: float, *more: Tensor) -> Tensor:
+        assert self.kernels
+        address, data = self.kernels.address("norm"), self.keep(ctypes.c_float(eps))
+        return self.custom(address, F32, x.shape, (x, *more), data)
 
     def soft_max(self, x: Tensor) -> Tensor:
         """Softmax over the first dimension."""

@@ -37,6 +37,16 @@ class Decoder:
         """RMS norm over the first dimension, named as its weight."""
         return g.name(g.rms_norm(x, self.config.eps, weight), weight.name.removesuffix(".weight"))
 
+    def add_normed(
+        self, g: Graph, x: Tensor, weight: Tensor, y: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
+        """(x + norm(y)) * scale, how each half of a layer ends; in one node where there is one."""
+        name = weight.name.removesuffix(".weight")
+        if g.kernels and not g.tapping(name):
+            return g.add_norm(x, y, self.config.eps, weight, scale)
+        x = g.add(x, self.norm(g, weight, y))
+        return g.mul(x, scale) if scale else x
+
     def project(self, g: Graph, spec: LayerSpec, w: Block, which: str, h: Tensor) -> Tensor:
         """h [D, T] -> q, k or v [hd, heads, T], from its own matrix or rows of the fused one."""
         q, k = spec.n_head * spec.head_dim, spec.n_kv * spec.head_dim

@@ -42,9 +42,9 @@ class Gemma3(Decoder):
                 x, h = (g.get_rows(t, wanted.of_step) for t in (x, h))
                 rows = wanted
             a = self.attention(g, spec, w, rows, h, kv)
-            x = g.add(x, self.norm(g, w["post_attention_norm"], a))
+            x = self.add_normed(g, x, w["post_attention_norm"], a)
             x = self.named(g, spec, "attn_out", x)
-            x = g.add(x, self.norm(g, w["post_ffw_norm"], self.mlp(g, w, x)))
+            x = self.add_normed(g, x, w["post_ffw_norm"], self.mlp(g, w, x))
             x = self.named(g, spec, "out", x)
         return self.logits(g, x)
 

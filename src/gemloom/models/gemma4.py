@@ -53,10 +53,10 @@ class Gemma4(Decoder):
                 rows = wanted
                 per_layer |= self._per_layer_inputs(g, rows, embedded, last, n_layer)
             a = self.attention(g, spec, w, rows, h, kv)
-            x = g.add(x, self.norm(g, w["post_attention_norm"], a))
+            x = self.add_normed(g, x, w["post_attention_norm"], a)
             x = self.named(g, spec, "attn_out", x)
             f = self._experts(g, spec, w, x) if spec.experts else self.mlp(g, w, x)
-            x = g.add(x, self.norm(g, w["post_ffw_norm"], f))
+            x = self.add_normed(g, x, w["post_ffw_norm"], f)
             x = self._inject(g, spec, w, x, per_layer)
             x = self.named(g, spec, "out", x)
         return self.logits(g, x)
@@ -80,10 +80,11 @@ class Gemma4(Decoder):
         self, g: Graph, spec: LayerSpec, w: Block, x: Tensor, per_layer: dict[int, Tensor]
     ) -> Tensor:
         """Add the layer's own input, gated by the stream x [D, T], and scale the layer's output."""
+        scale = w.get("layer_output_scale")
         if self.config.n_per_layer:
             gated = g.gelu_mul(linear(g, w["inp_gate"], x), per_layer[spec.index])
-            x = g.add(x, self.norm(g, w["post_norm"], linear(g, w["proj"], gated)))
-        return g.mul(x, w["layer_output_scale"]) if "layer_output_scale" in w else x
+            return self.add_normed(g, x, w["post_norm"], linear(g, w["proj"], gated), scale)
+        return g.mul(x, scale) if scale else x
 
     def _per_layer_inputs(
         self, g: Graph, rows: Rows, embedded: Tensor, first: int, stop: int

@@ -8,8 +8,9 @@
 namespace gemloom {
 namespace {
 
-// y = x / sqrt(mean(x^2) + eps) * weight over n values; without a weight, times 1.
-void norm(const float *x, const float *weight, float eps, int64_t n, float *y) {
+// y = (add + x / sqrt(mean(x^2) + eps) * weight) * scale over n values; without a weight, times 1;
+// without something to add, the norm alone.
+void norm(const float *x, const float *weight, const float *add, float scale, float eps, int64_t n, float *y) {
     Lanes::Floats squares[4] = {Lanes::zero(), Lanes::zero(), Lanes::zero(), Lanes::zero()};
     const int64_t whole = n / PANEL * PANEL;
     for (int64_t i = 0; i < whole; i += PANEL) {
@@ -27,9 +28,16 @@ void norm(const float *x, const float *weight, float eps, int64_t n, float *y) {
     for (int64_t i = 0; i < whole; i += PANEL) {
         Lanes::Floats a = Lanes::mul(Lanes::load(x + i), Lanes::floats(factor));
         if (weight) a = Lanes::mul(a, Lanes::load(weight + i));
+        if (add) {
+            a = Lanes::add(a, Lanes::floats(1.0f), Lanes::load(add + i));
+            a = Lanes::mul(a, Lanes::floats(scale));
+        }
         Lanes::store(y + i, a);
     }
-    for (int64_t i = whole; i < n; i++) y[i] = x[i] * factor * (weight ? weight[i] : 1.0f);
+    for (int64_t i = whole; i < n; i++) {
+        y[i] = x[i] * factor * (weight ? weight[i] : 1.0f);
+        if (add) y[i] = (y[i] + add[i]) * scale;
+    }
 }
 
 // gelu(x) * up, with gelu(x) = x / (1 + e^(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3): the tanh form.

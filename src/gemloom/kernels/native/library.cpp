@@ -273,13 +273,16 @@ EXPORT void gemloom_attention(char *dst, int ith, int nth, void *options) {
     }
 }
 
-// float x [n, ...], perhaps weight [n] -> RMS norm of each row, times the weight.
+// float x [n, ...], perhaps weight [n], add [n, ...] and scale [1]
+// -> RMS norm of each row, times the weight; with add, (add + that) * scale.
 EXPORT void gemloom_norm(char *dst, int ith, int nth, void *eps) {
-    const Tensor to{dst}, from = to.src(0), weight = to.src(1);
+    const Tensor to{dst}, from = to.src(0), weight = to.src(1), add = to.src(2), scale = to.src(3);
     auto *factors = weight.at ? reinterpret_cast<const float *>(weight.data()) : nullptr;
+    const float by = scale.at ? *reinterpret_cast<const float *>(scale.data()) : 1.0f;
     for (int64_t i = to.rows() * ith / nth; i < to.rows() * (ith + 1) / nth; i++) {
-        kernels->norm(reinterpret_cast<const float *>(from.row(i)), factors, *static_cast<float *>(eps),
-                      from.ne(0), reinterpret_cast<float *>(to.row(i)));
+        kernels->norm(reinterpret_cast<const float *>(from.row(i)), factors,
+                      add.at ? reinterpret_cast<const float *>(add.row(i)) : nullptr, by,
+                      *static_cast<float *>(eps), from.ne(0), reinterpret_cast<float *>(to.row(i)));
     }
 }
 

@@ -168,7 +168,7 @@ struct Kernels {
     void (*product[TYPES])(const Job &);
     void (*quantize)(const float *x, int64_t k, int64_t first, int64_t last, void *row);
     AttentionKernels attention[2];  // for 16 rows, for 64
-    void (*norm)(const float *x, const float *weight, float eps, int64_t n, float *y);
+    void (*norm)(const float *x, const float *weight, const float *add, float scale, float eps, int64_t n, float *y);
     void (*gelu_mul)(const float *gate, const float *up, int64_t n, float *y);
 };
 
