@@ -46,10 +46,10 @@ clean:
 	rm -rf $(VENV) $(REFERENCE) .venv-peer .venv-peer-server
 
 # ggml-python has no wheels on the index: it compiles ggml for this machine, in about a minute.
-%/.base: pyproject.toml
+%/.base: pyproject.toml hatch_build.py $(wildcard src/gemloom/kernels/build.py src/gemloom/kernels/native/*)
 	@command -v c++ >/dev/null || { echo "a C and C++ compiler is needed (Debian: g++)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "Python's venv is needed (Debian: python3-venv)"; exit 1; }
-	@echo "Setting up $* (ggml is compiled for this machine; about a minute)"
+	@echo "Setting up $* (ggml and our kernels are compiled for this machine; about a minute)"
 	$(PYTHON) -m venv $*
 	$*/bin/python $(PIP) --quiet 'pip>=25.1'
 	$*/bin/python $(PIP) --editable .

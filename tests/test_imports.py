@@ -13,7 +13,7 @@ FILES = {
 }
 FOREIGN_ONLY_IN = {  # a library that only one place may know
     "ggml": "ggml",
-    "ctypes": "ggml",
+    "ctypes": ("ggml", "kernels.library"),
     "tokenizers": "tokenizer",
     "jinja2": "chat",
     "huggingface_hub": "source",
@@ -51,9 +51,10 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "scheduler": ["sequence"],
     "generation": ["errors", "router", "sequence"],
     "ggml": ["errors", "ggml", "gguf"],
-    "weights": ["errors", "ggml", "gguf"],
-    "linear": ["ggml"],
-    "cache": ["config", "errors", "ggml"],
+    "kernels": ["ggml", "kernels"],
+    "weights": ["errors", "ggml", "gguf", "kernels"],
+    "linear": ["ggml", "kernels"],
+    "cache": ["config", "errors", "ggml", "kernels"],
     "models": ["cache", "config", "errors", "ggml", "linear", "models", "weights"],
     "runner": ["cache", "config", "ggml", "models", "sequence", "weights"],
     "options": ["config", "errors"],

@@ -26,6 +26,7 @@ from gemloom.engine import Engine, Stats
 from gemloom.errors import ContextError, OptionError, RequestError
 from gemloom.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
 from gemloom.ggml.device import Device, trim_memory
+from gemloom.kernels.library import supported
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options, from_options
 from gemloom.router import Plain, Router
@@ -73,8 +74,9 @@ class Model:
         if budget > MAX_NODES:
             n_layer = self.config.n_layer
             raise OptionError(f"slots {options.slots} are too many for {n_layer} layers")
+        own = next(iter(supported()), None) if options.kernels == "auto" else None
         with ExitStack() as stack:
-            self._device = Device(options.device, options.threads, budget, options.kernels)
+            self._device = Device(options.device, options.threads, budget, own)
             stack.callback(self._device.close)
             layout = ARCHITECTURES[self.config.architecture].layout(self.config, file.tensors)
             self._weights = Weights(

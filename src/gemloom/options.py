@@ -31,7 +31,7 @@ class Options:
     )
     snapshots: int = 128  # MiB for windows of K/V cells that chats may come back to; 0: none
     kernels: str = (
-        "auto"  # of products: our own, "ggml" for its fastest, "plain" for its plain ones
+        "auto"  # our own where there are any; "ggml": its fastest; "plain": its plain ones
     )
     keep: int | None = None  # shift the context when it is full, keeping so many first tokens
 

@@ -106,10 +106,8 @@ class Weights:
         if info.name not in self._tensors:
             self._tensors[info.name] = Tensor(place.pointer, info.type, shape, name=info.name)
         self._tensors[info.name].packed = Packed(weight, place)
-        count, step = (
-            prod(shape[2:]),
-            max(1, _PIECE * weight.groups * prod(shape[2:]) // info.nbytes),
-        )
+        count = prod(shape[2:])
+        step = max(1, _PIECE * weight.groups * count // info.nbytes)
         for index in range(count):
             for first in range(0, weight.groups, step):
                 last = min(first + step, weight.groups)

@@ -25,9 +25,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import DeviceError
 from gemloom.gguf import nbytes
-from gemloom.kernels.library import supported
 
 if TYPE_CHECKING:
+    from gemloom.kernels.library import Library
     from gemloom.kernels.operations import Packed
 
 ALIGNMENT = 32  # bytes, of addresses that ggml's CPU kernels get
@@ -203,8 +203,8 @@ class Device:
     """The backends a model computes on, with the scheduler that spreads a graph over them.
 
     ``name`` is "auto" or "cpu": the CPU, with BLAS in front of it where ggml was built with it.
-    ``names`` are the backends then in use, preferred first. With ``kernels`` "auto", ``kernels`` are
-    our own kernels, where this processor can run them.
+    ``names`` are the backends then in use, preferred first; ``kernels`` are our own, which
+    graphs use where they can.
     Raises DeviceError for any other name. Free with ``close()``.
     """
 
@@ -213,7 +213,7 @@ class Device:
         name: str = "auto",
         threads: int | None = None,
         max_nodes: int = 4096,
-        kernels: str = "auto",
+        kernels: Library | None = None,
     ) -> None:
         if name not in ("auto", "cpu"):
             there = ", ".join(info.name for info in devices())
@@ -221,7 +221,7 @@ class Device:
                 f'device {name!r}: only "auto" and "cpu" are supported (here: {there})'
             )
         self.max_nodes = max_nodes  # of one graph
-        self.kernels = next(iter(supported()), None) if kernels == "auto" else None
+        self.kernels = kernels
         if self.kernels:
             fields = ("data", "ne", "nb", "src")
             self.kernels.use({name: getattr(ggml.ggml_tensor, name).offset for name in fields})

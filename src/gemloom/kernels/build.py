@@ -3,7 +3,7 @@
     python src/gemloom/kernels/build.py [FOLDER]
 
 Every instruction set that the compiler knows is compiled in, whatever processor compiles it: the
-choice is made where it runs. Imports nothing of the package, which is not there yet when it is built.
+choice is made where it runs. Imports nothing of the package, which is not there yet.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def _compile_all(compiler: list[str], sets: dict[str, list[str]], scratch: Path)
             return []
         have = [f"-DHAVE_{name}" for name in known]
         rest = [pool.submit(one, name, f"{name}.cpp", have) for name in ("library", "pack")]
-        made = [*known.values(), *(job.result() for job in rest)]
-    return [path for path in made if path] if all(made) else []
+        others = [made for job in rest if (made := job.result())]
+    return [*known.values(), *others] if len(others) == len(rest) else []
 
 
 def _run(command: list[str]) -> bool:

@@ -63,9 +63,8 @@ class Library:
         native.gemloom_packed_bytes.restype = ctypes.c_int64
         native.gemloom_packed_bytes.argtypes = [ctypes.POINTER(Weight)]
         native.gemloom_pack.restype = None
-        native.gemloom_pack.argtypes = [
-            ctypes.POINTER(Weight), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
-        ]  # fmt: skip
+        numbers = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        native.gemloom_pack.argtypes = [ctypes.POINTER(Weight), *numbers]
 
     def use(self, offsets: Mapping[str, int]) -> None:
         """Learn where ggml's tensors have their data, ne, nb and src, in bytes."""
@@ -105,7 +104,7 @@ def supported() -> tuple[Library, ...]:
         _log.info("no kernels of our own: %s", error)
         return ()
     name_of.restype = ctypes.c_char_p
-    names = []
+    names: list[str] = []
     while name := name_of(len(names)):
         names.append(name.decode())
     return tuple(Library(native, i, name) for i, name in enumerate(names))
