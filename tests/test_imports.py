@@ -29,7 +29,7 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
 }
 PURE = [
     "sampling", "stopping", "slots", "sequence", "scheduler", "chat", "conversation", "router",
-    "constraint", "tokenizer", "gguf", "blob", "config", "server.protocol",
+    "constraint", "tokenizer", "gguf", "blob", "config", "server.protocol", "adapters.active",
 ]  # fmt: skip
 ARROWS = {  # module: all it may import of this package; a name stands for what is below it too
     "errors": [],
@@ -42,20 +42,21 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "chat": ["errors", "tokenizer"],
     "sampling": ["errors"],
     "stopping": [],
-    "slots": ["errors"],
+    "slots": ["adapters", "errors"],
     "conversation": ["chat", "errors"],
     "router": [],
     "tool_grammar": ["errors"],
     "constraint": ["errors", "sequence", "tokenizer", "tool_grammar"],
-    "sequence": ["errors", "sampling", "slots", "stopping", "tokenizer"],
+    "sequence": ["adapters", "errors", "sampling", "slots", "stopping", "tokenizer"],
     "scheduler": ["sequence"],
     "generation": ["errors", "router", "sequence"],
     "ggml": ["errors", "ggml", "gguf"],
     "weights": ["errors", "ggml", "gguf"],
-    "linear": ["ggml"],
-    "cache": ["config", "errors", "ggml"],
+    "adapters": ["adapters", "config", "errors", "ggml"],
+    "linear": ["adapters", "ggml"],
+    "cache": ["adapters", "config", "errors", "ggml"],
     "models": ["cache", "config", "errors", "ggml", "linear", "models", "weights"],
-    "runner": ["cache", "config", "ggml", "models", "sequence", "weights"],
+    "runner": ["adapters", "cache", "config", "ggml", "models", "sequence", "weights"],
     "options": ["config", "errors"],
     "server": [
         "chat",
@@ -71,7 +72,16 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
         "server",
         "tokenizer",
     ],
-    "engine": ["cache", "errors", "options", "runner", "scheduler", "sequence", "slots"],
+    "engine": [
+        "adapters",
+        "cache",
+        "errors",
+        "options",
+        "runner",
+        "scheduler",
+        "sequence",
+        "slots",
+    ],
     "state": ["cache", "config", "errors", "gguf", "slots"],
 }
 

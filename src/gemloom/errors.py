@@ -8,6 +8,7 @@
     │   ├── TensorError           500  invalid_tensor       missing, extra, wrong shape, wrong type
     │   └── TokenizerError        500  invalid_tokenizer    vocabulary or template unusable
     ├── RequestError              400  invalid_request      what a caller asked for
+    │   ├── UnknownAdapterError   404  adapter_not_found    a name nothing was loaded under
     │   ├── OptionError           400  invalid_option       an option outside its range
     │   ├── ContextError          400  context_length_exceeded
     │   └── StateError            400  invalid_state        saved state that does not fit this model
@@ -72,6 +73,13 @@ class RequestError(GemloomError):
 
     status = 400
     code = "invalid_request"
+
+
+class UnknownAdapterError(RequestError):
+    """A request names an adapter that is not loaded."""
+
+    status = 404
+    code = "adapter_not_found"
 
 
 class OptionError(RequestError):
