@@ -51,6 +51,7 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "scheduler": ["sequence"],
     "generation": ["errors", "router", "sequence"],
     "ggml": ["errors", "ggml", "gguf"],
+    "writing": ["errors", "gguf", "source"],
     "weights": ["errors", "ggml", "gguf"],
     "linear": ["ggml"],
     "cache": ["config", "errors", "ggml"],
