@@ -24,10 +24,10 @@ from gemloom import gguf, source
 from gemloom.errors import ConfigError, FormatError, OutputError, TensorError
 from gemloom.gguf import MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, StringArray, nbytes
 
-Data = bytes | bytearray | memoryview | np.ndarray[Any, Any]
+Data = bytes | bytearray | memoryview | np.ndarray
 # A memoryview is a value as another file has it: ``Metadata.encoded``.
 Value = (
-    bool | int | float | str | np.generic | np.ndarray[Any, Any] | StringArray | Sequence[Any]
+    bool | int | float | str | np.generic | np.ndarray | StringArray | Sequence[Any]
     | memoryview
 )  # fmt: skip
 
@@ -284,22 +284,24 @@ def encode(key: str, value: Value) -> bytes:
     array = _numbers(key, value)
     kind = _NUMBERS.get(array.dtype.str[1:])
     if kind is None or array.ndim > 1:
-        raise ConfigError(f"{key}: a value of type {type(value).__name__} cannot be in a GGUF")
+        raise ConfigError(f"{key}: {type(value).__name__} of this kind cannot be in a GGUF")
     data = array.astype(array.dtype.newbyteorder("<")).tobytes()
     if not array.ndim:
         return struct.pack("<I", kind) + data
     return struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(array)) + data
 
 
-def _numbers(key: str, value: Any) -> np.ndarray[Any, Any]:
+def _numbers(key: str, value: Any) -> np.ndarray:
     """The value as an array of the type it gets in the file; of no dimensions for a scalar."""
-    if isinstance(value, np.ndarray | np.generic | bool):
+    if isinstance(value, np.ndarray | np.generic):
         return np.asarray(value)
-    array = np.asarray(value) if isinstance(value, int | float | list | tuple) else np.asarray(None)
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf" or not array.size:
+        raise ConfigError(f"{key}: {type(value).__name__} of this kind cannot be in a GGUF")
+    if array.dtype.kind == "b":
+        return array
     if array.dtype.kind == "f":
         return array.astype(np.float32)
-    if array.dtype.kind not in "iu" or not array.size:
-        return array if array.size and array.dtype.kind == "b" else np.asarray(None)
     if not array.ndim and 0 <= value < 2**32:
         return array.astype(np.uint32)
     small = np.iinfo(np.int32)
