@@ -8,6 +8,7 @@
     │   ├── TensorError           500  invalid_tensor       missing, extra, wrong shape, wrong type
     │   └── TokenizerError        500  invalid_tokenizer    vocabulary or template unusable
     ├── RequestError              400  invalid_request      what a caller asked for
+    │   ├── AdapterError          400  invalid_adapter      an adapter that cannot be used
     │   ├── OptionError           400  invalid_option       an option outside its range
     │   ├── ContextError          400  context_length_exceeded
     │   └── StateError            400  invalid_state        saved state that does not fit this model
@@ -73,6 +74,12 @@ class RequestError(GemloomError):
 
     status = 400
     code = "invalid_request"
+
+
+class AdapterError(RequestError):
+    """A LoRA adapter that cannot be used, or not with this model."""
+
+    code = "invalid_adapter"
 
 
 class OptionError(RequestError):
