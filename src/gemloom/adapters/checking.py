@@ -85,6 +85,14 @@ def check(lora: Lora, config: Config, shapes: Shapes) -> Report:
     return Report(matched, ignored, fitted)
 
 
+def measure(lora: Lora) -> Report:
+    """What can be told without a model. AdapterError for a value that is not finite."""
+    if not lora.pairs:
+        raise AdapterError(f"{lora.name}: {_nothing(lora, lora.ignored)}")
+    matched = tuple(_matched(lora.name, {}, name, pair) for name, pair in lora.pairs.items())
+    return Report(matched, lora.ignored, lora)
+
+
 def _nothing(lora: Lora, ignored: Mapping[str, str]) -> str:
     if not ignored:
         return "there is nothing in it"

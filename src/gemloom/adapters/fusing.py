@@ -6,7 +6,7 @@ into their own rows and columns, so the rank grows, and the product is exactly t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -70,13 +70,28 @@ def fuse(pairs: Mapping[str, Pair], shapes: Shapes) -> dict[str, Pair]:
 
 
 def _fused(whole: str, names: list[str], pairs: Mapping[str, Pair], shapes: Shapes) -> Pair:
-    placed = [(pairs[name], part_rows(name, shapes)) for name in names]
+    m = shapes[whole][1]
+    rows = {name: (0, m) if name == whole else part_rows(name, shapes) for name in names}
+    return _stacked([(pairs[name], rows[name]) for name in names], m)
+
+
+def fuse_experts(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """The pairs with the experts' gate and up in one; where only one is there, the other is 0."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, pair in pairs.items():
+        prefix, which = _taken_apart(name)
+        if _WHOLE.get(which) == "ffn_gate_up_exps":
+            shapes[f"{prefix}ffn_gate_up_exps.weight"] = (0, 2 * pair.b.shape[-2])
+    return fuse(pairs, shapes)
+
+
+def _stacked(placed: Sequence[tuple[Pair, tuple[int, int]]], m: int) -> Pair:
+    """One pair of m rows that does what each of ``placed`` does to its own rows."""
     scales = {pair.scale for pair, _ in placed}
     factor = len(scales) > 1  # else the one scale stays apart, and the values as they are
     kind = np.float32 if factor else np.result_type(*(pair.b.dtype for pair, _ in placed))
-    rank = sum(pair.rank for pair, _ in placed)
     a = np.concatenate([pair.a for pair, _ in placed], axis=-2)
-    b = np.zeros((*a.shape[:-2], shapes[whole][1], rank), kind)
+    b = np.zeros((*a.shape[:-2], m, a.shape[-2]), kind)
     column = 0
     for pair, (start, stop) in placed:
         values = pair.b.astype(np.float32) * np.float32(pair.scale) if factor else pair.b

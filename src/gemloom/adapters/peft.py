@@ -108,7 +108,7 @@ class _Reader:
             if tensor in found:
                 raise AdapterError(f"{self.name}: {place[0][:200]} is there under two names")
             found[tensor] = pair
-        return sorted(found, key=lambda item: item[0])  # the library has no order
+        return found
 
     def pair(self, place: _Place, by_row: bool) -> tuple[str, Pair]:
         """The GGUF name of a place, and its pair."""
