@@ -30,6 +30,7 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
 PURE = [
     "sampling", "stopping", "slots", "sequence", "scheduler", "chat", "conversation", "router",
     "constraint", "tokenizer", "gguf", "blob", "config", "server.protocol", "adapters.active",
+    "adapters.reading", "adapters.checking",
 ]  # fmt: skip
 ARROWS = {  # module: all it may import of this package; a name stands for what is below it too
     "errors": [],
@@ -51,8 +52,20 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "scheduler": ["sequence"],
     "generation": ["errors", "router", "sequence"],
     "ggml": ["errors", "ggml", "gguf"],
+    "writing": ["errors", "gguf", "source"],
     "weights": ["errors", "ggml", "gguf"],
-    "adapters": ["adapters", "config", "errors", "ggml"],
+    "adapters": [
+        "adapters",
+        "blob",
+        "config",
+        "errors",
+        "ggml",
+        "gguf",
+        "models",
+        "source",
+        "weights",
+        "writing",
+    ],
     "linear": ["adapters", "ggml"],
     "cache": ["adapters", "config", "errors", "ggml"],
     "models": ["cache", "config", "errors", "ggml", "linear", "models", "weights"],

@@ -17,7 +17,10 @@ from threading import Lock
 from typing import Any, Protocol
 
 from gemloom.adapters.active import Active
+from gemloom.adapters.checking import check
 from gemloom.adapters.loaded import Loaded
+from gemloom.adapters.lora import Lora
+from gemloom.adapters.reading import read
 from gemloom.config import Config
 from gemloom.errors import ClosedError, OptionError, UnknownAdapterError
 from gemloom.ggml.device import Device
@@ -47,6 +50,8 @@ class AdapterInfo:
     rank: int  # the largest
     matrices: int  # that it changes
     nbytes: int
+    norm: float  # of all that it adds, at scale 1
+    ignored: Mapping[str, str]  # what its file has besides: why that does nothing
     invocation: tuple[int, ...]  # aLoRA: it acts from where these tokens begin
     users: int  # requests under way, of this version
     requests: int  # that have named it since the first load under the name
@@ -56,6 +61,8 @@ class AdapterInfo:
 class _Version:
     loaded: Loaded
     scale: float
+    norm: float
+    ignored: Mapping[str, str]
     users: int = 0
     named: bool = True  # False once it was replaced or unloaded
 
@@ -106,15 +113,17 @@ class Adapters:
         """Load an adapter under a name, in the caller's thread; requests go on meanwhile.
 
         Under a name that is there already it becomes what new requests get; those under way keep
-        theirs. ``scale`` is what a request gets that gives none. Raises OptionError, and what is
-        wrong with the file.
+        theirs. ``source`` is what ``read`` takes, or a Lora. ``scale`` is what a request gets that
+        gives none. Raises OptionError, what ``read`` raises, AdapterError where it does not fit
+        this model, DeviceError.
         """
         check_name(name)
         own = check_scale(name, scale)
         self._owner.check()
-        lora = source
-        loaded = Loaded(self._device, name, next(self._versions), lora)
-        version = _Version(loaded, own)
+        lora = source if isinstance(source, Lora) else read(source)
+        report = check(lora, self._config, self._shapes)
+        loaded = Loaded(self._device, name, next(self._versions), report.lora)
+        version = _Version(loaded, own, report.norm, report.ignored)
         with self._lock:
             if self._closed:
                 loaded.close()
@@ -232,7 +241,8 @@ class Adapters:
         loaded = version.loaded
         return AdapterInfo(
             loaded.name, loaded.version, version.scale, loaded.rank, len(loaded.pairs),
-            loaded.nbytes, loaded.invocation, version.users, self._requests[loaded.name],
+            loaded.nbytes, version.norm, version.ignored, loaded.invocation, version.users,
+            self._requests[loaded.name],
         )  # fmt: skip
 
     def _unknown(self, name: object) -> UnknownAdapterError:
