@@ -14,7 +14,7 @@ from conftest import Load, endless, prompt
 from gemloom.adapters.active import Active
 from gemloom.adapters.lora import Lora, Pair
 from gemloom.sequence import Chunk
-from random_lora import HEAD, TABLE, matrices, merged, random_lora
+from random_lora import merged, random_lora
 from test_invariants import assert_same, run
 from tiny import VARIANTS
 
@@ -158,7 +158,7 @@ CHOICES: list[dict[str, float]] = [
 
 @pytest.fixture(scope="module")
 def mixed() -> Any:
-    """For two structures, a model of four slots with three adapters, one of them on few matrices."""
+    """Of two structures, a model of four slots with three adapters, one on few matrices."""
     models = {}
     for variant in ("e2b", "26b"):
         model = gemloom.load(tiny.gguf_bytes(VARIANTS[variant]), **OPTIONS, slots=4, chunk=64)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from math import isfinite
 from threading import Lock
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from gemloom.errors import ClosedError, OptionError, UnknownAdapterError
 from gemloom.ggml.device import Device
 
 MOST = 8  # adapters of one request
+_LARGEST = 3.4e38  # of f32, in which it is computed
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 Scales = Mapping[str, float | None]  # of a request, by name; None: the adapter's own
 
@@ -262,8 +262,9 @@ def check_name(name: object) -> None:
 def check_scale(name: str, scale: object) -> float:
     """The scale as a number. OptionError where it is none, or not finite."""
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if not number or not isfinite(scale):  # type: ignore[arg-type]
-        raise OptionError(f"the scale of {name} must be a finite number, is {scale!r}")
+    if not number or not abs(scale) <= _LARGEST:  # type: ignore[arg-type]
+        shown = reprlib.repr(scale)
+        raise OptionError(f"the scale of {name} must be a finite number, is {shown}")
     return float(scale)  # type: ignore[arg-type]
 
 
