@@ -27,8 +27,8 @@ from gemloom.errors import (
 )
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from serving import until
 from random_lora import merged, random_lora
+from serving import until
 from test_engine import idle, watch_batches
 from test_invariants import assert_same
 

@@ -30,6 +30,7 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
 PURE = [
     "sampling", "stopping", "slots", "sequence", "scheduler", "chat", "conversation", "router",
     "constraint", "tokenizer", "gguf", "blob", "config", "server.protocol", "adapters.active",
+    "adapters.info",
     "adapters.reading", "adapters.checking",
 ]  # fmt: skip
 ARROWS = {  # module: all it may import of this package; a name stands for what is below it too
@@ -72,6 +73,7 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "runner": ["adapters", "cache", "config", "ggml", "models", "sequence", "weights"],
     "options": ["config", "errors"],
     "server": [
+        "adapters",
         "chat",
         "constraint",
         "conversation",

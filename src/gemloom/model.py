@@ -20,7 +20,8 @@ import numpy as np
 
 from gemloom import conversation, gguf, state
 from gemloom.adapters.active import marks
-from gemloom.adapters.registry import Adapters, Lease, Scales
+from gemloom.adapters.info import Scales
+from gemloom.adapters.registry import Adapters, Lease
 from gemloom.cache import KVCache
 from gemloom.chat import Message, encode_chat
 from gemloom.config import Config, from_gguf

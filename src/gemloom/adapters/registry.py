@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from gemloom.adapters.active import Active
 from gemloom.adapters.checking import check
+from gemloom.adapters.info import AdapterInfo, Scales
 from gemloom.adapters.loaded import Loaded
 from gemloom.adapters.lora import Lora
 from gemloom.adapters.reading import read
@@ -27,7 +28,6 @@ from gemloom.ggml.device import Device
 MOST = 8  # adapters of one request
 _LARGEST = 3.4e38  # of f32, in which it is computed
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-Scales = Mapping[str, float | None]  # of a request, by name; None: the adapter's own
 
 
 class Owner(Protocol):
@@ -38,23 +38,6 @@ class Owner(Protocol):
 
     def post(self, function: Callable[[], object]) -> None:
         """Have ``function`` run between two steps, and wait for nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """One adapter that requests can name."""
-
-    name: str
-    version: int  # no two loads have the same
-    scale: float  # where a request gives none
-    rank: int  # the largest
-    matrices: int  # that it changes
-    nbytes: int
-    norm: float  # of all that it adds, at scale 1
-    ignored: Mapping[str, str]  # what its file has besides: why that does nothing
-    invocation: tuple[int, ...]  # aLoRA: it acts from where these tokens begin
-    users: int  # requests under way, of this version
-    requests: int  # that have named it since the first load under the name
 
 
 @dataclass(slots=True, eq=False)
@@ -152,6 +135,12 @@ class Adapters:
         """All that requests can name, in the order of their names."""
         with self._lock:
             return [self._info(version) for _, version in sorted(self._named.items())]
+
+    def check(self, name: str) -> None:
+        """UnknownAdapterError unless requests can name it."""
+        with self._lock:
+            if name not in self._named:
+                raise self._unknown(name)
 
     @property
     def nbytes(self) -> int:
