@@ -12,7 +12,7 @@ from typing import Any
 
 from gemloom.adapters.info import AdapterInfo, Scales
 from gemloom.adapters.registry import check_name
-from gemloom.errors import OptionError, UnknownAdapterError
+from gemloom.errors import AdapterError, OptionError, UnknownAdapterError, WeightsError
 from gemloom.model import Model
 from gemloom.server.errors import FieldError
 from gemloom.server.protocol import Adapted, Json, LoraScale
@@ -61,9 +61,12 @@ class ServedAdapters:
         return self._load(name, file.source, file.scale if scale is None else scale)
 
     def upload(self, name: str, data: bytes, scale: float | None) -> AdapterInfo:
-        """Load the bytes of an adapter."""
+        """Load the bytes of an adapter. AdapterError for what is wrong with them: a client's."""
         check_name(name)
-        return self._load(name, data, 1.0 if scale is None else scale)
+        try:
+            return self._load(name, data, 1.0 if scale is None else scale)
+        except WeightsError as error:
+            raise AdapterError(f"what was sent cannot be used: {error}") from error
 
     def _load(self, name: str, source: Any, scale: float) -> AdapterInfo:
         info = self._adapters.load(name, source, scale)
