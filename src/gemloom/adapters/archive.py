@@ -42,7 +42,8 @@ def members(name: str, data: bytes, wanted: Collection[str]) -> dict[str, bytes]
         read = _zip_members if data.startswith(b"PK") else _tar_members
         return read(name, data, wanted)
     except _DAMAGED as error:
-        raise AdapterError(f"{name}: a damaged archive: {str(error)[:200]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AdapterError(f"{name}: a damaged archive: {reason[:200]}") from None
 
 
 def _zip_members(name: str, data: bytes, wanted: Collection[str]) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from gemloom.ggml.quants import READABLE
 from gemloom.gguf import TensorInfo
 
 Advance = Callable[[int], None]
-_BLOCK = 16 << 20  # values of the difference in memory, float32
+_BLOCK = 32 << 20  # values of the difference in memory, float32
 _SPARE = 10  # directions more than the rank: the last wanted ones converge sooner
 _MOST, _SETTLED = 12, 1e-6  # iterations; change of the norm kept that is none
 _TABLE, _OUTPUT = "token_embd.weight", "output.weight"

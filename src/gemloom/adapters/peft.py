@@ -59,7 +59,11 @@ def _tensors(name: str, weights: memoryview) -> list[tuple[str, dict[str, Any]]]
     try:
         found: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(bytes(weights))
     except safetensors.SafetensorError as error:
-        raise AdapterError(f"{name}: {WEIGHTS} is damaged: {str(error)[:200]}") from None
+        reason = (str(error).splitlines() or [""])[0]
+        raise AdapterError(f"{name}: {WEIGHTS} is damaged: {reason[:200]}") from None
+    for key, _ in found:
+        if not key.isprintable():
+            raise AdapterError(f"{name}: the tensor name {key[:80]!r} is unprintable")
     return sorted(found, key=lambda item: item[0])  # the library has no order
 
 
