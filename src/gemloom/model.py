@@ -64,7 +64,10 @@ def load(source: Any = DEFAULT_MODEL, **options: Any) -> Model:
 
 
 class Model:
-    """A loaded model. Made by ``load()``; free with ``close()`` or ``with``."""
+    """A loaded model. Made by ``load()``; free with ``close()`` or ``with``.
+
+    ``adapters`` are the LoRA adapters that requests can name (``registry.Adapters``).
+    """
 
     def __init__(self, file: gguf.GGUF, options: Options) -> None:
         self.name = file.name
@@ -117,8 +120,8 @@ class Model:
     def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Completion:
         """Complete a prompt: text, which gets one BOS, or ids, which are used as they are.
 
-        ``sampling`` are the fields of ``SamplingParams``. Raises RequestError, OptionError,
-        ContextError.
+        ``sampling`` are the fields of ``SamplingParams``, and ``constraint`` and ``adapters`` as
+        in ``stream``. Raises RequestError, OptionError, ContextError, UnknownAdapterError.
         """
         return self.stream(prompt, **sampling).completion()
 

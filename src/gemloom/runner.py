@@ -211,7 +211,8 @@ class Runner:
     def _build(self, key: _Key) -> _Plan:
         parts, stretched = key.parts, len(key.adapters)
         budget = node_budget(self.config, len(parts), len(key.taps), stretched)
-        self._device.grow(budget)
+        if self._device.grow(budget):
+            self.reserve()
         g = Graph(self._device, budget, key.taps)
         try:
             rows = self._all_rows(g, key)

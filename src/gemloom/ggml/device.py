@@ -244,14 +244,18 @@ class Device:
     def _free_scheduler(self) -> None:
         ggml.ggml_backend_sched_free(self.scheduler)
 
-    def grow(self, nodes: int) -> None:
-        """Make room for graphs of so many nodes. The graph that has memory now loses it."""
+    def grow(self, nodes: int) -> bool:
+        """Make room for graphs of so many nodes; True where that took what had been reserved.
+
+        The graph that has memory now loses it then.
+        """
         if nodes <= self.max_nodes:
-            return
+            return False
         self._free_scheduler()
         self.current = None
         self.max_nodes = 1 << (nodes - 1).bit_length()
         self.scheduler = self._schedule()
+        return True
 
     def measure(self) -> None:
         """Look how much memory the scheduler holds, which only changes where a graph gets some."""
