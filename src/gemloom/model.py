@@ -247,7 +247,10 @@ class Model:
         rows: Literal["all", "last"] | Sequence[int] = "all",
         adapters: Scales | None = None,
     ) -> np.ndarray:
-        """Logits after each of ``rows`` (positions in ``ids``): float32 [rows, n_vocab]."""
+        """Logits after each of ``rows`` (positions in ``ids``): float32 [rows, n_vocab].
+
+        ``adapters`` as in ``stream``, here and in what follows.
+        """
         ids = self._ids(ids)
         named = {"all": list(range(len(ids))), "last": [len(ids) - 1]}
         wanted = named.get(rows, []) if isinstance(rows, str) else _integers("rows", rows)

@@ -39,9 +39,8 @@ class Delta:
     ) -> None:
         """y [k, n] += s A^T b, where b [r, n] are the rows of B that the tokens name."""
         if pair := self.adapter.pairs.get(name):
-            assert pair.rows, pair
             columns = g.slice(pair.a, 0, *part) if part else pair.a
-            self._add(g, columns, g.get_rows(pair.rows, self._rows(g, tokens)), y)
+            self._add(g, columns, g.get_rows(pair.b, self._rows(g, tokens)), y)
 
     def add_expert_product(self, g: Graph, name: str, x: Tensor, ids: Tensor, y: Tensor) -> None:
         """y [m, used, n] += s B A x with the matrices of the chosen experts."""

@@ -22,13 +22,12 @@ _SLICE = 1 << 20  # elements converted and copied at once: what runs meanwhile h
 class Factors:
     """Of one matrix W [k, m]: a [k, r], with the pair's own scale in it, and b.
 
-    b is [m, r], so that sums run along m. Of an expert matrix [k, m, n_expert] they are
-    [k, r, n_expert] and [r, m, n_expert]. ``rows`` is B as [r, m], where rows are picked.
+    b is [m, r], so that sums run along m; but [r, m] of a table, of which rows are picked. Of an
+    expert matrix [k, m, n_expert] they are [k, r, n_expert] and [r, m, n_expert].
     """
 
     a: Tensor
     b: Tensor
-    rows: Tensor | None = None
 
 
 class Loaded:
@@ -38,26 +37,22 @@ class Loaded:
         """Copy the factors. DeviceError where there is no memory for them."""
         self.name, self.version, self.invocation = name, version, lora.invocation
         self.rank = max(pair.rank for pair in lora.pairs.values())
-        self._arena = Arena(device, 3 * len(lora.pairs), weights=True)
+        self._arena = Arena(device, 2 * len(lora.pairs), weights=True)
         try:
-            self.pairs = {name: self._factors(name, pair) for name, pair in lora.pairs.items()}
+            self.pairs = {m: self._factors(m, pair) for m, pair in lora.pairs.items()}
             self._arena.allocate(f"the adapter {name}")
             for matrix, pair in lora.pairs.items():
-                _fill(self.pairs[matrix], pair)
+                _write(self.pairs[matrix].a, pair.a, np.float32(pair.scale))
+                _write(self.pairs[matrix].b, _turned(matrix, pair))
         except BaseException:
             self.close()
             raise
 
     def _factors(self, name: str, pair: Pair) -> Factors:
-        a, b = pair.a.shape[::-1], pair.b.shape[::-1]  # ggml order
+        def tensor(which: str, array: np.ndarray) -> Tensor:
+            return self._arena.tensor(f"{name}.{which}", F32, array.shape[::-1])
 
-        def tensor(which: str, shape: tuple[int, ...]) -> Tensor:
-            return self._arena.tensor(f"{name}.{which}", F32, shape)
-
-        if len(a) == 3:
-            return Factors(tensor("a", a), tensor("b", b))
-        rows = tensor("rows", b) if name in _TABLES else None
-        return Factors(tensor("a", a), tensor("b", b[::-1]), rows)
+        return Factors(tensor("a", pair.a), tensor("b", _turned(name, pair)))
 
     @property
     def nbytes(self) -> int:
@@ -69,11 +64,9 @@ class Loaded:
         self._arena.close()
 
 
-def _fill(factors: Factors, pair: Pair) -> None:
-    _write(factors.a, pair.a, np.float32(pair.scale))
-    _write(factors.b, pair.b if pair.b.ndim == 3 else pair.b.T)
-    if factors.rows:
-        _write(factors.rows, pair.b)
+def _turned(name: str, pair: Pair) -> np.ndarray:
+    """B as it is to lie in memory, slowest dimension first."""
+    return pair.b if name in _TABLES or pair.b.ndim == 3 else pair.b.T
 
 
 def _write(tensor: Tensor, array: np.ndarray, factor: np.float32 | None = None) -> None:
