@@ -35,6 +35,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(VENV)/bin/python benchmarks/compare.py
+	$(VENV)/bin/python benchmarks/adapters.py
 
 bench-scale: $(VENV)/.bench
 	$(VENV)/bin/python benchmarks/scale.py

@@ -23,18 +23,20 @@ def _open(job: dict) -> gemloom.Model:
     return gemloom.load(job["model"], threads=job["threads"], context=job["context"])
 
 
-def _stream(model: gemloom.Model, n: int, generate: int, seed: int) -> Run:
+def _stream(
+    model: gemloom.Model, n: int, generate: int, seed: int, adapters: dict | None = None
+) -> Run:
     """``n`` random tokens, then exactly ``generate``."""
     ids = np.random.RandomState(seed).randint(model.config.n_vocab, size=n).tolist()
     bias = dict.fromkeys(model.tokenizer.eog, -100.0)
-    return model.stream(ids, max_tokens=generate, seed=seed, logit_bias=bias)
+    return model.stream(ids, max_tokens=generate, seed=seed, logit_bias=bias, adapters=adapters)
 
 
-def _first(run: Run) -> float:
-    """Seconds until the first token."""
+def _first(run: Run, known: int = 0) -> float:
+    """Seconds until the first token; so many of the prompt may have been in the cells."""
     begin = perf_counter()
     next(run)
-    assert run.usage.cached_tokens == 0, "the first token of two prompts was the same"
+    assert run.usage.cached_tokens <= known, "two prompts began alike"
     return perf_counter() - begin
 
 
@@ -68,6 +70,61 @@ def start(job: dict) -> dict:
     return {"import": IMPORTED - IMPORTING, "load": loaded - begin, "first": first}
 
 
+def adapters(job: dict) -> dict:
+    """Seconds with and without adapters, by turns; of a switch; of loading one."""
+    names = [f"a{i}" for i in range(job["requests"])]
+    both: dict = {"base": None, "adapter": {names[0]: 1.0}}
+    loads = []
+    prompts, decodes = {name: [] for name in both}, {name: [] for name in both}
+    many: dict = {"base": [None], "one": [both["adapter"]], "eight": [{n: 1.0} for n in names]}
+    together, switch = {name: [] for name in many}, {"same": [], "other": []}
+    options = {"threads": job["threads"], "context": job["context"], "slots": job["requests"]}
+    with gemloom.load(job["model"], **options) as model:
+        for name in names:
+            begin = perf_counter()
+            model.adapters.load(name, job["adapter"])
+            loads.append(perf_counter() - begin)
+        seed = 0
+        for turn in range(job["rounds"] + 1):  # the first wakes threads and weights
+            for name in sorted(both, reverse=turn % 2 == 0):
+                seed += 1
+                run = _stream(model, job["prompt"], job["decode"] + 1, seed, both[name])
+                prompts[name].append(_first(run, known=2))
+                list(run)
+                decodes[name].append(run.usage.decode_seconds)
+            for name in sorted(many, reverse=turn % 2 == 0):
+                seed += job["requests"]
+                together[name].append(_together(model, job, seed, many[name]))
+            for name in ("same", "other", "other", "same") if turn else ():
+                seed += 1
+                switch[name].append(_switch(model, seed, names[:2], other=name == "other"))
+    for seconds in (*prompts.values(), *decodes.values(), *together.values()):
+        del seconds[0]
+    return {
+        "load": loads, "prompt": prompts, "decode": decodes, "together": together,
+        "switch": switch,
+    }  # fmt: skip
+
+
+def _together(model: gemloom.Model, job: dict, seed: int, chosen: list) -> float:
+    """Seconds for a number of requests to decode side by side, once all of them do."""
+    runs = [
+        _stream(model, 16, job["decode"] + 1, seed - i, chosen[i % len(chosen)])
+        for i in range(job["requests"])
+    ]
+    for run in runs:
+        list(run)
+    return min(run.usage.decode_seconds for run in runs)  # of the one that began last
+
+
+def _switch(model: gemloom.Model, seed: int, names: list[str], *, other: bool) -> float:
+    """Seconds to the first token, after a request with the same adapter or another one."""
+    before, now = names if other else (names[1], names[1])
+    list(_stream(model, 16, 4, 2 * seed + 1_000_000, {before: 1.0}))
+    run = _stream(model, 16, 1, 2 * seed + 1_000_001, {now: 1.0})
+    return _first(run, known=2)
+
+
 def version(job: dict) -> dict:
     """What is measured."""
     from importlib.metadata import version as of
@@ -91,7 +148,8 @@ def version(job: dict) -> dict:
 if __name__ == "__main__":
     wanted = json.loads(sys.argv[1])
     try:
-        answer = {"speed": speed, "start": start, "version": version}[wanted["task"]](wanted)
+        tasks = {"speed": speed, "start": start, "adapters": adapters, "version": version}
+        answer = tasks[wanted["task"]](wanted)
     except gemloom.GemloomError as error:
         sys.exit(f"error: {error}")
     print(json.dumps(answer))

@@ -7,6 +7,7 @@ as llama.cpp's own tools do: batches of 2,048 in pieces of 512, flash attention 
 sliding cache no larger than needed, f16 K/V. Prints one JSON object; must not import gemloom.
 """
 
+import ctypes
 import json
 import random
 import sys
@@ -52,6 +53,21 @@ class Peer:
                 sys.exit(f"error: llama.cpp cannot compute {n} tokens at {start + first}")
         api.llama_synchronize(self.context)
 
+    def use(self, adapter: object) -> None:
+        """Have this adapter act from now on, or none."""
+        count = 0 if adapter is None else 1
+        adapters = (api.llama_adapter_lora_p_ctypes * 1)(adapter)
+        scales = (ctypes.c_float * 1)(1.0)
+        if api.llama_set_adapters_lora(self.context, adapters, count, scales):
+            sys.exit("error: llama.cpp cannot use the adapter")
+
+    def timed(self, start: int, count: int) -> float:
+        """Seconds of ``evaluate``, from nothing."""
+        self.clear()
+        begin = perf_counter()
+        self.evaluate(start, count)
+        return perf_counter() - begin
+
     def _fill(self, start: int, n: int, last: bool) -> None:
         batch = self.batch
         batch.n_tokens = n
@@ -93,6 +109,38 @@ def start(job: dict) -> dict:
     return {"import": IMPORTED - IMPORTING, "load": loaded - begin, "first": first - loaded}
 
 
+def adapters(job: dict) -> dict:
+    """Seconds with and without an adapter, by turns; of a switch; of loading one."""
+    peer = Peer(job["model"], job["threads"], job["context"])
+    loads, there = [], []
+    for _ in range(job["requests"]):
+        begin = perf_counter()
+        there.append(api.llama_adapter_lora_init(peer.model, job["adapter"].encode()))
+        loads.append(perf_counter() - begin)
+        if not there[-1]:
+            sys.exit(f"error: llama.cpp cannot load {job['adapter']}")
+    both = {"base": None, "adapter": there[0]}
+    prompts, decodes = {name: [] for name in both}, {name: [] for name in both}
+    switch = {"same": [], "other": []}
+    for turn in range(job["rounds"] + 1):  # the first wakes threads and weights
+        for name in sorted(both, reverse=turn % 2 == 0):
+            peer.use(both[name])
+            prompts[name].append(peer.timed(0, job["prompt"]))
+            begin = perf_counter()
+            for i in range(job["decode"]):
+                peer.evaluate(job["prompt"] + i, 1)
+            decodes[name].append(perf_counter() - begin)
+        for name in ("same", "other", "other", "same") if turn else ():
+            peer.use(there[1] if name == "same" else there[0])
+            peer.timed(0, 16)
+            begin = perf_counter()
+            peer.use(there[1])
+            switch[name].append(perf_counter() - begin + peer.timed(0, 16))
+    for seconds in (*prompts.values(), *decodes.values()):
+        del seconds[0]
+    return {"load": loads, "prompt": prompts, "decode": decodes, "switch": switch}
+
+
 def version(job: dict) -> dict:
     """What is measured."""
     return {
@@ -109,4 +157,5 @@ def _quiet(level: int, text: bytes, data: object) -> None:
 if __name__ == "__main__":
     api.llama_log_set(_quiet, None)
     wanted = json.loads(sys.argv[1])
-    print(json.dumps({"speed": speed, "start": start, "version": version}[wanted["task"]](wanted)))
+    tasks = {"speed": speed, "start": start, "adapters": adapters, "version": version}
+    print(json.dumps(tasks[wanted["task"]](wanted)))

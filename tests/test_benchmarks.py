@@ -20,13 +20,16 @@ from rich.console import Console
 
 import gemloom
 import tiny
-from gemloom import gguf
+from gemloom import gguf, source
+from gemloom.adapters.base import open_base
+from gemloom.adapters.reading import read
 from gemloom.blob import Blob
 from gemloom.errors import GemloomError, OptionError, RequestError
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import adapters  # noqa: E402
 import ceilings  # noqa: E402
 import compare  # noqa: E402
 import scale  # noqa: E402
@@ -214,6 +217,44 @@ def test_our_side_measures_a_file(model: Path) -> None:
     done = sides.run(sides.OURS, job | {"task": "start", "prompt": 40})
     assert done.answer["load"] > 0 and done.answer["first"] > 0
     assert done.peak > 1_000_000
+
+
+def test_our_side_measures_adapters(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every figure once a round, of an adapter that changes every matrix of the layers."""
+    monkeypatch.setattr(adapters, "POOL", 1 << 12)
+    file = adapters.prepare_adapter(model, tmp_path)
+    job = {"task": "adapters", "model": str(model), "adapter": str(file), "threads": 1}
+    sizes = {"requests": 3, "prompt": 40, "decode": 4, "rounds": 2, "context": 256}
+    answer = sides.run(sides.OURS, job | sizes).answer
+    counts = {"prompt": (2, 2), "decode": (2, 2), "together": (2, 2, 2), "switch": (4, 4)}
+    for name, expected in counts.items():
+        assert tuple(map(len, answer[name].values())) == expected
+        assert all(seconds > 0 for values in answer[name].values() for seconds in values)
+    assert len(answer["load"]) == 3
+    base = open_base(gguf.read(source.resolve(model)))
+    wanted = {name for name in base.matrices if name.startswith("blk.")}
+    assert set(read(file).pairs) == wanted and len(wanted) > 30
+    shown = adapters.costs([answer])
+    assert list(shown) == [*list(adapters.LIMITS)[:3], "one adapter for all", "switch", "load"]
+
+
+def test_costs_are_taken_between_neighbours() -> None:
+    seconds = {"base": [1.0, 2.0], "adapter": [1.1, 2.4], "one": [1.0, 2.0], "eight": [1.5, 2.5]}
+    answer = {
+        "prompt": seconds, "decode": seconds, "together": seconds, "load": [0.1, 0.3],
+        "switch": {"same": [0.01, 0.02], "other": [0.012, 0.021]},
+    }  # fmt: skip
+    found = {name: values["median"] for name, values in adapters.costs([answer]).items()}
+    assert found == pytest.approx(
+        {"prompt": 15, "decode": 15, "eight adapters": 37.5, "one adapter for all": 0,
+         "switch": 0.0015, "load": 0.2}
+    )  # fmt: skip
+    assert adapters.rates([answer], "base")["prompt"] == pytest.approx(adapters.PROMPT / 1.5)
+    peer = {name: values for name, values in answer.items() if name != "together"}
+    shown = adapters.table({"gemloom": [answer], "llama.cpp": [peer]})
+    assert shown.columns[-1]._cells[:3] == ["15.0 % (10.0 % to 20.0 %)"] * 2 + [""]
 
 
 def test_failure_of_a_side_is_one_line(tmp_path: Path) -> None:

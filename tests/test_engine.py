@@ -397,7 +397,7 @@ def test_a_request_that_cannot_be_admitted_ends(
 ) -> None:
     model = load()
 
-    def fail(tokens: Sequence[int]) -> None:
+    def fail(*request: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(model._engine, "_acquire", fail)

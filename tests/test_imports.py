@@ -29,7 +29,9 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
 }
 PURE = [
     "sampling", "stopping", "slots", "sequence", "scheduler", "chat", "conversation", "router",
-    "constraint", "tokenizer", "gguf", "blob", "config", "server.protocol",
+    "constraint", "tokenizer", "gguf", "blob", "config", "server.protocol", "adapters.active",
+    "adapters.info",
+    "adapters.reading", "adapters.checking",
 ]  # fmt: skip
 ARROWS = {  # module: all it may import of this package; a name stands for what is below it too
     "errors": [],
@@ -42,23 +44,37 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "chat": ["errors", "tokenizer"],
     "sampling": ["errors"],
     "stopping": [],
-    "slots": ["errors"],
+    "slots": ["adapters", "errors"],
     "conversation": ["chat", "errors"],
     "router": [],
     "tool_grammar": ["errors"],
     "constraint": ["errors", "sequence", "tokenizer", "tool_grammar"],
-    "sequence": ["errors", "sampling", "slots", "stopping", "tokenizer"],
+    "sequence": ["adapters", "errors", "sampling", "slots", "stopping", "tokenizer"],
     "scheduler": ["sequence"],
     "generation": ["errors", "router", "sequence"],
     "ggml": ["errors", "ggml", "gguf"],
     "kernels": ["ggml", "kernels"],
+    "writing": ["errors", "gguf", "source"],
     "weights": ["errors", "ggml", "gguf", "kernels"],
-    "linear": ["ggml", "kernels"],
-    "cache": ["config", "errors", "ggml", "kernels"],
+    "adapters": [
+        "adapters",
+        "blob",
+        "config",
+        "errors",
+        "ggml",
+        "gguf",
+        "models",
+        "source",
+        "weights",
+        "writing",
+    ],
+    "linear": ["adapters", "ggml", "kernels"],
+    "cache": ["adapters", "config", "errors", "ggml", "kernels"],
     "models": ["cache", "config", "errors", "ggml", "linear", "models", "weights"],
-    "runner": ["cache", "config", "ggml", "models", "sequence", "weights"],
+    "runner": ["adapters", "cache", "config", "ggml", "models", "sequence", "weights"],
     "options": ["config", "errors"],
     "server": [
+        "adapters",
         "chat",
         "constraint",
         "conversation",
@@ -72,14 +88,27 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
         "server",
         "tokenizer",
     ],
-    "engine": ["cache", "errors", "options", "runner", "scheduler", "sequence", "slots"],
+    "engine": [
+        "adapters",
+        "cache",
+        "errors",
+        "options",
+        "runner",
+        "scheduler",
+        "sequence",
+        "slots",
+    ],
     "state": ["cache", "config", "errors", "gguf", "slots"],
 }
 
 
 def imports(path: Path) -> Iterator[str]:
     """Every module a file imports at any depth, but for type checking only."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for block in ast.walk(tree):
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+            block.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

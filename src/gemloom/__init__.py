@@ -15,6 +15,7 @@ from gemloom import errors
 from gemloom.errors import GemloomError
 
 if TYPE_CHECKING:
+    from gemloom.adapters.info import AdapterInfo
     from gemloom.engine import Stats
     from gemloom.generation import ChatCompletion, ChatRun, Completion, Run, Usage
     from gemloom.model import Model, load
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterInfo",
     "ChatCompletion",
     "ChatRun",
     "Completion",
@@ -39,6 +41,7 @@ __all__ = [
     "load",
 ]
 _HOMES = {
+    "adapters.info": ("AdapterInfo",),
     "engine": ("Stats",),
     "generation": ("ChatCompletion", "ChatRun", "Completion", "Run", "Usage"),
     "model": ("Model", "load"),

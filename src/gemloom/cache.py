@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from gemloom.adapters.delta import Delta
 from gemloom.config import Config, LayerSpec
 from gemloom.ggml.device import Arena, Device, Tensor, contiguous_strides
 from gemloom.ggml.graph import Graph
@@ -68,6 +69,7 @@ class Rows:
     full_cells: Tensor | None = None  # i64 [n], where K/V go; None for rows that write none
     sliding_cells: Tensor | None = None
     source: Tensor | None = None  # i32 [n], which of the step's rows these are; None: all
+    deltas: tuple[Delta, ...] = ()  # what adapters add, each on some of these rows
 
     @property
     def of_step(self) -> Tensor:

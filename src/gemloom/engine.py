@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from gemloom.adapters.active import Marks, marks
 from gemloom.cache import KVCache
 from gemloom.errors import ClosedError, EngineError, GemloomError, QueueFullError
 from gemloom.options import Options
@@ -30,6 +31,7 @@ from gemloom.sequence import Chunk, Sequence
 from gemloom.slots import Slot, Slots
 
 T = TypeVar("T")
+MOST_STRETCHES = 32  # of rows with an adapter in one step: each adds thousands of nodes
 _log = logging.getLogger("gemloom.engine")
 
 
@@ -106,6 +108,17 @@ class Engine:
         with self._wake:
             self._wake.notify()
 
+    def check(self) -> None:
+        """Raise EngineError or ClosedError where nothing is computed any more."""
+        with self._wake:
+            self._check()
+
+    def post(self, function: abc.Callable[[], object]) -> None:
+        """Have ``function`` run between two steps, if there will be any. Never waits."""
+        with self._wake:
+            self._calls.append((function, Future()))
+            self._wake.notify()
+
     def call(self, function: abc.Callable[[], T]) -> T:
         """Run ``function`` between two steps, and give what it returns or raise what it raises."""
         if threading.current_thread() is self._thread:
@@ -141,9 +154,7 @@ class Engine:
 
     def release(self, slot: Slot, *, forget: bool = False) -> None:
         """Give back a slot that ``hold`` gave, after the step under way. Never waits."""
-        with self._wake:
-            self._calls.append((partial(self._release, slot, forget), Future()))
-            self._wake.notify()
+        self.post(partial(self._release, slot, forget))
 
     def _release(self, slot: Slot, forget: bool) -> None:
         if forget:
@@ -208,7 +219,7 @@ class Engine:
         self._end_cancelled()
         self._admit()
         self._make_room()
-        batch = plan(list(self._running.values()), self._options.chunk, self._options.budget)
+        batch = plan(self._turn(), self._options.chunk, self._options.budget)
         if not batch:
             return
         for chunk in batch:
@@ -216,6 +227,21 @@ class Engine:
         logits = self._runner.run(batch)
         self._counts["steps"] += 1
         self._deliver(batch, logits)
+
+    def _turn(self) -> list[Sequence]:
+        """The requests of the next step: all, or where they have too many adapters for a graph,
+        those that have waited longest."""
+        chosen, sets = [], set[tuple[int, ...]]()
+        for sequence in self._running.values():
+            wider = sets | {tuple(active.adapter.version for active in sequence.adapters)}
+            if sum(map(len, wider)) <= MOST_STRETCHES:
+                chosen.append(sequence)
+                sets = wider
+        if len(chosen) < len(self._running):
+            for sequence in chosen:  # behind the others, for the next time
+                index = next(i for i, there in self._running.items() if there is sequence)
+                self._running[index] = self._running.pop(index)
+        return chosen
 
     def _answer_calls(self) -> None:
         for _ in range(len(self._calls)):  # those that come meanwhile wait for a step
@@ -249,21 +275,21 @@ class Engine:
 
     def _give_slot(self, future: Future[Slot]) -> None:
         try:
-            future.set_result(self._acquire([]))
+            future.set_result(self._acquire([], frozenset()))
         except BaseException as error:
             future.set_exception(error)
             raise
 
     def _begin(self, sequence: Sequence) -> None:
-        slot = self._acquire(sequence.tokens)
+        slot = self._acquire(sequence.tokens, marks(sequence.adapters))
         self._running[slot.index] = sequence
         sequence.begin(slot, len(slot.tokens))
         self._counts["prompt"] += sequence.n_prompt
         self._counts["cached"] += sequence.n_cached
 
-    def _acquire(self, tokens: abc.Sequence[int]) -> Slot:
+    def _acquire(self, tokens: abc.Sequence[int], at_work: Marks) -> Slot:
         """A free slot whose cells hold as many of the first ``tokens`` as can be found."""
-        slot, prefix = self.slots.acquire(tokens)
+        slot, prefix = self.slots.acquire(tokens, at_work)
         window = prefix.window
         if slot is not prefix.slot and prefix.length:
             self._kv.copy_full(prefix.slot.index, slot.index, prefix.length)
@@ -333,12 +359,13 @@ class Engine:
         sequence.sink(piece)
 
     def _end(self, sequence: Sequence) -> None:
-        """Take a request out of the queue, or give its slot back."""
+        """Take a request out of the queue, or give its slot back, and let its adapters go."""
         if sequence.slot is None:
             self._waiting.remove(sequence)
         else:
             del self._running[sequence.slot.index]
             self.slots.release(sequence.slot)
+        sequence.release()
 
     def _fail(self, error: BaseException) -> None:
         with self._wake:
@@ -360,6 +387,7 @@ class Engine:
             if sequence.slot:
                 self.slots.cut(sequence.slot, 0)
                 self.slots.release(sequence.slot)
+            sequence.release()
             sequence.sink(error)
         for future in futures:
             if not future.done():

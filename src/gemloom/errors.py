@@ -8,9 +8,12 @@
     │   ├── TensorError           500  invalid_tensor       missing, extra, wrong shape, wrong type
     │   └── TokenizerError        500  invalid_tokenizer    vocabulary or template unusable
     ├── RequestError              400  invalid_request      what a caller asked for
+    │   ├── AdapterError          400  invalid_adapter      an adapter that cannot be used
+    │   ├── UnknownAdapterError   404  adapter_not_found    a name nothing was loaded under
     │   ├── OptionError           400  invalid_option       an option outside its range
     │   ├── ContextError          400  context_length_exceeded
     │   └── StateError            400  invalid_state        saved state that does not fit this model
+    ├── OutputError               500  output_error         a file that cannot be written
     ├── DeviceError               500  device_error         a backend missing, lost or out of memory
     ├── QueueFullError            429  queue_full           more requests than may wait
     ├── EngineError               503  engine_failed        a step failed; nothing is computed since
@@ -74,6 +77,19 @@ class RequestError(GemloomError):
     code = "invalid_request"
 
 
+class AdapterError(RequestError):
+    """A LoRA adapter that cannot be used, or not with this model."""
+
+    code = "invalid_adapter"
+
+
+class UnknownAdapterError(RequestError):
+    """A request names an adapter that is not loaded."""
+
+    status = 404
+    code = "adapter_not_found"
+
+
 class OptionError(RequestError):
     """An option whose value is outside its range."""
 
@@ -90,6 +106,12 @@ class StateError(RequestError):
     """Saved state that is damaged or belongs to another model."""
 
     code = "invalid_state"
+
+
+class OutputError(GemloomError):
+    """A file that cannot be written: no such folder, no right to, a full disk."""
+
+    code = "output_error"
 
 
 class DeviceError(GemloomError):

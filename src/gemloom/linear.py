@@ -1,17 +1,54 @@
-"""The one door through which activations meet a weight matrix."""
+"""The one door through which activations meet a weight matrix, and adapters theirs.
 
+Each product is W x, then what each delta adds on its own rows; nothing else adds any.
+"""
+
+from collections.abc import Sequence
+
+from gemloom.adapters.delta import Delta
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
 from gemloom.kernels.operations import expert_product, product
 
-
-def linear(g: Graph, w: Tensor, x: Tensor) -> Tensor:
-    """w [k, m], x [k, n] -> [m, n] = W x, named as the weight without ``.weight``."""
-    y = product(g, w.packed, x) if w.packed else g.mul_mat(w, x)
-    return g.name(y, w.name.removesuffix(".weight"))
+Part = tuple[int, int]  # of a matrix: its rows (or columns, of a table) from the one to the other
 
 
-def expert_linear(g: Graph, w: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+def linear(
+    g: Graph,
+    w: Tensor,
+    x: Tensor,
+    deltas: Sequence[Delta],
+    part: Part | None = None,
+    name: str = "",
+) -> Tensor:
+    """w [k, m], x [k, n] -> [m, n] = W x, named as the weight without ``.weight``.
+
+    With ``part`` only so many rows of w are used, and the result has no name. Adapters may know
+    the matrix by another ``name`` than its own.
+    """
+    name = name or w.name
+    if w.packed and not part:
+        y = product(g, w.packed, x)
+    else:
+        y = g.mul_mat(g.slice(w, 1, *part) if part else w, x)
+    for delta in deltas:
+        delta.add_product(g, name, x, y, part)
+    return y if part else g.name(y, name.removesuffix(".weight"))
+
+
+def expert_linear(g: Graph, w: Tensor, x: Tensor, ids: Tensor, deltas: Sequence[Delta]) -> Tensor:
     """w [k, m, n_expert], x [k, 1 or used, n], ids [used, n] -> [m, used, n], as named by ids."""
     y = expert_product(g, w.packed, x, ids) if w.packed else g.mul_mat_id(w, x, ids)
+    for delta in deltas:
+        delta.add_expert_product(g, w.name, x, ids, y)
     return g.name(y, w.name.removesuffix(".weight"))
+
+
+def table_rows(
+    g: Graph, table: Tensor, tokens: Tensor, deltas: Sequence[Delta], part: Part | None = None
+) -> Tensor:
+    """table [k, n_vocab], tokens [n] i32 -> [k, n]: the rows of the tokens; of k only ``part``."""
+    y = g.get_rows(g.slice(table, 0, *part) if part else table, tokens)
+    for delta in deltas:
+        delta.add_rows(g, table.name, tokens, y, part)
+    return y

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 import numpy as np
 
 from gemloom import conversation, gguf, state
+from gemloom.adapters.active import marks
+from gemloom.adapters.info import Scales
+from gemloom.adapters.registry import Adapters, Lease
 from gemloom.cache import KVCache
 from gemloom.chat import Message, encode_chat
 from gemloom.config import Config, from_gguf
@@ -31,7 +34,7 @@ from gemloom.models import ARCHITECTURES
 from gemloom.options import Options, from_options
 from gemloom.router import Plain, Router
 from gemloom.runner import Runner, node_budget
-from gemloom.sampling import check_vocabulary
+from gemloom.sampling import SamplingParams, check_vocabulary
 from gemloom.sampling import from_options as sampling_params
 from gemloom.sequence import Chunk, Constraint
 from gemloom.sequence import Sequence as Request
@@ -62,7 +65,10 @@ def load(source: Any = DEFAULT_MODEL, **options: Any) -> Model:
 
 
 class Model:
-    """A loaded model. Made by ``load()``; free with ``close()`` or ``with``."""
+    """A loaded model. Made by ``load()``; free with ``close()`` or ``with``.
+
+    ``adapters`` are the LoRA adapters that requests can name (``registry.Adapters``).
+    """
 
     def __init__(self, file: gguf.GGUF, options: Options) -> None:
         self.name = file.name
@@ -92,9 +98,12 @@ class Model:
             stack.callback(self._runner.close)
             self._runner.reserve()
             self._fingerprint = state.fingerprint(file, self.config)
-            self._engine = Engine(
-                self._runner, self._kv, options, self.context, stack.pop_all().close
-            )
+            free = stack.pop_all()
+        self._engine = Engine(self._runner, self._kv, options, self.context, free.close)
+        self.adapters = Adapters(
+            self._device, self.config, layout.required, self._engine, self._runner.discard
+        )
+        free.callback(self.adapters.close)
         self._close = weakref.finalize(self, self._engine.close)
         trim_memory()  # the tokenizer was made from much that is not needed any more
 
@@ -113,8 +122,8 @@ class Model:
     def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Completion:
         """Complete a prompt: text, which gets one BOS, or ids, which are used as they are.
 
-        ``sampling`` are the fields of ``SamplingParams``. Raises RequestError, OptionError,
-        ContextError.
+        ``sampling`` are the fields of ``SamplingParams``, and ``constraint`` and ``adapters`` as
+        in ``stream``. Raises RequestError, OptionError, ContextError, UnknownAdapterError.
         """
         return self.stream(prompt, **sampling).completion()
 
@@ -123,14 +132,25 @@ class Model:
         prompt: str | Sequence[int],
         *,
         constraint: Constraint | None = None,
+        adapters: Scales | None = None,
         **sampling: Any,
     ) -> Run:
         """As ``generate``, piece by piece, with ``for``, ``async for`` or ``await`` for the whole.
 
         It starts at once, or waits for a slot in the order of coming. ``constraint`` bounds what
-        may be said. Raises QueueFullError too, where too many wait, EngineError and ClosedError.
+        may be said. ``adapters`` are those loaded that shall act, with their scales (None for an
+        adapter's own); it keeps the versions they have now. Raises QueueFullError too, where too
+        many wait, UnknownAdapterError, EngineError and ClosedError.
         """
-        return self._start(prompt, constraint, sampling)
+        params = sampling_params(sampling)
+        check_vocabulary(params, self.config.n_vocab)
+        ids = self._ids(prompt)
+        lease = self.adapters.lease(adapters, ids)
+        try:
+            return self._start(ids, params, constraint, lease)
+        except BaseException:
+            lease.release()
+            raise
 
     @overload
     def chat(
@@ -195,15 +215,12 @@ class Model:
         return encode_chat(self.tokenizer, conversation.prepare(messages), **given)
 
     def _start(
-        self, prompt: str | Sequence[int], constraint: Constraint | None, sampling: dict[str, Any]
+        self, ids: list[int], params: SamplingParams, constraint: Constraint | None, lease: Lease
     ) -> Run:
-        params = sampling_params(sampling)
-        check_vocabulary(params, self.config.n_vocab)
-        ids = self._ids(prompt)
         limit = None if self.options.keep is not None else self.context - len(ids) + 1
         inbox = Inbox()
         request = Request(
-            ids, params, self.tokenizer, inbox.put, limit=limit, constraint=constraint
+            ids, params, self.tokenizer, inbox.put, limit=limit, constraint=constraint, held=lease
         )
         run = Run(request, inbox, self._engine.cancel, self)  # first, so that none is left alone
         self._engine.submit(request)
@@ -227,20 +244,28 @@ class Model:
     # -- looking inside ----------------------------------------------------------------------
 
     def logits(
-        self, ids: Sequence[int], rows: Literal["all", "last"] | Sequence[int] = "all"
+        self,
+        ids: Sequence[int],
+        rows: Literal["all", "last"] | Sequence[int] = "all",
+        adapters: Scales | None = None,
     ) -> np.ndarray:
-        """Logits after each of ``rows`` (positions in ``ids``): float32 [rows, n_vocab]."""
+        """Logits after each of ``rows`` (positions in ``ids``): float32 [rows, n_vocab].
+
+        ``adapters`` as in ``stream``, here and in what follows.
+        """
         ids = self._ids(ids)
         named = {"all": list(range(len(ids))), "last": [len(ids) - 1]}
         wanted = named.get(rows, []) if isinstance(rows, str) else _integers("rows", rows)
         chosen = sorted(set(wanted))
         if not chosen or chosen[0] < 0 or chosen[-1] >= len(ids):
             raise OptionError(f'rows must be "all", "last" or from 0 to {len(ids) - 1}')
-        parts = [logits for logits, _ in self._pass(ids, chosen)]
+        parts = [logits for logits, _ in self._pass(ids, chosen, adapters=adapters)]
         order = {row: i for i, row in enumerate(chosen)}
         return np.concatenate(parts)[[order[row] for row in wanted]]
 
-    def trace(self, ids: Sequence[int], taps: Sequence[str]) -> dict[str, np.ndarray]:
+    def trace(
+        self, ids: Sequence[int], taps: Sequence[str], adapters: Scales | None = None
+    ) -> dict[str, np.ndarray]:
         """Named intermediates for every position: float32 [len(ids), ...], slowest first.
 
         ``tap_names()`` lists the names. OptionError for an unknown one.
@@ -251,18 +276,20 @@ class Model:
                 near = ", ".join(get_close_matches(str(tap), names, 3))
                 raise OptionError(f"no intermediate is named {tap!r}; near: {near or 'none'}")
         ids = self._ids(ids)
-        parts = [values for _, values in self._pass(ids, range(len(ids)), taps)]
+        every = range(len(ids))
+        parts = [values for _, values in self._pass(ids, every, taps, adapters=adapters)]
         return {tap: np.concatenate([part[tap] for part in parts]) for tap in taps}
 
     def tap_names(self) -> list[str]:
         """Every intermediate that ``trace`` can give, in the order they are computed."""
         return self._engine.call(self._runner.names)
 
-    def embed(self, text: str | Sequence[int]) -> np.ndarray:
+    def embed(self, text: str | Sequence[int], adapters: Scales | None = None) -> np.ndarray:
         """Mean of the last hidden states of a text or of ids, of length 1: float32 [n_embd]."""
         ids = self._ids(text)
         total = np.zeros(self.config.n_embd, np.float64)
-        for _, values in self._pass(ids, range(len(ids)), [HIDDEN], head=False):
+        every = range(len(ids))
+        for _, values in self._pass(ids, every, [HIDDEN], head=False, adapters=adapters):
             total += values[HIDDEN].sum(axis=0)
         return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
 
@@ -273,22 +300,24 @@ class Model:
         taps: Sequence[str] = (),
         *,
         head: bool = True,
+        adapters: Scales | None = None,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Run ids from nothing in a slot of its own: per step its wanted logits and its taps."""
         most = len(ids)
         if len(wanted) > 1 and head:
             most = max(1, LOGITS_BYTES // 4 // self.config.n_vocab)
-        with self._held_slot() as slot:
+        with self.adapters.lease(adapters, ids) as active, self._held_slot() as slot:
             while (start := len(slot.tokens)) < len(ids):
                 tokens = ids[start : start + min(most, self._engine.allowance)]
                 rows = [row - start for row in wanted if start <= row < start + len(tokens)]
-                chunk = Chunk(slot.index, start, tokens, rows)
+                chunk = Chunk(slot.index, start, tokens, rows, active)
                 yield self._engine.call(partial(self._compute, slot, chunk, taps, head))
 
     def _compute(
         self, slot: Slot, chunk: Chunk, taps: Sequence[str], head: bool
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         logits = self._runner.run([chunk], taps, head=head)
+        slot.marks = marks(chunk.adapters)
         self._engine.slots.extend(slot, chunk.tokens)
         return logits, self._runner.tapped() if taps else {}
 
@@ -325,6 +354,7 @@ class Model:
             "per_layer_table": self._weights.per_layer_bytes,
             "kv_full": self._kv.nbytes(sliding=False),
             "kv_sliding": self._kv.nbytes(sliding=True),
+            "adapters": self.adapters.nbytes,
             "compute": self._device.compute_bytes,
             "mapped": self._weights.bytes_mapped,
             "copied": self._weights.bytes_copied,

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
+from typing import cast
 
 import numpy as np
 
+from gemloom.adapters.active import Stretch, Versioned, stretches
+from gemloom.adapters.delta import Delta
+from gemloom.adapters.loaded import Loaded
 from gemloom.cache import Extent, KVCache, Rows, Span
 from gemloom.config import Config
 from gemloom.ggml.device import Device, Tensor
@@ -34,7 +38,15 @@ class _Part:
     cells: Extent
 
 
-_Key = tuple[tuple[_Part, ...], frozenset[str], bool]  # parts, taps, whether there is a head
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """All that a graph depends on."""
+
+    parts: tuple[_Part, ...]
+    taps: frozenset[str] = frozenset()
+    head: bool = True
+    adapters: tuple[Stretch, ...] = ()  # on all rows
+    wanted_adapters: tuple[Stretch, ...] = ()  # on those wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +60,15 @@ class _Plan:
     logits: Tensor | None
 
 
-def node_budget(config: Config, parts: int, taps: int = 0) -> int:
-    """More nodes than the graph of a batch of so many chunks can have."""
+def node_budget(config: Config, parts: int, taps: int = 0, adapters: int = 0) -> int:
+    """More nodes than the graph of a batch of so many chunks can have.
+
+    ``adapters`` counts the stretches of rows that have one.
+    """
     used = max(spec.experts.used if spec.experts else 0 for spec in config.layers)
-    return config.n_layer * (90 + 12 * parts + 2 * used) + 128 + 2 * taps
+    each = 120 * adapters  # of 14 matrices at most: 8 nodes, and two factors and a scale
+    layer = 90 + 12 * parts + 2 * used + each
+    return config.n_layer * layer + 128 + 2 * taps + 2 * each
 
 
 class Runner:
@@ -72,7 +89,7 @@ class Runner:
         """Take the compute memory of the largest prefill step now, rather than in a request."""
         count = min(self.kv.chunk, self.kv.cells.full)
         part = _Part(0, count, 1, self.kv.cells)
-        plan = self._build(((part,), frozenset(), True))
+        plan = self._build(_Key((part,)))
         plan.graph.reserve()
         plan.graph.close()
 
@@ -83,7 +100,7 @@ class Runner:
         with ``head`` False that is all there is, and the logits are not computed.
         """
         start = perf_counter()
-        key = (tuple(self._part(chunk) for chunk in batch), frozenset(taps), head)
+        key = self._key(batch, taps, head)
         if self._plan is None or self._plan.key != key:
             self._forget()
             self._plan = self._build(key)
@@ -91,8 +108,10 @@ class Runner:
         plan.graph.allocate()
         start = self._lap("build", start)
         self._write_rows(plan.rows, batch)
+        self._write_scales(plan.rows, key.adapters)
         if plan.wanted and plan.wanted is not plan.rows:
             self._write_wanted(plan.wanted, batch)
+            self._write_scales(plan.wanted, key.wanted_adapters)
         start = self._lap("input", start)
         plan.graph.compute()
         start = self._lap("compute", start)
@@ -154,9 +173,14 @@ class Runner:
     def names(self) -> list[str]:
         """Every name that can be tapped."""
         part = _Part(0, 1, 1, self.kv.extent(1))
-        plan = self._build(((part,), frozenset(), True))
+        plan = self._build(_Key((part,)))
         plan.graph.close()
         return list(dict.fromkeys(plan.graph.names))
+
+    def discard(self, adapter: Versioned) -> None:
+        """Drop the graph that is kept if it has this adapter's tensors."""
+        if self._plan and any(s.adapter is adapter for s in self._plan.key.adapters):
+            self._forget()
 
     def close(self) -> None:
         """Free the graph that is kept."""
@@ -173,21 +197,36 @@ class Runner:
         cells = self.kv.extent(chunk.end)
         return _Part(chunk.slot, len(chunk.tokens), len(chunk.wanted), cells)
 
+    def _key(self, batch: Batch, taps: Collection[str], head: bool) -> _Key:
+        parts = tuple(self._part(chunk) for chunk in batch)
+        key = _Key(parts, frozenset(taps), head)
+        if not any(chunk.adapters for chunk in batch):
+            return key
+        at = [(np.arange(chunk.start, chunk.end), chunk.adapters) for chunk in batch]
+        wanted = [
+            (chunk.start + np.asarray(chunk.wanted, np.int64), chunk.adapters) for chunk in batch
+        ]
+        return replace(key, adapters=stretches(at), wanted_adapters=stretches(wanted))
+
     def _build(self, key: _Key) -> _Plan:
-        parts, taps, head = key
-        g = Graph(self._device, node_budget(self.config, len(parts), len(taps)), taps)
+        parts, stretched = key.parts, len(key.adapters)
+        budget = node_budget(self.config, len(parts), len(key.taps), stretched)
+        if self._device.grow(budget):
+            self.reserve()
+        g = Graph(self._device, budget, key.taps)
         try:
-            rows = self._all_rows(g, parts)
-            wanted: Rows | None = self._wanted_rows(g, parts)
+            rows = self._all_rows(g, key)
+            wanted: Rows | None = self._wanted_rows(g, key)
             if all(part.wanted == part.count for part in parts):
                 wanted = rows
             logits = self._model.forward(g, rows, wanted, self.kv)
-            return _Plan(key, g, rows, wanted, g.output(logits) if logits and head else None)
+            return _Plan(key, g, rows, wanted, g.output(logits) if logits and key.head else None)
         except BaseException:
             g.close()
             raise
 
-    def _all_rows(self, g: Graph, parts: Sequence[_Part]) -> Rows:
+    def _all_rows(self, g: Graph, key: _Key) -> Rows:
+        parts = key.parts
         n = sum(part.count for part in parts)
         return Rows(
             tokens=g.input("tokens", I32, n),
@@ -195,9 +234,11 @@ class Runner:
             spans=self._spans(g, "", [(part, part.count) for part in parts]),
             full_cells=g.input("full_cells", I64, n),
             sliding_cells=g.input("sliding_cells", I64, n),
+            deltas=_deltas(key.adapters),
         )
 
-    def _wanted_rows(self, g: Graph, parts: Sequence[_Part]) -> Rows | None:
+    def _wanted_rows(self, g: Graph, key: _Key) -> Rows | None:
+        parts = key.parts
         n = sum(part.wanted for part in parts)
         if not n:
             return None
@@ -206,6 +247,7 @@ class Runner:
             positions=g.input("wanted_positions", I32, n),
             spans=self._spans(g, "wanted_", [(part, part.wanted) for part in parts if part.wanted]),
             source=g.input("wanted_rows", I32, n),
+            deltas=_deltas(key.wanted_adapters),
         )
 
     def _spans(
@@ -252,8 +294,18 @@ class Runner:
                 self._write(span.mask(sliding), [f16_mask(visible)])
 
     @staticmethod
+    def _write_scales(rows: Rows, there: Sequence[Stretch]) -> None:
+        for delta, stretch in zip(rows.deltas, there, strict=True):
+            delta.write(stretch.scales)
+
+    @staticmethod
     def _write(tensor: Tensor | None, arrays: Sequence[np.ndarray]) -> None:
         if tensor is None or not tensor.allocated:
             return  # an input that no node reads, such as a mask of a kind the model has not
         dtype = {I32: np.int32, I64: np.int64, F16: np.float16}[tensor.type]
         tensor.write(np.concatenate(arrays).astype(dtype, copy=False))
+
+
+def _deltas(there: Sequence[Stretch]) -> tuple[Delta, ...]:
+    """What is put into a graph for them; the adapters are those the registry has loaded."""
+    return tuple(Delta(cast(Loaded, s.adapter), s.first, s.count) for s in there)

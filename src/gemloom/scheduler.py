@@ -12,8 +12,8 @@ def plan(running: abc.Sequence[Sequence], chunk: int, budget: int) -> list[Chunk
 
     Prompts share ``chunk`` rows evenly, or ``budget`` rows while some request decodes, so that its
     stream does not stall; what a short one leaves over goes to the others. Each gets one row at
-    least, so none waits for another's end. Chunks come in the order of their slots: a graph that
-    is kept serves the same requests again.
+    least, so none waits for another's end. Chunks come in the order of their slots, so that a
+    graph that is kept serves the same requests again, those with the same adapters side by side.
     """
     decoding = [sequence for sequence in running if sequence.pending == 1]
     prefilling = sorted(
@@ -25,4 +25,8 @@ def plan(running: abc.Sequence[Sequence], chunk: int, budget: int) -> list[Chunk
         rows = max(1, left // waiting)
         chunks.append(sequence.next_chunk(rows))
         left -= len(chunks[-1].tokens)
-    return sorted(chunks, key=lambda chunk: chunk.slot)
+    return sorted(chunks, key=_place)
+
+
+def _place(chunk: Chunk) -> tuple[list[int], int]:
+    return [active.adapter.version for active in chunk.adapters], chunk.slot

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from gemloom.adapters.active import Active
 from gemloom.errors import GemloomError
 from gemloom.sampling import History, SamplingParams, generator, sample
 from gemloom.slots import Slot
@@ -23,13 +24,15 @@ from gemloom.tokenizer import StreamDecoder, Tokenizer
 class Chunk:
     """Consecutive tokens of the sequence in ``slot``, the first at position ``start``.
 
-    ``wanted`` are the rows of this chunk whose logits somebody wants, ascending.
+    ``wanted`` are the rows of this chunk whose logits somebody wants, ascending; ``adapters`` what
+    is at work in the sequence.
     """
 
     slot: int
     start: int
     tokens: abc.Sequence[int]
     wanted: abc.Sequence[int] = ()
+    adapters: tuple[Active, ...] = ()
 
     @property
     def end(self) -> int:
@@ -49,6 +52,17 @@ class Piece:
     logprob: float | None = None  # natural
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (id, logprob), most likely first
     finish_reason: str | None = None  # "stop" or "length" on the last piece
+
+
+class Held(Protocol):
+    """The adapters of a request, kept for it until it ends."""
+
+    @property
+    def active(self) -> tuple[Active, ...]:
+        """What they do."""
+
+    def release(self) -> None:
+        """Let go of them; never waits, and a second call does nothing."""
 
 
 Sink = abc.Callable[[Piece | GemloomError | None], None]
@@ -79,8 +93,9 @@ class Sequence:
 
     ``sink`` gets what comes of it, in the thread that computes: each Piece, and at the end a
     GemloomError if it failed or None if it was cancelled; it must neither block nor raise.
-    ``limit`` bounds the tokens it may generate, besides what its params say. ``boundaries`` are
-    positions of the prompt at which another one may part from it.
+    ``held`` are its adapters, which whoever ends it releases. ``limit`` bounds the tokens it may
+    generate, besides what its params say. ``boundaries`` are positions of the prompt at which
+    another one may part from it.
 
     ``times`` are the seconds so far spent on picking tokens (sample) and on their text (text);
     ``started``, ``first`` and ``last`` when a slot was found, and when the first and the latest
@@ -96,9 +111,12 @@ class Sequence:
         *,
         limit: int | None = None,
         constraint: Constraint | None = None,
+        held: Held | None = None,
     ) -> None:
         self.tokens, self.n_prompt = list(prompt), len(prompt)
         self.params, self.sink, self.constraint = params, sink, constraint
+        self.adapters = held.active if held else ()
+        self._held = held
         self.slot: Slot | None = None
         self.n_cached, self.n_generated, self.n_done = 0, 0, 0
         self.finish_reason: str | None = None
@@ -128,12 +146,19 @@ class Sequence:
         assert self.slot
         tokens = self.tokens[self.n_done : self.n_done + size]
         last = self.n_done + len(tokens) == len(self.tokens)
-        return Chunk(self.slot.index, self.n_done, tokens, (len(tokens) - 1,) if last else ())
+        wanted = (len(tokens) - 1,) if last else ()
+        return Chunk(self.slot.index, self.n_done, tokens, wanted, self.adapters)
+
+    def release(self) -> None:
+        """Let go of its adapters: it has ended."""
+        if self._held:
+            self._held.release()
 
     def forget(self, keep: int, drop: int) -> None:
         """Take note that the ``drop`` positions after the first ``keep`` have left the cells."""
         del self.tokens[keep : keep + drop]
         self.n_done -= drop
+        self.adapters = tuple(a.moved(keep, drop) for a in self.adapters)
         self.shifted = True
 
     def accept(self, logits: np.ndarray) -> Piece:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gemloom.adapters.active import Marks, agreed
 from gemloom.errors import RequestError
 
 
@@ -21,6 +22,7 @@ class Slot:
 
     index: int
     tokens: list[int] = field(default_factory=list)  # those whose K/V the cells hold
+    marks: Marks = frozenset()  # of the adapters that these were computed with
     intact: int = 0  # the oldest position that the rings still hold
     busy: bool = False
     last_used: int = 0
@@ -58,8 +60,10 @@ class Slots:
         """The slots that nobody uses."""
         return [slot for slot in self.all if not slot.busy]
 
-    def acquire(self, tokens: Sequence[int]) -> tuple[Slot, Prefix]:
+    def acquire(self, tokens: Sequence[int], marks: Marks = frozenset()) -> tuple[Slot, Prefix]:
         """A free slot for a prompt, and the prefix of it that some slot holds.
+
+        ``marks`` tell which adapters are at work in it: no other's cells are of use.
 
         The slot is made ready to hold that prefix; where the prefix is another slot's, the caller
         copies the cells, and where it has a window, puts it back. RequestError if none is free.
@@ -67,7 +71,7 @@ class Slots:
         if not self.free:
             raise RequestError(f"all {len(self.all)} slots are in use; load the model with more")
         prefix = max(
-            (self.find(slot, tokens) for slot in self.all),
+            (self.find(slot, tokens, marks) for slot in self.all),
             key=lambda found: (found.length, not found.slot.busy, -found.slot.last_used),
         )
         slot = self._target(prefix)
@@ -80,7 +84,7 @@ class Slots:
             slot.intact = max(0, prefix.length - self._window)
         if slot is not prefix.slot and prefix.window is None:
             slot.intact = max(slot.intact, prefix.slot.intact)  # a copy is no better than that
-        slot.busy = True
+        slot.busy, slot.marks = True, marks
         return slot, prefix
 
     def _target(self, prefix: Prefix) -> Slot:
@@ -90,12 +94,13 @@ class Slots:
             return source
         return min(self.free, key=lambda slot: (slot.last_used, slot.index))
 
-    def find(self, slot: Slot, tokens: Sequence[int]) -> Prefix:
+    def find(self, slot: Slot, tokens: Sequence[int], marks: Marks = frozenset()) -> Prefix:
         """The longest prefix of ``tokens`` that can be resumed from this slot.
 
         At least one token is left over, since its logits are wanted.
         """
         limit = max(0, min(len(slot.tokens), len(tokens) - 1))
+        limit = agreed(slot.marks, marks, limit)
         common = next((i for i in range(limit) if slot.tokens[i] != tokens[i]), limit)
         if slot.intact <= max(0, common - self._window + 1):
             return Prefix(slot, common)

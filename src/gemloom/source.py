@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from errno import EACCES, ENOSPC, EROFS
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from gemloom.builtin import DEFAULT_MODEL
 from gemloom.errors import FormatError, OptionError, SourceError
 from gemloom.gguf import MAGIC
 
-__all__ = ["DEFAULT_MODEL", "resolve"]
+__all__ = ["DEFAULT_MODEL", "folder", "resolve"]
 
 _PIECE = 8 << 20
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -74,6 +74,39 @@ def resolve(source: object) -> list[Blob]:
         f"a model source is a path, a name, bytes, a list of parts or a binary file, "
         f"not {type(source).__name__}"
     )
+
+
+def folder(source: object, names: Collection[str]) -> dict[str, Blob] | None:
+    """The files of these names in a folder or a hub repository; None for any other source.
+
+    ``source`` is a path or ``"hf:owner/repo"``, which counts as a folder where any of ``names`` is
+    there. Raises SourceError where the bytes cannot be had.
+    """
+    if isinstance(source, str) and source.startswith("hf:"):
+        return _hub_folder(source, names)
+    if not isinstance(source, str | os.PathLike):
+        return None
+    path = os.fsdecode(source)
+    try:
+        there = set(os.listdir(path))
+    except (NotADirectoryError, FileNotFoundError, ValueError):
+        return None  # resolve() says what is wrong
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror or error}") from error
+    found = (os.path.join(path, name) for name in names if name in there)
+    return {os.path.basename(file): Blob(file, [_map(file)]) for file in found}
+
+
+def _hub_folder(name: str, wanted: Collection[str]) -> dict[str, Blob] | None:
+    match = _HUB.fullmatch(name)
+    if match is None or match["wanted"] is not None:
+        return None
+    files = _ask_hub(name, partial(_hub_files, match["repo"]))
+    found = {}
+    for file in (file for file in wanted if file in files):
+        path = _ask_hub(f"{name}:{file}", partial(_download, match["repo"], file))
+        found[file] = Blob(f"{name}:{file}", [_map(path)])
+    return found or None
 
 
 def _named(name: str) -> list[Blob]:
@@ -267,8 +300,8 @@ def _hub_files(repo: str) -> list[str]:
 
     if not HF_HUB_OFFLINE:
         return huggingface_hub.list_repo_files(repo)
-    folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+    root = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+    return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
 
 
 def _choose(repo: str, files: list[str], wanted: str | None) -> str:

@@ -34,7 +34,13 @@ def fingerprint(file: GGUF, config: Config) -> str:
 
 
 def save(model: str, kv: KVCache, slot: Slot) -> bytes:
-    """The state of a slot. ``model`` is its fingerprint."""
+    """The state of a slot. ``model`` is its fingerprint.
+
+    StateError for what was computed with adapters: their versions mean nothing elsewhere.
+    """
+    if slot.marks:
+        names = ", ".join(sorted({name for _, name, _, _ in slot.marks}))
+        raise StateError(f"the request that ended last had adapters ({names}): it cannot be saved")
     held = {"tokens": len(slot.tokens), "intact": slot.intact}
     header = json.dumps({**_header(model, kv), **held}).encode()
     tokens = np.asarray(slot.tokens, "<i4").tobytes()

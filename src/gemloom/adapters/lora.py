@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -34,3 +34,6 @@ class Lora:
     architecture: str | None  # of the base, where the file tells: "gemma3", "gemma4"
     pairs: Mapping[str, Pair]  # by tensor: "blk.0.attn_q.weight"
     invocation: tuple[int, ...] = ()  # aLoRA: it acts from where these tokens begin
+    ignored: Mapping[str, str] = field(
+        default_factory=dict
+    )  # tensors of the file not in pairs: why

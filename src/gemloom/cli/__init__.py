@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from gemloom import __version__
+from gemloom.cli import adapting
 from gemloom.cli.benching import bench
 from gemloom.cli.chatting import chat
 from gemloom.cli.doctor import doctor
@@ -103,6 +104,14 @@ def _top(
 
 for _command in (run, chat, serve, inspect, tokenize, doctor, bench):
     app.command(cls=Command)(_command)
+_adapter = typer.Typer(
+    help="LoRA adapters: inspect, convert, merge, extract.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+for _command in adapting.COMMANDS:
+    _adapter.command(cls=Command)(_command)
+app.add_typer(_adapter, name="adapter")
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemloom.cli.opening import default_model, open_model
-from gemloom.cli.options import LoadOptions, SamplingOptions, with_options
+from gemloom.cli.opening import default_model, load_adapters, open_model
+from gemloom.cli.options import AdapterOptions, LoadOptions, SamplingOptions, with_options
 from gemloom.cli.terminal import fail, note, show, show_thought, speed
 from gemloom.errors import ContextError, RequestError
 
@@ -36,6 +36,7 @@ def chat(
     ] = None,
     *,
     system: Annotated[str | None, typer.Option(help="What the model is told at first.")] = None,
+    adapters: AdapterOptions,
     load: LoadOptions,
     sampling: SamplingOptions,
 ) -> None:
@@ -57,6 +58,7 @@ def chat(
     params = sampling.given()
     from_options(params)  # wrong ones are told before the model has been loaded
     with open_model(model or default_model(), load) as opened:
+        params["adapters"] = load_adapters(opened, adapters.adapter or [])
         conversation = Conversation(opened, params, system)
         if opened.tokenizer.chat_template is None:
             note(f"{opened.name} is a base model, without chat template: plain User/Assistant text")

@@ -4,9 +4,10 @@ import os
 from typing import TYPE_CHECKING
 
 from gemloom.cli.options import LoadOptions
-from gemloom.cli.terminal import waiting
+from gemloom.cli.terminal import note, one_line, waiting
 
 if TYPE_CHECKING:
+    from gemloom.adapters.info import AdapterInfo
     from gemloom.gguf import GGUF
     from gemloom.model import Model
 
@@ -29,6 +30,36 @@ def open_file(name: str) -> "GGUF":
     from gemloom import gguf, source
 
     return gguf.read(source.resolve(name))
+
+
+def adapter_file(text: str) -> tuple[str, float]:
+    """PATH[@SCALE] taken apart; the scale is 1 where what follows the last @ is no number."""
+    path, at, scale = text.rpartition("@")
+    try:
+        return (path, float(scale)) if at and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def load_adapters(model: "Model", given: list[str]) -> dict[str, float]:
+    """Load PATH[@SCALE]s, and tell what they change. Gives the adapters a request is to name."""
+    scales = {}
+    for number, text in enumerate(given, 1):
+        path, scale = adapter_file(text)
+        with waiting(f"loading {path}"):
+            info = model.adapters.load(f"adapter-{number}", path, scale)
+        note(summary(path, info))
+        scales[info.name] = scale
+    return scales
+
+
+def summary(path: str, info: "AdapterInfo") -> str:
+    """One line about an adapter that was loaded."""
+    ignored = f", {len(info.ignored)} ignored" if info.ignored else ""
+    return (
+        f"{one_line(path)}: {info.matrices} matrices changed{ignored}, rank {info.rank}, "
+        f"scale {info.scale:g}"
+    )
 
 
 def open_model(name: str, load: LoadOptions) -> "Model":

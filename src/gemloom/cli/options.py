@@ -90,6 +90,16 @@ class ManyOptions(LoadOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterOptions:
+    """The adapters of every request of one command."""
+
+    adapter: Annotated[
+        list[str] | None,
+        _option(metavar="PATH[@SCALE]", help="A LoRA that acts on all of it; repeatable."),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
     """The fields of ``SamplingParams`` that a command line sets; None leaves one as it is."""
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemloom.cli.opening import default_model, names_model, open_model
-from gemloom.cli.options import LoadOptions, SamplingOptions, with_options
+from gemloom.cli.opening import default_model, load_adapters, names_model, open_model
+from gemloom.cli.options import AdapterOptions, LoadOptions, SamplingOptions, with_options
 from gemloom.cli.terminal import note, print_json, read_stdin, show, speed
 from gemloom.errors import OptionError
 
@@ -31,6 +31,7 @@ def run(
     special: Annotated[
         bool, typer.Option("--special", help="Read <start_of_turn> and such as tokens.")
     ] = False,
+    adapters: AdapterOptions,
     load: LoadOptions,
     sampling: SamplingOptions,
 ) -> None:
@@ -47,6 +48,7 @@ def run(
       gemloom run "The capital of France is" -n 20
       gemloom run gemma.gguf "Once upon a time" --temperature 0
       gemloom run hf:owner/repo:Q4_K_M --json < prompt.txt
+      gemloom run gemma.gguf "Once upon a time" --adapter style.gguf@0.5
     """
     from gemloom.sampling import from_options
 
@@ -54,6 +56,7 @@ def run(
     params = sampling.given()
     from_options(params)  # wrong ones are told before the model has been loaded
     with open_model(name, load) as model:
+        params["adapters"] = load_adapters(model, adapters.adapter or [])
         request = model.stream(_special_ids(model, text) if special else text, **params)
         if as_json:
             _print_completion(request.completion())

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemloom.cli.opening import default_model, open_model
+from gemloom.cli.opening import adapter_file, default_model, open_model, summary
 from gemloom.cli.options import ManyOptions, with_options
-from gemloom.cli.terminal import one_line
+from gemloom.cli.terminal import note, one_line, waiting
 from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from gemloom.server.adapters import AdapterFile
     from gemloom.server.service import Settings
 
 _KEYS_VARIABLE = "GEMLOOM_API_KEYS"
@@ -60,19 +61,42 @@ class ServerOptions:
         bool, typer.Option("--slot-state", help="Let clients save and restore what was computed.")
     ] = False
 
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH[@SCALE]", help="A LoRA that requests may name; repeatable."
+        ),
+    ] = None
+    adapter_upload: Annotated[
+        bool,
+        typer.Option("--adapter-upload", help="Let clients with an API key send LoRAs."),
+    ] = False
+    max_adapter: Annotated[
+        int, typer.Option(min=1, metavar="MIB", help="Largest LoRA that may be sent.")
+    ] = 1024
+
     def settings(self, source: str) -> "Settings":
-        """As the server takes them, for the model of ``source``. OptionError for no keys."""
+        """As the server takes them, for the model of ``source``.
+
+        OptionError where there are no keys but should be some, or for a bad adapter.
+        """
         from gemloom.server.service import Settings
 
         names = self.name or [_default_name(source)]
+        keys = _keys(self.api_key or [], self.api_key_file)
+        if self.adapter_upload and not keys:
+            raise OptionError("--adapter-upload needs an --api-key")
         return Settings(
             name=names[0],
             aliases=tuple(names[1:]),
-            api_keys=_keys(self.api_key or [], self.api_key_file),
+            api_keys=keys,
             cors=tuple(self.cors or []),
             max_body=self.max_body << 20,
             timeout=self.timeout or None,
             slot_state=self.slot_state,
+            adapters=_adapters(self.adapter or []),
+            adapter_upload=self.adapter_upload,
+            max_adapter=self.max_adapter << 20,
         )
 
 
@@ -99,6 +123,7 @@ def serve(
       gemloom serve gemma-it.gguf
       gemloom serve gemma-it.gguf --slots 8 --context 16384 --name gemma
       gemloom serve gemma-it.gguf --host 0.0.0.0 --api-key-file keys.txt
+      gemloom serve gemma-it.gguf --adapter style=style.gguf --adapter law=law.gguf@0.8
     """
     source = model or default_model()
     settings = server.settings(source)
@@ -106,7 +131,29 @@ def serve(
     with listener, open_model(source, load) as opened:
         from gemloom.server.app import create_app
 
-        _run(create_app(opened, settings), listener, settings, server.drain)
+        with waiting("loading adapters"):
+            app = create_app(opened, settings)
+        for info in opened.adapters.list():
+            note(summary(info.name, info))
+        _run(app, listener, settings, server.drain)
+
+
+def _adapters(given: list[str]) -> "dict[str, AdapterFile]":
+    """NAME=PATH[@SCALE]s by name. OptionError for one that is not so, or a name given twice."""
+    from gemloom.adapters.registry import check_name, check_scale
+    from gemloom.server.adapters import AdapterFile
+
+    found = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        if not equals or not file:
+            raise OptionError(f"--adapter {text!r} is not NAME=PATH[@SCALE]")
+        check_name(name)
+        if name in found:
+            raise OptionError(f"--adapter: two adapters are named {name}")
+        path, scale = adapter_file(file)
+        found[name] = AdapterFile(path, check_scale(name, scale))
+    return found
 
 
 def _default_name(source: str) -> str:

@@ -232,6 +232,7 @@ class Device:
         for backend in self.backends:
             self._set_threads(backend)
         self.scheduler = self._schedule()
+        self._closers.append(self._free_scheduler)
         self._repacked: dict[tuple[GGMLQuantizationType, tuple[int, ...]], Any] = {}
         self.current: object = None  # the graph whose tensors have memory now
         self.names = [ggml.ggml_backend_name(backend).decode() for backend in self.backends]
@@ -257,11 +258,25 @@ class Device:
 
     def _schedule(self) -> Any:
         pointers = (ggml.ggml_backend_t_ctypes * len(self.backends))(*self.backends)
-        scheduler = ggml.ggml_backend_sched_new(
+        return ggml.ggml_backend_sched_new(
             pointers, None, len(self.backends), self.max_nodes, False, False
         )
-        self._closers.append(lambda: ggml.ggml_backend_sched_free(scheduler))
-        return scheduler
+
+    def _free_scheduler(self) -> None:
+        ggml.ggml_backend_sched_free(self.scheduler)
+
+    def grow(self, nodes: int) -> bool:
+        """Make room for graphs of so many nodes; True where that took what had been reserved.
+
+        The graph that has memory now loses it then.
+        """
+        if nodes <= self.max_nodes:
+            return False
+        self._free_scheduler()
+        self.current = None
+        self.max_nodes = 1 << (nodes - 1).bit_length()
+        self.scheduler = self._schedule()
+        return True
 
     def measure(self) -> None:
         """Look how much memory the scheduler holds, which only changes where a graph gets some."""

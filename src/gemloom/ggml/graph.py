@@ -160,6 +160,17 @@ class Graph:
         )  # fmt: skip
         return Tensor(result, kind, shape)
 
+    def out_prod(self, a: Tensor, b: Tensor) -> Tensor:
+        """a [m, r, c], b [r, n, c], both f32 -> [m, n, c]: columns of a, as much as b says, summed.
+
+        ``mul_mat`` takes dot products, which are slow where r is a few dozen: ggml's loops begin to
+        pay at 64 elements. This one runs along m.
+        """
+        assert a.shape[1] == b.shape[0] and a.shape[2:] == b.shape[2:], (a, b)
+        turned = ggml.ggml_transpose(self._context, b.pointer)
+        result = ggml.ggml_out_prod(self._context, a.pointer, turned)
+        return Tensor(result, F32, (a.shape[0], *b.shape[1:]))
+
     def get_rows(self, table: Tensor, ids: Tensor) -> Tensor:
         """table [k, n] of any type, ids [m] i32 -> [k, m], the rows named by ids."""
         assert len(table.shape) == 2 and len(ids.shape) == 1, (table, ids)
@@ -188,6 +199,12 @@ class Graph:
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """a + b, b repeated where its dimensions are shorter."""
         return self._binary(ggml.ggml_add, a, b)
+
+    def add_into(self, x: Tensor, y: Tensor) -> None:
+        """x += y in the memory of x, a view of what is read later; before whatever comes later."""
+        assert x.shape == y.shape, (x, y)
+        result = ggml.ggml_add_inplace(self._context, x.pointer, y.pointer)
+        self.expand(Tensor(result, F32, x.shape, x.strides))
 
     def mul(self, a: Tensor, b: Tensor) -> Tensor:
         """a * b, b repeated where its dimensions are shorter."""

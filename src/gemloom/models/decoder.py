@@ -14,7 +14,7 @@ from gemloom.cache import KVCache, Rows
 from gemloom.config import Config, LayerSpec
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from gemloom.linear import linear
+from gemloom.linear import linear, table_rows
 from gemloom.weights import Weights
 
 Block = dict[str, Tensor]  # one layer's tensors, by name without "blk.N." and ".weight"
@@ -30,7 +30,7 @@ class Decoder:
 
     def embed(self, g: Graph, rows: Rows) -> Tensor:
         """Token embeddings, scaled: [D, T]."""
-        x = g.get_rows(self.weights["token_embd.weight"], rows.tokens)
+        x = table_rows(g, self.weights["token_embd.weight"], rows.tokens, rows.deltas)
         return g.name(g.scale(x, self.config.embed_scale), "embd")
 
     def norm(self, g: Graph, weight: Tensor, x: Tensor) -> Tensor:
@@ -47,20 +47,22 @@ class Decoder:
         x = g.add(x, self.norm(g, weight, y))
         return g.mul(x, scale) if scale else x
 
-    def project(self, g: Graph, spec: LayerSpec, w: Block, which: str, h: Tensor) -> Tensor:
+    def project(
+        self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, which: str, h: Tensor
+    ) -> Tensor:
         """h [D, T] -> q, k or v [hd, heads, T], from its own matrix or rows of the fused one."""
         q, k = spec.n_head * spec.head_dim, spec.n_kv * spec.head_dim
         start, stop = {"q": (0, q), "k": (q, q + k), "v": (q + k, q + 2 * k)}[which]
         name = f"blk.{spec.index}.attn_{which}"
         if "attn_qkv" in w:
-            y = g.name(linear(g, g.slice(w["attn_qkv"], 1, start, stop), h), name)
+            y = g.name(linear(g, w["attn_qkv"], h, rows.deltas, (start, stop)), name)
         else:
-            y = linear(g, w[f"attn_{which}"], h)
+            y = linear(g, w[f"attn_{which}"], h, rows.deltas)
         return g.reshape(y, spec.head_dim, (stop - start) // spec.head_dim, h.shape[1])
 
     def query(self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, h: Tensor) -> Tensor:
         """Queries [hd, H, T]: projected, normed per head, rotated."""
-        q = self.norm(g, w["attn_q_norm"], self.project(g, spec, w, "q", h))
+        q = self.norm(g, w["attn_q_norm"], self.project(g, spec, w, rows, "q", h))
         return self.rope(g, spec, rows.positions, q)
 
     def rope(self, g: Graph, spec: LayerSpec, positions: Tensor, x: Tensor) -> Tensor:
@@ -75,19 +77,19 @@ class Decoder:
         """The attention half of a layer: [D, T] -> [D, T]; K/V are in the cache already."""
         q = self.query(g, spec, w, rows, h)
         o = kv.attend(g, spec, rows, q, self.config.attn_scale)  # [hd * H, T]
-        return linear(g, w["attn_output"], self.named(g, spec, "attn_kqv", o))
+        return linear(g, w["attn_output"], self.named(g, spec, "attn_kqv", o), rows.deltas)
 
-    def mlp(self, g: Graph, w: Block, x: Tensor) -> Tensor:
+    def mlp(self, g: Graph, w: Block, rows: Rows, x: Tensor) -> Tensor:
         """down(gelu(gate x) * up x), of the normed x: [D, T] -> [D, T]."""
         m = self.norm(g, w["ffn_norm"], x)
-        gate, up = linear(g, w["ffn_gate"], m), linear(g, w["ffn_up"], m)
-        return linear(g, w["ffn_down"], g.gelu_mul(gate, up))
+        gate, up = (linear(g, w[name], m, rows.deltas) for name in ("ffn_gate", "ffn_up"))
+        return linear(g, w["ffn_down"], g.gelu_mul(gate, up), rows.deltas)
 
-    def logits(self, g: Graph, x: Tensor) -> Tensor:
+    def logits(self, g: Graph, rows: Rows, x: Tensor) -> Tensor:
         """x [D, T] -> [n_vocab, T], still to go through ``softcap``."""
         h = self.norm(g, self.weights["output_norm.weight"], x)
-        y = linear(g, self.weights.get("output.weight") or self.weights["token_embd.weight"], h)
-        return g.name(y, "logits")
+        head = self.weights.get("output.weight") or self.weights["token_embd.weight"]
+        return g.name(linear(g, head, h, rows.deltas, name="output.weight"), "logits")
 
     def softcap(self, logits: np.ndarray) -> np.ndarray:
         """The last operation, cap * tanh(logits / cap), in place on what was read back.

@@ -44,16 +44,16 @@ class Gemma3(Decoder):
             a = self.attention(g, spec, w, rows, h, kv)
             x = self.add_normed(g, x, w["post_attention_norm"], a)
             x = self.named(g, spec, "attn_out", x)
-            x = self.add_normed(g, x, w["post_ffw_norm"], self.mlp(g, w, x))
+            x = self.add_normed(g, x, w["post_ffw_norm"], self.mlp(g, w, rows, x))
             x = self.named(g, spec, "out", x)
-        return self.logits(g, x)
+        return self.logits(g, rows, x)
 
     def _keys_values(
         self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, h: Tensor
     ) -> tuple[Tensor, Tensor]:
         """K, normed and rotated, and V; [hd, KV, T] both."""
-        k = self.norm(g, w["attn_k_norm"], self.project(g, spec, w, "k", h))
-        return self.rope(g, spec, rows.positions, k), self.project(g, spec, w, "v", h)
+        k = self.norm(g, w["attn_k_norm"], self.project(g, spec, w, rows, "k", h))
+        return self.rope(g, spec, rows.positions, k), self.project(g, spec, w, rows, "v", h)
 
     @staticmethod
     def layout(config: Config, there: Collection[str]) -> Layout:

@@ -17,7 +17,7 @@ from gemloom.config import Config, LayerSpec
 from gemloom.errors import TensorError
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from gemloom.linear import expert_linear, linear
+from gemloom.linear import expert_linear, linear, table_rows
 from gemloom.models.decoder import (
     Block,
     Decoder,
@@ -55,11 +55,11 @@ class Gemma4(Decoder):
             a = self.attention(g, spec, w, rows, h, kv)
             x = self.add_normed(g, x, w["post_attention_norm"], a)
             x = self.named(g, spec, "attn_out", x)
-            f = self._experts(g, spec, w, x) if spec.experts else self.mlp(g, w, x)
+            f = self._experts(g, spec, w, rows, x) if spec.experts else self.mlp(g, w, rows, x)
             x = self.add_normed(g, x, w["post_ffw_norm"], f)
-            x = self._inject(g, spec, w, x, per_layer)
+            x = self._inject(g, spec, w, rows, x, per_layer)
             x = self.named(g, spec, "out", x)
-        return self.logits(g, x)
+        return self.logits(g, rows, x)
 
     def __init__(self, config: Config, weights: Weights) -> None:
         super().__init__(config, weights)
@@ -71,19 +71,21 @@ class Gemma4(Decoder):
         self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, h: Tensor
     ) -> tuple[Tensor, Tensor]:
         """K, normed and rotated, and V, normed without weight; [hd, KV, T] both."""
-        k = self.project(g, spec, w, "k", h)
-        v = self.project(g, spec, w, "v", h) if spec.has_v else k
+        k = self.project(g, spec, w, rows, "k", h)
+        v = self.project(g, spec, w, rows, "v", h) if spec.has_v else k
         k = self.rope(g, spec, rows.positions, self.norm(g, w["attn_k_norm"], k))
         return k, g.rms_norm(v, self.config.eps)
 
     def _inject(
-        self, g: Graph, spec: LayerSpec, w: Block, x: Tensor, per_layer: dict[int, Tensor]
-    ) -> Tensor:
+        self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, x: Tensor,
+        per_layer: dict[int, Tensor],
+    ) -> Tensor:  # fmt: skip
         """Add the layer's own input, gated by the stream x [D, T], and scale the layer's output."""
         scale = w.get("layer_output_scale")
         if self.config.n_per_layer:
-            gated = g.gelu_mul(linear(g, w["inp_gate"], x), per_layer[spec.index])
-            return self.add_normed(g, x, w["post_norm"], linear(g, w["proj"], gated), scale)
+            gate = linear(g, w["inp_gate"], x, rows.deltas)
+            y = linear(g, w["proj"], g.gelu_mul(gate, per_layer[spec.index]), rows.deltas)
+            return self.add_normed(g, x, w["post_norm"], y, scale)
         return g.mul(x, scale) if scale else x
 
     def _per_layer_inputs(
@@ -93,10 +95,11 @@ class Gemma4(Decoder):
         p, n = self.config.n_per_layer, stop - first
         if not p or not n:
             return {}
-        table = g.slice(self.weights[PER_LAYER_TABLE], 0, first * p, stop * p)
-        t = g.scale(g.get_rows(table, rows.tokens), sqrt(p))  # [P * n, T]
-        projection = g.slice(self.weights["per_layer_model_proj.weight"], 1, first * p, stop * p)
-        y = g.scale(linear(g, projection, embedded), self.config.n_embd**-0.5)
+        table, part = self.weights[PER_LAYER_TABLE], (first * p, stop * p)
+        t = g.scale(table_rows(g, table, rows.tokens, rows.deltas, part), sqrt(p))  # [P * n, T]
+        projection = self.weights["per_layer_model_proj.weight"]
+        y = linear(g, projection, embedded, rows.deltas, part)
+        y = g.scale(y, self.config.n_embd**-0.5)
         y = g.reshape(y, p, n, rows.count)
         y = self.norm(g, self.weights["per_layer_proj_norm.weight"], y)
         mixed = g.scale(g.add(y, g.reshape(t, p, n, rows.count)), sqrt(0.5))  # [P, n, T]
@@ -104,45 +107,52 @@ class Gemma4(Decoder):
         slices = (g.slice(by_layer, 2, i, i + 1) for i in range(n))
         return {first + i: g.reshape(s, p, rows.count) for i, s in enumerate(slices)}
 
-    def _experts(self, g: Graph, spec: LayerSpec, w: Block, x: Tensor) -> Tensor:
+    def _experts(self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, x: Tensor) -> Tensor:
         """The dense MLP and the chosen experts side by side, each with a norm of its own."""
         assert spec.experts
-        dense = self.norm(g, w["post_ffw_norm_1"], self.mlp(g, w, x))
-        ids, shares = self._route(g, spec, w, x)
+        dense = self.norm(g, w["post_ffw_norm_1"], self.mlp(g, w, rows, x))
+        ids, shares = self._route(g, spec, w, rows, x)
         m = g.reshape(self.norm(g, w["pre_ffw_norm_2"], x), x.shape[0], 1, x.shape[1])
-        y = g.mul(self._expert_mlp(g, spec, w, m, ids), shares)  # [D, used, T]
+        y = g.mul(self._expert_mlp(g, spec, w, rows, m, ids), shares)  # [D, used, T]
         total = g.cont(g.slice(y, 1, 0, 1))
         for i in range(1, spec.experts.used):
             total = g.add(total, g.slice(y, 1, i, i + 1))
         return g.add(dense, self.norm(g, w["post_ffw_norm_2"], g.reshape(total, *x.shape)))
 
-    def _route(self, g: Graph, spec: LayerSpec, w: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _route(
+        self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Which experts each row uses, i32 [used, T], and the share of each, [1, used, T].
 
         The router reads the stream x [D, T] itself, normed without weight.
         """
         assert spec.experts
-        n, used, rows = spec.experts.count, spec.experts.used, x.shape[1]
+        n, used, count = spec.experts.count, spec.experts.used, rows.count
         r = g.scale(g.rms_norm(x, self.config.eps), self.config.n_embd**-0.5)
         r = g.mul(r, w["ffn_gate_inp.scale"])
-        p = g.soft_max(linear(g, w["ffn_gate_inp"], r))  # [n_expert, T]
+        p = g.soft_max(linear(g, w["ffn_gate_inp"], r, rows.deltas))  # [n_expert, T]
         ids = g.top_k(p, used)
-        shares = g.reshape(g.get_experts(g.reshape(p, 1, n, rows), ids), used, rows)
+        shares = g.reshape(g.get_experts(g.reshape(p, 1, n, count), ids), used, count)
         shares = g.div(shares, g.sum_rows(shares))
-        each = g.reshape(g.cont(ids), used * rows)
+        each = g.reshape(g.cont(ids), used * count)
         scales = g.get_rows(g.reshape(w["ffn_down_exps.scale"], 1, n), each)  # [1, used * T]
-        return ids, g.reshape(g.mul(shares, g.reshape(scales, used, rows)), 1, used, rows)
+        return ids, g.reshape(g.mul(shares, g.reshape(scales, used, count)), 1, used, count)
 
-    def _expert_mlp(self, g: Graph, spec: LayerSpec, w: Block, m: Tensor, ids: Tensor) -> Tensor:
+    def _expert_mlp(
+        self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, m: Tensor, ids: Tensor
+    ) -> Tensor:
         """The chosen experts on m [D, 1, T]: [D, used, T]."""
         assert spec.experts
+
+        def each(name: str, x: Tensor) -> Tensor:
+            return expert_linear(g, w[name], x, ids, rows.deltas)
+
         if "ffn_gate_up_exps" in w:
-            both, n_ff = expert_linear(g, w["ffn_gate_up_exps"], m, ids), spec.experts.n_ff
+            both, n_ff = each("ffn_gate_up_exps", m), spec.experts.n_ff
             gate, up = g.slice(both, 0, 0, n_ff), g.slice(both, 0, n_ff, 2 * n_ff)
         else:
-            gate = expert_linear(g, w["ffn_gate_exps"], m, ids)
-            up = expert_linear(g, w["ffn_up_exps"], m, ids)
-        return expert_linear(g, w["ffn_down_exps"], g.gelu_mul(gate, up), ids)
+            gate, up = each("ffn_gate_exps", m), each("ffn_up_exps", m)
+        return each("ffn_down_exps", g.gelu_mul(gate, up))
 
     @staticmethod
     def layout(config: Config, there: Collection[str]) -> Layout:

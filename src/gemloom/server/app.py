@@ -20,9 +20,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemloom import __version__
+from gemloom.adapters.info import Scales
 from gemloom.errors import EngineError, GemloomError, RequestError
 from gemloom.model import Model
-from gemloom.server import metrics, protocol
+from gemloom.server import adapter_routes, metrics, protocol
 from gemloom.server.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
 from gemloom.server.guard import read_body
 from gemloom.server.responses import ResponseAnswer, ResponsesRequest
@@ -76,10 +77,11 @@ async def chat_completions(request: Request) -> Response:
     service = _service(request)
     deadline = service.deadline()
     asked = await service.read(protocol.ChatRequest, request, deadline)
-    jobs, splitters = await in_thread(partial(service.prepare.chat, asked), deadline)
+    adapters = service.adapters_of(asked)
+    jobs, splitters = await in_thread(partial(service.prepare.chat, asked, adapters), deadline)
     tokenizer = service.model.tokenizer
     choices = [ChatChoice(index, tokenizer, splitter) for index, splitter in enumerate(splitters)]
-    answer = ChatAnswer(service.head("chatcmpl"), choices, asked.wants_usage)
+    answer = ChatAnswer(service.head("chatcmpl", asked), choices, asked.wants_usage)
     stream = bool(asked.stream)
     return await service.answer(request, answer, jobs, stream=stream, deadline=deadline)
 
@@ -90,9 +92,12 @@ async def completions(request: Request) -> Response:
     service = _service(request)
     deadline = service.deadline()
     asked = await service.read(protocol.CompletionRequest, request, deadline)
-    jobs = await in_thread(partial(service.prepare.completion, asked), deadline)
+    adapters = service.adapters_of(asked)
+    jobs = await in_thread(partial(service.prepare.completion, asked, adapters), deadline)
     choices = [CompletionChoice(index, service.model.tokenizer) for index in range(len(jobs))]
-    answer = CompletionAnswer(service.head("cmpl"), choices, asked.choices, asked.wants_usage)
+    answer = CompletionAnswer(
+        service.head("cmpl", asked), choices, asked.choices, asked.wants_usage
+    )
     stream = bool(asked.stream)
     return await service.answer(request, answer, jobs, stream=stream, deadline=deadline)
 
@@ -103,8 +108,11 @@ async def responses(request: Request) -> Response:
     service = _service(request)
     deadline = service.deadline()
     asked = await service.read(ResponsesRequest, request, deadline)
-    jobs, (splitter,) = await in_thread(lambda: service.prepare.chat(asked.chat()), deadline)
-    answer = ResponseAnswer(service.head("resp"), asked, service.model.tokenizer, splitter)
+    adapters = service.adapters_of(asked)
+    jobs, (splitter,) = await in_thread(
+        lambda: service.prepare.chat(asked.chat(), adapters), deadline
+    )
+    answer = ResponseAnswer(service.head("resp", asked), asked, service.model.tokenizer, splitter)
     stream = bool(asked.stream)
     return await service.answer(request, answer, jobs, stream=stream, deadline=deadline)
 
@@ -115,13 +123,15 @@ async def embeddings(request: Request) -> Response:
     service = _service(request)
     deadline = service.deadline()
     asked = await service.read(protocol.EmbeddingRequest, request, deadline)
-    vectors, count = await service.long(request, partial(_embed, service, asked), deadline)
+    adapters = service.adapters_of(asked)
+    work = partial(_embed, service, asked, adapters)
+    vectors, count = await service.long(request, work, deadline)
     shown = [_encoded(vector, asked.encoding_format) for vector in vectors]
     return JSONResponse(protocol.embeddings_body(shown, service.settings.name, count))
 
 
 def _embed(
-    service: Service, asked: protocol.EmbeddingRequest, given_up: Event
+    service: Service, asked: protocol.EmbeddingRequest, adapters: Scales, given_up: Event
 ) -> tuple[list[np.ndarray], int]:
     """Vectors float32 [n_embd], and how many tokens they were made of."""
     prompts = [service.prepare.ids(text) for text in asked.inputs()]
@@ -129,7 +139,7 @@ def _embed(
     for ids in prompts:
         if given_up.is_set():
             break
-        vectors.append(service.model.embed(ids))
+        vectors.append(service.model.embed(ids, adapters))
     return vectors, sum(map(len, prompts))
 
 
@@ -141,9 +151,11 @@ def _encoded(vector: np.ndarray, form: str | None) -> Any:
 
 @api.get("/v1/models")
 async def models(request: Request) -> Response:
-    """The one model there is, and its other names."""
+    """The one model there is, its other names, and itself with each adapter."""
     service = _service(request)
-    names = (service.settings.name, *service.settings.aliases)
+    own = service.settings.name
+    adapted = [f"{own}:{info.name}" for info in service.adapters.there()]
+    names = (own, *service.settings.aliases, *adapted)
     return JSONResponse({"object": "list", "data": [_model(service, name) for name in names]})
 
 
@@ -285,6 +297,7 @@ def create_app(model: Model, settings: Settings) -> FastAPI:
     app.state.service = service = Service(model, settings)
     app.include_router(open_to_all)
     app.include_router(api)
+    app.include_router(adapter_routes.routes, dependencies=[Depends(_admit)])
     _add_page(app)
     app.add_exception_handler(GemloomError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)

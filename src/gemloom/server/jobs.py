@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from gemloom import conversation
+from gemloom.adapters.info import Scales
 from gemloom.constraint import ThinkingBudget, both
 from gemloom.conversation import Thought
 from gemloom.errors import RequestError
@@ -34,10 +35,13 @@ class Job:
     prompt: Ids
     sampling: Json
     constraint: Constraint | None
+    adapters: Scales
 
     def start(self, model: Model) -> Run:
         """Start it; never blocks. Raises QueueFullError, EngineError and what is wrong with it."""
-        return model.stream(self.prompt, constraint=self.constraint, **self.sampling)
+        return model.stream(
+            self.prompt, constraint=self.constraint, adapters=self.adapters, **self.sampling
+        )
 
 
 def start(model: Model, jobs: Sequence[Job]) -> list[Run]:
@@ -70,20 +74,26 @@ class Preparer:
     def _prompt(self, asked: Conversation, variables: Json) -> Ids:
         return self._model.chat_prompt(asked.messages, tools=asked.tools, variables=variables)
 
-    def chat(self, asked: ChatRequest) -> tuple[list[Job], list[Splitter]]:
+    def chat(self, asked: ChatRequest, adapters: Scales) -> tuple[list[Job], list[Splitter]]:
         """The runs of a chat, and what splits the text of each."""
         sampling = _checked(self._chat_sampling(asked))
         variables = _variables(asked)
         prompt = self._prompt(asked, variables)
         thought = self._model.thought(prompt, variables) if self._markers else Thought()
-        jobs = _jobs([prompt], sampling, self._chat_constraint(asked, thought), asked.choices)
+        make = self._chat_constraint(asked, thought)
+        jobs = [Job(prompt, own, make(), adapters) for own in _seeded(sampling, asked.choices)]
         return jobs, [self._splitter(asked, thought) for _ in jobs]
 
-    def completion(self, asked: CompletionRequest) -> list[Job]:
+    def completion(self, asked: CompletionRequest, adapters: Scales) -> list[Job]:
         """The runs of a request for completions, those of the first prompt first."""
         sampling = _checked(asked.sampling())
         prompts = [self.ids(prompt) for prompt in asked.prompts()]
-        return _jobs(prompts, sampling, self._format(asked, Thought()), asked.choices)
+        make = self._format(asked, Thought())
+        return [
+            Job(prompt, own, make(), adapters)
+            for prompt in prompts
+            for own in _seeded(sampling, asked.choices)
+        ]
 
     def ids(self, prompt: str | Ids) -> Ids:
         """Text as ids with one BOS; ids as they are."""
@@ -147,16 +157,11 @@ class Preparer:
         return make
 
 
-def _jobs(prompts: Sequence[Ids], sampling: Json, make: MakeConstraint, choices: int) -> list[Job]:
-    """So many runs of each prompt, each with a seed of its own if one was given."""
-    jobs = []
-    for prompt in prompts:
-        for number in range(choices):
-            own = dict(sampling)
-            if "seed" in own:
-                own["seed"] = (own["seed"] + number) % _SEEDS
-            jobs.append(Job(prompt, own, make()))
-    return jobs
+def _seeded(sampling: Json, choices: int) -> list[Json]:
+    """The options of so many runs, each with a seed of its own if one was given."""
+    if "seed" not in sampling:
+        return [sampling] * choices
+    return [sampling | {"seed": (sampling["seed"] + n) % _SEEDS} for n in range(choices)]
 
 
 def _checked(sampling: Json) -> Json:

@@ -91,6 +91,14 @@ class _Engine(Collector):
         yield GaugeMetricFamily("gemloom_engine_failed", "1 after the engine stopped", value=failed)
         yield CounterMetricFamily("gemloom_steps", "Steps computed", value=stats.steps)
         yield _tokens(stats)
+        there = self._model.adapters.list()
+        yield GaugeMetricFamily("gemloom_adapters", "Adapters that are loaded", value=len(there))
+        requests = CounterMetricFamily(
+            "gemloom_adapter_requests", "Requests that have named an adapter", labels=["adapter"]
+        )
+        for info in there:
+            requests.add_metric([info.name], info.requests)
+        yield requests
         memory = GaugeMetricFamily("gemloom_memory_bytes", "Memory by kind", labels=["kind"])
         for kind, size in self._model.memory().items():
             memory.add_metric([kind], size)

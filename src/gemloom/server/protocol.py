@@ -11,9 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic_core import from_json
 
+from gemloom.adapters.info import AdapterInfo
 from gemloom.chat import ROLES
 from gemloom.errors import GemloomError, RequestError
 from gemloom.generation import Usage
@@ -96,6 +105,20 @@ class Body(Strict):
     model: str | None = None
 
 
+class LoraScale(Strict):
+    """An adapter and its scale as llama.cpp's clients say it."""
+
+    id: int
+    scale: float
+
+
+class Adapted(Body):
+    """What requests may have that adapters act on: their scales, by name or as llama.cpp has it."""
+
+    adapters: dict[str, float | None] | None = None  # null: the adapter's own scale
+    lora: Annotated[list[LoraScale], _FirstWrong()] | None = None
+
+
 class StreamOptions(Strict):
     """``include_usage`` adds a last event with the usage."""
 
@@ -119,7 +142,7 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
 
-class Sampling(Body):
+class Sampling(Adapted):
     """How to pick tokens; what a value may be, ``SamplingParams`` checks."""
 
     temperature: float | None = None
@@ -233,7 +256,7 @@ class CompletionRequest(Sampled):
         return found
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(Adapted):
     """POST /v1/embeddings."""
 
     input: Prompts
@@ -262,21 +285,41 @@ class DetokenizeRequest(Body):
     tokens: Ids
 
 
-_Model = TypeVar("_Model", bound=Body)
+class AdapterRequest(Strict):
+    """POST /v1/adapters."""
+
+    name: str
+    scale: float | None = None  # None: as it was registered
+
+
+_SCALES = TypeAdapter(list[LoraScale])
+_Model = TypeVar("_Model", bound=Strict)
 
 
 def parse(kind: type[_Model], data: bytes) -> _Model:
     """The request in a JSON body. RequestError or FieldError in one line for anything else."""
-    try:
-        value = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from None
+    value = _json(data)
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object")
     try:
         return kind.model_validate(_known(kind.model_fields, value))
     except ValidationError as error:
         raise _field_error(error) from None
+
+
+def parse_scales(data: bytes) -> list[LoraScale]:
+    """The list in the body of POST /lora-adapters. RequestError or FieldError."""
+    try:
+        return _SCALES.validate_python(_json(data))
+    except ValidationError:
+        raise FieldError("scale", 'the body must be [{"id": 0, "scale": 1.0}, ...]') from None
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"the body is not valid JSON: {error}") from None
 
 
 def _known(fields: Iterable[str], value: Json) -> Json:
@@ -371,6 +414,24 @@ def model_body(name: str, created: int, context: int, n_vocab: int, n_embd: int)
     """One entry of /v1/models; ``meta`` is an extra, as llama.cpp's server has it."""
     meta = {"n_ctx": context, "n_vocab": n_vocab, "n_embd": n_embd}
     return {"id": name, "object": "model", "created": created, "owned_by": "gemloom", "meta": meta}
+
+
+def adapter_body(info: AdapterInfo) -> Json:
+    """One entry of /v1/adapters."""
+    return {
+        "name": info.name,
+        "object": "adapter",
+        "version": info.version,
+        "scale": info.scale,
+        "rank": info.rank,
+        "matrices": info.matrices,
+        "norm": info.norm,
+        "bytes": info.nbytes,
+        "ignored": dict(info.ignored),
+        "invocation_tokens": list(info.invocation),
+        "running": info.users,
+        "requests": info.requests,
+    }
 
 
 def embeddings_body(vectors: Sequence[Any], model: str, prompt_tokens: int) -> Json:

@@ -6,8 +6,8 @@ import asyncio
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -15,14 +15,16 @@ from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from gemloom.adapters.info import Scales
 from gemloom.generation import Run
 from gemloom.model import Model
+from gemloom.server.adapters import AdapterFile, ServedAdapters
 from gemloom.server.answers import Head, new_id
 from gemloom.server.errors import ForbiddenError, UnknownModelError
 from gemloom.server.guard import Keys, check_origin, is_local, read_body
 from gemloom.server.jobs import Job, Preparer, start
 from gemloom.server.metrics import Metrics
-from gemloom.server.protocol import Body, parse
+from gemloom.server.protocol import Adapted, Body, parse
 from gemloom.server.streams import (
     Answer,
     EventStream,
@@ -50,6 +52,9 @@ class Settings:
     timeout: float | None = 600.0  # seconds of one request; None: no limit
     beat: float = 10.0  # seconds until a silent stream sends a comment
     slot_state: bool = False  # whether clients may save and restore the model's state
+    adapters: Mapping[str, AdapterFile] = field(default_factory=dict)  # by the name requests use
+    adapter_upload: bool = False  # whether clients with a key may send adapters
+    max_adapter: int = 1 << 30  # bytes of one that is sent
 
 
 class Service:
@@ -62,6 +67,7 @@ class Service:
             Metrics(model),
             Preparer(model),
         )
+        self.adapters = ServedAdapters(model, settings.adapters)
         self.created = int(time.time())
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
@@ -75,8 +81,22 @@ class Service:
         """ForbiddenError for who may not save or restore state."""
         if not self.settings.slot_state:
             raise ForbiddenError("saving and restoring state is off: start with --slot-state")
+        self._admit_trusted("state", request)
+
+    def admit_change(self, request: Request) -> None:
+        """ForbiddenError for who may not load or unload adapters."""
+        self._admit_trusted("a change of adapters", request)
+
+    def admit_upload(self, request: Request) -> None:
+        """ForbiddenError for who may not send adapters."""
+        if not (self.settings.adapter_upload and self.keys):
+            raise ForbiddenError(
+                "sending adapters is off: start with --adapter-upload and an --api-key"
+            )
+
+    def _admit_trusted(self, what: str, request: Request) -> None:
         if not self.keys and not is_local(request):
-            raise ForbiddenError("state needs an API key, or a client on the server's machine")
+            raise ForbiddenError(f"{what} needs an API key, or a client on the server's machine")
 
     def deadline(self) -> float | None:
         """When a request that has come now must have been answered, by the loop's clock."""
@@ -90,16 +110,31 @@ class Service:
         self.check_name(asked.model)
         return asked
 
-    def check_name(self, name: str | None) -> None:
-        """UnknownModelError unless it is this server's model, or left out."""
-        if name not in (None, self.settings.name, *self.settings.aliases):
-            raise UnknownModelError(
-                f"the model {str(name)[:80]!r} is not served here: {self.settings.name!r} is"
-            )
+    def check_name(self, name: str | None) -> str | None:
+        """The adapter that a model's name has, as in "model:adapter"; None where it has none.
 
-    def head(self, prefix: str) -> Head:
-        """The beginning of a new answer."""
-        return Head(new_id(prefix), int(time.time()), self.settings.name)
+        UnknownModelError unless the model is this server's, or left out; UnknownAdapterError.
+        """
+        names = (self.settings.name, *self.settings.aliases)
+        if name is None or name in names:
+            return None
+        model, _, adapter = name.rpartition(":")
+        if model not in names:
+            raise UnknownModelError(
+                f"the model {name[:80]!r} is not served here: {self.settings.name!r} is"
+            )
+        self.adapters.check(adapter)
+        return adapter
+
+    def adapters_of(self, asked: Adapted) -> Scales:
+        """The adapters that a request means."""
+        return self.adapters.of(asked, self.check_name(asked.model))
+
+    def head(self, prefix: str, asked: Body) -> Head:
+        """The beginning of a new answer, under the name that was asked for."""
+        adapter = self.check_name(asked.model)
+        name = self.settings.name if adapter is None else f"{self.settings.name}:{adapter}"
+        return Head(new_id(prefix), int(time.time()), name)
 
     async def answer(
         self, request: Request, answer: Answer, jobs: Sequence[Job], *,

@@ -1,0 +1,79 @@
+"""An adapter's factors in ggml memory of their own, laid out as the products want them.
+
+All are f32. Factors of f16 were no faster on any product measured, and ggml would cut the
+activations that meet them to f16, whose range Gemma's feed-forward parts can leave.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemloom.adapters.lora import Lora, Pair
+from gemloom.ggml.device import Arena, Device, Tensor
+from gemloom.ggml.graph import F32
+
+_TABLES = ("token_embd.weight", "per_layer_token_embd.weight")  # read by row
+_SLICE = 1 << 20  # elements converted and copied at once: what runs meanwhile hardly notices
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Of one matrix W [k, m]: a [k, r], with the pair's own scale in it, and b.
+
+    b is [m, r], so that sums run along m; but [r, m] of a table, of which rows are picked. Of an
+    expert matrix [k, m, n_expert] they are [k, r, n_expert] and [r, m, n_expert].
+    """
+
+    a: Tensor
+    b: Tensor
+
+
+class Loaded:
+    """A version of an adapter, ready to be computed with. ``close()`` frees it."""
+
+    def __init__(self, device: Device, name: str, version: int, lora: Lora) -> None:
+        """Copy the factors. DeviceError where there is no memory for them."""
+        self.name, self.version, self.invocation = name, version, lora.invocation
+        self.rank = max(pair.rank for pair in lora.pairs.values())
+        self._arena = Arena(device, 2 * len(lora.pairs), weights=True)
+        try:
+            self.pairs = {m: self._factors(m, pair) for m, pair in lora.pairs.items()}
+            self._arena.allocate(f"the adapter {name}")
+            for matrix, pair in lora.pairs.items():
+                _write(self.pairs[matrix].a, pair.a, np.float32(pair.scale))
+                _write(self.pairs[matrix].b, _turned(matrix, pair))
+        except BaseException:
+            self.close()
+            raise
+
+    def _factors(self, name: str, pair: Pair) -> Factors:
+        def tensor(which: str, array: np.ndarray) -> Tensor:
+            return self._arena.tensor(f"{name}.{which}", F32, array.shape[::-1])
+
+        return Factors(tensor("a", pair.a), tensor("b", _turned(name, pair)))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return self._arena.bytes_allocated
+
+    def close(self) -> None:
+        """Free it; no graph with it may be computed any more."""
+        self._arena.close()
+
+
+def _turned(name: str, pair: Pair) -> np.ndarray:
+    """B as it is to lie in memory, slowest dimension first."""
+    return pair.b if name in _TABLES or pair.b.ndim == 3 else pair.b.T
+
+
+def _write(tensor: Tensor, array: np.ndarray, factor: np.float32 | None = None) -> None:
+    """Copy an array of any float type, times ``factor``, slice by slice."""
+    flat = array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
+    step, offset = max(1, _SLICE // flat.shape[1]), 0
+    for start in range(0, len(flat), step):
+        part = np.ascontiguousarray(flat[start : start + step], np.float32)
+        tensor.write(part if factor is None else part * factor, offset)
+        offset += part.nbytes

@@ -1,0 +1,264 @@
+"""Adapters by name, each in versions: loaded, replaced and unloaded while requests run.
+
+A request takes a lease on the versions that its names mean when it comes, and they stay until it
+ends, whatever the names mean by then. A version goes when it has neither name nor lease.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from threading import Lock
+from typing import Any, Protocol
+
+from gemloom.adapters.active import Active
+from gemloom.adapters.checking import check
+from gemloom.adapters.info import AdapterInfo, Scales
+from gemloom.adapters.loaded import Loaded
+from gemloom.adapters.lora import Lora
+from gemloom.adapters.reading import read
+from gemloom.config import Config
+from gemloom.errors import ClosedError, OptionError, UnknownAdapterError
+from gemloom.ggml.device import Device
+
+MOST = 8  # adapters of one request
+_LARGEST = 3.4e38  # of f32, in which it is computed
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class Owner(Protocol):
+    """The thread that computes (``engine.py``)."""
+
+    def check(self) -> None:
+        """Raise why nothing is computed any more."""
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Have ``function`` run between two steps, and wait for nothing."""
+
+
+@dataclass(slots=True, eq=False)
+class _Version:
+    loaded: Loaded
+    scale: float
+    norm: float
+    ignored: Mapping[str, str]
+    users: int = 0
+    named: bool = True  # False once it was replaced or unloaded
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """The adapters of one request, kept until ``release``; a second call does nothing."""
+
+    active: tuple[Active, ...] = ()
+    _release: Callable[[], None] | None = field(default=None, repr=False)
+
+    def release(self) -> None:
+        """Let go of them. Never waits."""
+        release, self._release = self._release, None
+        if release:
+            release()
+
+    def __enter__(self) -> tuple[Active, ...]:
+        return self.active
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Adapters:
+    """The adapters of one model; any thread may call. ``forget`` drops what holds one's tensors."""
+
+    def __init__(
+        self,
+        device: Device,
+        config: Config,
+        shapes: Mapping[str, tuple[int, ...]],
+        owner: Owner,
+        forget: Callable[[Loaded], None],
+    ) -> None:
+        self._device, self._config, self._shapes = device, config, shapes
+        self._owner, self._forget = owner, forget
+        self._lock = Lock()
+        self._named: dict[str, _Version] = {}
+        self._there: set[Loaded] = set()  # all that have memory
+        self._requests: dict[str, int] = {}
+        self._versions = count(1)
+        self._closed = False
+
+    # -- loading -------------------------------------------------------------------------------
+
+    def load(self, name: str, source: Any, scale: float = 1.0) -> AdapterInfo:
+        """Load an adapter under a name, in the caller's thread; requests go on meanwhile.
+
+        Under a name that is there already it becomes what new requests get; those under way keep
+        theirs. ``source`` is what ``read`` takes, or a Lora. ``scale`` is what a request gets that
+        gives none. Raises OptionError, what ``read`` raises, AdapterError where it does not fit
+        this model, DeviceError.
+        """
+        check_name(name)
+        own = check_scale(name, scale)
+        self._owner.check()
+        lora = source if isinstance(source, Lora) else read(source)
+        report = check(lora, self._config, self._shapes)
+        loaded = Loaded(self._device, name, next(self._versions), report.lora)
+        version = _Version(loaded, own, report.norm, report.ignored)
+        with self._lock:
+            if self._closed:
+                loaded.close()
+                raise ClosedError("the model is closed")
+            self._there.add(loaded)
+            previous = self._named.get(name)
+            self._named[name] = version
+            self._requests.setdefault(name, 0)
+            info = self._info(version)
+        if previous:
+            self._drop(previous)
+        return info
+
+    def unload(self, name: str) -> None:
+        """Take a name away. Waits for nobody: requests under way keep what they have.
+
+        UnknownAdapterError.
+        """
+        with self._lock:
+            version = self._named.pop(name, None)
+            if version is None:
+                raise self._unknown(name)
+        self._drop(version)
+
+    def list(self) -> list[AdapterInfo]:
+        """All that requests can name, in the order of their names."""
+        with self._lock:
+            return [self._info(version) for _, version in sorted(self._named.items())]
+
+    def check(self, name: str) -> None:
+        """UnknownAdapterError unless requests can name it."""
+        with self._lock:
+            if name not in self._named:
+                raise self._unknown(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all versions that are there."""
+        with self._lock:
+            return sum(loaded.nbytes for loaded in self._there)
+
+    def close(self) -> None:
+        """Free all, where nothing is computed any more."""
+        with self._lock:
+            self._closed = True
+            there = list(self._there)
+            self._there.clear()
+            self._named.clear()
+        for loaded in there:
+            loaded.close()
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def lease(self, wanted: Scales | None, prompt: Sequence[int]) -> Lease:
+        """The adapters that a request names, as they are now, held until it is released.
+
+        A scale of 0 is no adapter. Raises UnknownAdapterError, which lists the names there are,
+        and OptionError: for a scale that is not finite, for too many, and for an adapter that acts
+        from certain tokens on where the prompt has none of them.
+        """
+        if not wanted:
+            return Lease()
+        if not isinstance(wanted, Mapping):
+            raise OptionError(f"adapters must be {{name: scale}}, not {reprlib.repr(wanted)}")
+        with self._lock:
+            found = [self._active(name, scale, prompt) for name, scale in wanted.items()]
+            held = [(version, active) for version, active in found if active.scale]
+            if len(held) > MOST:
+                raise OptionError(f"{len(held)} adapters in one request; {MOST} are the most")
+            for version, active in held:
+                version.users += 1
+                self._requests[active.adapter.name] += 1
+        versions = [version for version, _ in held]
+        return Lease(tuple(active for _, active in held), partial(self._return, versions))
+
+    def _active(
+        self, name: str, scale: float | None, prompt: Sequence[int]
+    ) -> tuple[_Version, Active]:
+        version = self._named.get(name)
+        if version is None:
+            raise self._unknown(name)
+        own = version.scale if scale is None else check_scale(name, scale)
+        since = 0
+        if own and (sought := version.loaded.invocation):
+            since = _last(sought, prompt)
+            if since < 0:
+                raise OptionError(
+                    f"the adapter {name} acts from its invocation tokens {list(sought)} on, "
+                    "which the prompt does not have"
+                )
+        return version, Active(version.loaded, own, since)
+
+    def _return(self, versions: Sequence[_Version]) -> None:
+        with self._lock:
+            for version in versions:
+                version.users -= 1
+            unused = [v for v in versions if not v.users and not v.named]
+        for version in unused:
+            self._free(version.loaded)
+
+    def _drop(self, version: _Version) -> None:
+        """Take note that nobody can name this version any more."""
+        with self._lock:
+            version.named = False
+            used = version.users
+        if not used:
+            self._free(version.loaded)
+
+    def _free(self, loaded: Loaded) -> None:
+        """Free it between two steps: a graph that is kept may hold its tensors."""
+
+        def free() -> None:
+            self._forget(loaded)
+            with self._lock:
+                self._there.discard(loaded)
+            loaded.close()
+
+        self._owner.post(free)
+
+    def _info(self, version: _Version) -> AdapterInfo:
+        loaded = version.loaded
+        return AdapterInfo(
+            loaded.name, loaded.version, version.scale, loaded.rank, len(loaded.pairs),
+            loaded.nbytes, version.norm, version.ignored, loaded.invocation, version.users,
+            self._requests[loaded.name],
+        )  # fmt: skip
+
+    def _unknown(self, name: object) -> UnknownAdapterError:
+        there = ", ".join(sorted(self._named)) or "none"
+        return UnknownAdapterError(f"no adapter is named {reprlib.repr(name)}; loaded: {there}")
+
+
+def check_name(name: object) -> None:
+    """OptionError unless it is one that a command line, a URL and JSON can carry as it is."""
+    if not isinstance(name, str) or not NAME.fullmatch(name) or not name.strip("."):
+        raise OptionError(
+            f"an adapter's name is 1 to 64 letters, digits, dots, dashes and underscores, "
+            f"not {reprlib.repr(name)}"
+        )
+
+
+def check_scale(name: str, scale: object) -> float:
+    """The scale as a number. OptionError where it is none, or not finite."""
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not number or not abs(scale) <= _LARGEST:  # type: ignore[arg-type]
+        shown = reprlib.repr(scale)
+        raise OptionError(f"the scale of {name} must be a finite number, is {shown}")
+    return float(scale)  # type: ignore[arg-type]
+
+
+def _last(sought: Sequence[int], tokens: Sequence[int]) -> int:
+    """Where ``sought`` begins for the last time, -1 where it is nowhere."""
+    wanted, n = list(sought), len(sought)
+    starts = range(len(tokens) - n, -1, -1)
+    return next((i for i in starts if list(tokens[i : i + n]) == wanted), -1)

@@ -1,0 +1,270 @@
+"""``gemloom adapter``: look into LoRA adapters, convert, merge and extract them."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemloom.cli.opening import open_file
+from gemloom.cli.terminal import note, one_line, print_json, render, size, table
+from gemloom.errors import AdapterError, OptionError
+
+if TYPE_CHECKING:
+    from gguf.constants import GGMLQuantizationType
+
+    from gemloom.adapters.base import Base
+    from gemloom.adapters.checking import Report
+    from gemloom.adapters.lora import Lora
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_Adapter = Annotated[
+    str, typer.Argument(help="A GGUF LoRA, a PEFT folder or an archive of one, hf:owner/repo.")
+]
+
+
+def inspect(
+    file: _Adapter,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Hold it against this.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Tell what an adapter changes, and whether it fits a model.
+
+    \b
+    Examples:
+      gemloom adapter inspect style.gguf
+      gemloom adapter inspect checkpoint-500/ --model gemma.gguf
+      gemloom adapter inspect hf:owner/repo --model gemma.gguf --json
+    """
+    from gemloom.adapters.checking import check, measure
+    from gemloom.adapters.reading import read
+
+    lora = read(file)
+    base = _base(model) if model is not None else None
+    report = check(lora, base.config, base.shapes) if base else measure(lora)
+    if as_json:
+        print_json(_facts(lora, report, model))
+    else:
+        _show(lora, report, model)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="An adapter.")],
+    out: Annotated[Path, typer.Argument(help="NAME.gguf for a GGUF LoRA, else a PEFT folder.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The base: to check against, first.")
+    ] = None,
+    multimodal: Annotated[
+        bool | None,
+        typer.Option(
+            "--multimodal/--text",
+            help="PEFT: names of the ...ForConditionalGeneration class, or of ...ForCausalLM. "
+            "[default: the first for Gemma 4, the second for Gemma 3]",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Turn a PEFT adapter into a GGUF LoRA, or a GGUF LoRA into a PEFT folder.
+
+    \b
+    Examples:
+      gemloom adapter convert checkpoint-500/ style.gguf --model gemma.gguf
+      gemloom adapter convert style.gguf style-peft/
+    """
+    from gemloom.adapters.gguf_lora import write_gguf
+    from gemloom.adapters.peft_writing import write_peft
+    from gemloom.adapters.reading import read
+
+    lora = read(source)
+    architecture = _architecture(lora, model)
+    _note_ignored(lora.ignored)
+    if out.suffix == ".gguf":
+        write_gguf(lora, architecture, out)
+    else:
+        as_multimodal = architecture == "gemma4" if multimodal is None else multimodal
+        write_peft(lora, out, multimodal=as_multimodal)
+    note(f"{out}: {len(lora.pairs):,} matrices")
+
+
+def merge(
+    model: Annotated[str, typer.Argument(help="The base, which is only read.")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER[@SCALE]... OUT", help="Adapters; the new file.")
+    ],
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--type", help="The matrices' type: F16, Q8_0, Q4_K ... [default: as they are]"
+        ),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Write a new model: the base with adapters added for good.
+
+    \b
+    Examples:
+      gemloom adapter merge gemma.gguf style.gguf merged.gguf
+      gemloom adapter merge gemma.gguf a.gguf@0.7 b.gguf@0.3 merged.gguf --type Q8_0
+    """
+    from gemloom.adapters import merging
+    from gemloom.adapters.reading import read
+
+    if len(files) < 2:
+        raise OptionError("merge takes a model, one adapter or more, and the file to write")
+    wanted = _type(kind)
+    adapters = [(read(name), scale) for name, scale in map(_scaled, files[:-1])]
+    base = _base(model)
+    with _bar("merging", _bytes(base)) as advance:
+        merged = merging.merge(base, adapters, files[-1], wanted, advance)
+    if as_json:
+        kinds = {name: kind.name for name, kind in merged.kinds.items()}
+        print_json(
+            {"file": files[-1], "bytes": merged.nbytes, "changed": merged.changed, "types": kinds}
+        )
+    else:
+        note(f"{files[-1]}: {len(merged.changed):,} tensors changed; {size(merged.nbytes)}")
+
+
+def extract(
+    base: Annotated[str, typer.Argument(help="The model before.")],
+    tuned: Annotated[str, typer.Argument(help="The model after.")],
+    out: Annotated[Path, typer.Argument(help="The GGUF LoRA to write.")],
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Of each change.")],
+    as_json: _Json = False,
+) -> None:
+    """Make an adapter from the difference of two models of the same size.
+
+    \b
+    Examples:
+      gemloom adapter extract gemma.gguf tuned.gguf style.gguf --rank 16
+    """
+    from gemloom.adapters import extracting
+    from gemloom.adapters.gguf_lora import write_gguf
+
+    before, after = _base(base), _base(tuned)
+    with _bar("extracting", _bytes(before)) as advance:
+        found = extracting.extract(before, after, rank, advance)
+    write_gguf(found.lora, before.config.architecture, out)
+    if as_json:
+        matrices = [asdict(kept) | {"share": kept.share} for kept in found.matrices]
+        print_json(
+            {"file": str(out), "share": found.share, "matrices": matrices, "left": found.left}
+        )
+        return
+    rows = table("matrix", ">rank", ">norm", ">kept")
+    for kept in found.matrices:
+        rows.add_row(kept.tensor, str(kept.rank), f"{kept.norm:.4g}", f"{kept.share:.1%}")
+    rows.add_row("all", "", f"{found.norm:.4g}", f"{found.share:.1%}")
+    render(rows)
+    for name in found.left:
+        note(f"{name} differs too, and is no matrix: it stays as in the base")
+
+
+COMMANDS = (inspect, convert, merge, extract)
+
+
+# -- what they have in common ------------------------------------------------------------
+
+
+def _base(name: str) -> "Base":
+    from gemloom.adapters.base import open_base
+
+    return open_base(open_file(name))
+
+
+def _bytes(base: "Base") -> int:
+    return sum(info.nbytes for info in base.file.tensors.values())
+
+
+def _scaled(text: str) -> tuple[str, float]:
+    """ADAPTER@SCALE as the two; the scale of a plain name is 1."""
+    name, at, scale = text.rpartition("@")
+    if not at or os.path.exists(text):
+        return text, 1.0
+    try:
+        return name, float(scale)
+    except ValueError:
+        return text, 1.0
+
+
+def _type(name: str | None) -> "GGMLQuantizationType | None":
+    from gguf.constants import GGMLQuantizationType
+
+    if name is None:
+        return None
+    if name.upper() not in GGMLQuantizationType.__members__:
+        raise OptionError(f"--type {name} is no type of ggml; Q8_0, Q4_K and F16 are")
+    return GGMLQuantizationType[name.upper()]
+
+
+def _architecture(lora: "Lora", model: str | None) -> str:
+    from gemloom.adapters.checking import check
+
+    if model is not None:
+        base = _base(model)
+        check(lora, base.config, base.shapes)
+        return base.config.architecture
+    if lora.architecture is None:
+        raise AdapterError(f"{lora.name}: does not tell its base; name it with --model")
+    return lora.architecture
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def _note_ignored(ignored: Any) -> None:
+    for name, why in ignored.items():
+        note(f"ignored: {name}: {why}")
+
+
+def _facts(lora: "Lora", report: "Report", model: str | None) -> dict[str, Any]:
+    return {
+        "adapter": lora.name,
+        "architecture": lora.architecture,
+        "model": model,
+        "invocation_tokens": lora.invocation,
+        "parameters": report.parameters,
+        "norm": report.norm,
+        "matched": [asdict(match) for match in report.matched],
+        "ignored": report.ignored,
+    }
+
+
+def _show(lora: "Lora", report: "Report", model: str | None) -> None:
+    rows = table("matrix", ">shape", ">rank", ">scale", ">norm")
+    for match in report.matched:
+        target = "" if match.tensor == match.name else f" (in {match.tensor})"
+        shape = " x ".join(map(str, match.shape))
+        name = one_line(f"{match.name}{target}")
+        rows.add_row(name, shape, str(match.rank), f"{match.scale:.4g}", f"{match.norm:.4g}")
+    render(rows)
+    _note_ignored(report.ignored)
+    if lora.invocation:
+        note(f"an aLoRA: acts from the tokens {list(lora.invocation)} on")
+    fits = f"fits {model}" if model is not None else "no --model to hold it against"
+    note(
+        f"{len(report.matched):,} matrices, {report.parameters:,} values, norm {report.norm:.4g}; "
+        f"for {lora.architecture or 'an architecture it does not tell'}; {fits}"
+    )

@@ -1,0 +1,121 @@
+"""The adapters of a server: which names the operator gave it, and which a request means.
+
+No request ever names a file: what can be loaded is what the operator registered, or bytes that
+come with the request where that is switched on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gemloom.adapters.info import AdapterInfo, Scales
+from gemloom.adapters.registry import check_name
+from gemloom.errors import AdapterError, OptionError, UnknownAdapterError, WeightsError
+from gemloom.model import Model
+from gemloom.server.errors import FieldError
+from gemloom.server.protocol import Adapted, Json, LoraScale
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """Where an adapter comes from, and the scale it has where a request gives none."""
+
+    source: Any
+    scale: float = 1.0
+
+
+class ServedAdapters:
+    """Loads all registered adapters; then what requests may do with them. Any thread may call.
+
+    ``_defaults`` act on requests that say nothing of adapters; at first there are none.
+    """
+
+    def __init__(self, model: Model, registered: Mapping[str, AdapterFile]) -> None:
+        self._adapters, self._registered = model.adapters, dict(registered)
+        self._ids: dict[str, int] = {}  # as llama.cpp's clients know them; none is ever reused
+        self._defaults: dict[str, float] = {}
+        for name in registered:
+            self.load(name, None)
+
+    # -- what there is -------------------------------------------------------------------------
+
+    def there(self) -> list[AdapterInfo]:
+        """All that requests can name."""
+        return self._adapters.list()
+
+    def check(self, name: str) -> None:
+        """UnknownAdapterError unless requests can name it."""
+        self._adapters.check(name)
+
+    def load(self, name: str, scale: float | None) -> AdapterInfo:
+        """Load, or load again, the file that was registered under a name. UnknownAdapterError."""
+        file = self._registered.get(name)
+        if file is None:
+            there = ", ".join(self._registered) or "none"
+            raise UnknownAdapterError(
+                f"no file was registered under {name[:80]!r} when the server started; there are: "
+                f"{there}"
+            )
+        return self._load(name, file.source, file.scale if scale is None else scale)
+
+    def upload(self, name: str, data: bytes, scale: float | None) -> AdapterInfo:
+        """Load the bytes of an adapter. AdapterError for what is wrong with them: a client's."""
+        check_name(name)
+        try:
+            return self._load(name, data, 1.0 if scale is None else scale)
+        except WeightsError as error:
+            raise AdapterError(f"what was sent cannot be used: {error}") from error
+
+    def _load(self, name: str, source: Any, scale: float) -> AdapterInfo:
+        info = self._adapters.load(name, source, scale)
+        self._ids.setdefault(name, len(self._ids))
+        return info
+
+    def unload(self, name: str) -> None:
+        """Take a name away. UnknownAdapterError."""
+        self._adapters.unload(name)
+        self._defaults.pop(name, None)
+
+    # -- what a request means ------------------------------------------------------------------
+
+    def of(self, asked: Adapted, named: str | None) -> Scales:
+        """The adapters of a request; ``named`` is the one that its model's name has.
+
+        FieldError where it says it in two ways, or gives an id that is none.
+        """
+        if asked.adapters is not None and asked.lora is not None:
+            raise FieldError("lora", "lora: adapters and lora are the same; send one of them")
+        if asked.adapters is None and asked.lora is None and named is None:
+            return dict(self._defaults)
+        own: dict[str, float | None] = {} if named is None else {named: None}
+        return own | (asked.adapters or self._by_id(asked.lora or []))
+
+    def _by_id(self, given: Sequence[LoraScale]) -> dict[str, float | None]:
+        names = {self._ids[info.name]: info.name for info in self.there()}
+        for each in given:
+            if each.id not in names:
+                there = ", ".join(map(str, sorted(names))) or "none"
+                raise FieldError(
+                    "lora", f"lora: no adapter has the id {each.id}; there are: {there}"
+                )
+        return {names[each.id]: each.scale for each in given}
+
+    # -- as llama.cpp's server has it ----------------------------------------------------------
+
+    def by_id(self) -> list[Json]:
+        """Each adapter's id and the scale it has where a request says nothing."""
+        found = sorted((self._ids[info.name], info.name) for info in self.there())
+        return [
+            {"id": number, "name": name, "scale": self._defaults.get(name, 0.0)}
+            for number, name in found
+        ]
+
+    def set_defaults(self, given: Sequence[LoraScale]) -> None:
+        """What requests get that say nothing; those left out go. FieldError, OptionError."""
+        scales = self._by_id(given)
+        for info in self.there():
+            if scales.get(info.name) and info.invocation:
+                raise OptionError(f"{info.name} acts only where it is invoked: name it in requests")
+        self._defaults = {name: scale for name, scale in scales.items() if scale}
