@@ -52,6 +52,7 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "generation": ["errors", "router", "sequence"],
     "ggml": ["errors", "ggml", "gguf"],
     "writing": ["errors", "gguf", "source"],
+    "imatrix_file": ["blob", "errors", "gguf", "source", "writing"],
     "weights": ["errors", "ggml", "gguf"],
     "linear": ["ggml"],
     "cache": ["config", "errors", "ggml"],
