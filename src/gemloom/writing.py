@@ -104,6 +104,12 @@ class GGUFWriter:
             raise
         return self
 
+    def discard(self) -> None:
+        """Take away what an earlier run left. OutputError where another process is at it."""
+        if self.partial.exists():
+            with self._open():
+                self.partial.unlink()
+
     def write(self, name: str, data: Data | Iterable[Data]) -> None:
         """The bytes of the next planned tensor: at once, or in pieces that follow one another."""
         planned = self._plan[self._next]
