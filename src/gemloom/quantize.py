@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from gemloom.errors import ConfigError, OptionError, TensorError
 from gemloom.ggml import quants
+from gemloom.ggml.device import usable_cores
 from gemloom.gguf import GGUF, TensorInfo, nbytes
 from gemloom.imatrix_file import ImportanceMatrix
 from gemloom.recipes import (
@@ -133,22 +134,25 @@ def plan(file: GGUF, wanted: Wanted) -> Plan:
 def write(
     chosen: Plan,
     path: str | os.PathLike[str],
-    threads: int,
+    threads: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Make the file of a plan; ``progress`` is told the bytes of the source that are done.
+    """Make the file of a plan, on ``threads`` cores, all by default.
 
-    Raises OptionError for a value that a type cannot hold, OutputError where it cannot be written.
-    Whatever happens, the path holds the whole new file or what it held before.
+    ``progress`` is told the bytes of the source that are done. Raises OptionError for a value that
+    a type cannot hold, OutputError where the file cannot be written. Whatever happens, the path
+    holds the whole new file or what it held before.
     """
+    _check_target(chosen, path)
     planned = [Planned(c.info.name, c.type, c.info.shape) for c in chosen.choices]
+    threads = threads or usable_cores()
     pool = ThreadPoolExecutor(threads)
     try:
         with GGUFWriter(path, chosen.metadata, planned) as out:
             made = _ahead(pool, chosen.choices, 2 * threads)
             done = 0
             for choice in chosen.choices:
-                out.write(choice.info.name, islice(made, _pieces(choice)))
+                out.write(choice.info.name, islice(made, sum(1 for _ in _spans(choice))))
                 done += choice.info.nbytes
                 progress(done)
     finally:
@@ -256,8 +260,12 @@ def _check(name: str, choice: Choice, wanted: Wanted) -> None:
             "file it was made from, or lose more with --requantize"
         )
     if choice.importance is None and _needs_imatrix(choice, wanted.recipe):
-        there = f"{wanted.imatrix_name} has nothing on it" if wanted.imatrix else "--imatrix FILE"
-        raise OptionError(f"{choice.type.name} of {info.name} needs an importance matrix: {there}")
+        why = (
+            f"{wanted.imatrix_name} has nothing on it"
+            if wanted.imatrix
+            else "make one with gemloom imatrix and give it by --imatrix"
+        )
+        raise OptionError(f"{info.name}: {choice.type.name} needs an importance matrix; {why}")
 
 
 def _needs_imatrix(choice: Choice, recipe: Recipe) -> bool:
@@ -292,9 +300,10 @@ def _warnings(choices: Sequence[Choice], wanted: Wanted) -> Iterator[str]:
     for (instead_of, kind, row), count in stood_in.items():
         assert instead_of is not None
         block = GGML_QUANT_SIZES[instead_of][0]
+        what = f"{count} tensors become" if count > 1 else "1 tensor becomes"
         yield (
-            f"{count} tensors become {kind.name}, not {instead_of.name}: their rows of {row:,} are "
-            f"no whole blocks of {block}"
+            f"{what} {kind.name}, not {instead_of.name}: rows of {row:,} are no whole blocks of "
+            f"{block}"
         )
     if ternary := sorted({c.type.name for c in choices if c.type in TERNARY}):
         yield (
@@ -308,16 +317,11 @@ def _warnings(choices: Sequence[Choice], wanted: Wanted) -> Iterator[str]:
 # -- making ----------------------------------------------------------------------------------
 
 
-def _rows_at_once(choice: Choice) -> int:
-    return max(
-        1,
-        min(_PIECE // choice.info.shape[0], choice.info.shape[1] if _is_matrix(choice.info) else 1),
-    )
-
-
-def _pieces(choice: Choice) -> int:
-    """How many pieces a tensor is made in."""
-    return sum(1 for _ in _spans(choice))
+def _check_target(chosen: Plan, path: str | os.PathLike[str]) -> None:
+    """The source is most often the only good copy there is, so it is never replaced."""
+    for name in {choice.info.blob.name for choice in chosen.choices}:
+        if os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path):
+            raise OptionError(f"{path}: is the source itself; name another file")
 
 
 def _spans(choice: Choice) -> Iterator[tuple[int, int, int]]:
