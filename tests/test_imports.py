@@ -26,6 +26,8 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
     "prometheus_client": "server",
     "pydantic": "server",
     "rich": ("cli", "builtin", "bench"),
+    "safetensors": "convert",
+    "sentencepiece": "convert",
 }
 PURE = [
     "sampling", "stopping", "slots", "sequence", "scheduler", "chat", "conversation", "router",
@@ -56,6 +58,18 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "parts": [],
     "recipes": ["errors"],
     "quantize": ["errors", "ggml", "gguf", "imatrix_file", "recipes", "writing"],
+    "convert": [
+        "blob",
+        "config",
+        "convert",
+        "errors",
+        "ggml",
+        "gguf",
+        "models",
+        "tokenizer",
+        "weights",
+        "writing",
+    ],
     "weights": ["errors", "ggml", "gguf"],
     "linear": ["ggml"],
     "cache": ["config", "errors", "ggml"],

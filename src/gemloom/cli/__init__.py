@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 from gemloom import __version__
 from gemloom.cli.benching import bench
 from gemloom.cli.chatting import chat
+from gemloom.cli.converting import convert
 from gemloom.cli.doctor import doctor
 from gemloom.cli.inspecting import inspect, tokenize
 from gemloom.cli.quantizing import quantize
@@ -102,7 +103,7 @@ def _top(
     """
 
 
-for _command in (run, chat, serve, inspect, tokenize, quantize, doctor, bench):
+for _command in (run, chat, serve, inspect, tokenize, convert, quantize, doctor, bench):
     app.command(cls=Command)(_command)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,10 +25,12 @@ from gemloom.errors import OptionError, OutputError, TensorError
 from gemloom.ggml import quants
 from gemloom.writing import GGUFWriter, replace_file
 
-__all__ = ["Conversion", "convert"]
+__all__ = ["Conversion", "Plan", "plan", "write"]
 
 _RECIPE = 1  # to be raised when other bytes are made of the same checkpoint
-_EXPONENTS = {  # unsigned, and the bits that are all set where a value is not finite
+_EXPONENTS: dict[
+    Type, tuple[np.dtype[Any], int]
+] = {  # unsigned, and the bits that are all set where a value is not finite
     Type.F32: (np.dtype("<u4"), 0x7F800000),
     Type.F16: (np.dtype("<u2"), 0x7C00),
     Type.BF16: (np.dtype("<u2"), 0x7F80),
@@ -51,32 +53,25 @@ class Conversion:
         return asdict(self)
 
 
-def convert(
-    folder: str | os.PathLike[str],
+def write(
+    chosen: Plan,
     path: str | os.PathLike[str],
-    kind: Type | None = None,
     *,
     force: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Conversion:
-    """Make a GGUF at ``path`` of the checkpoint in ``folder``.
+    """Make the file of a plan; ``progress`` is told the bytes of the checkpoint that are done.
 
-    Matrices become ``kind`` (F32, F16, BF16, Q8_0) or, with None, stay what they are. ``progress``
-    is told the bytes read and those to read. While it runs, and if it is stopped, all there is lies
-    in PATH.partial; the same call then goes on from it.
-
-    Raises OutputError where the file cannot be written, or is there and ``force`` is not set;
-    SourceError, FormatError, ConfigError, TensorError, TokenizerError for a checkpoint that cannot
-    be used, before anything is written but for values that turn out not to be finite.
+    While it runs, and if it is stopped, all there is lies in PATH.partial; the same call then goes
+    on from it. Raises OutputError where the file cannot be written, or is there and ``force`` is
+    not set; TensorError for a value that is not finite, or that its type cannot hold.
     """
     if os.path.exists(path) and not force:
         raise OutputError(f"{path}: is there already; --force replaces it")
-    checkpoint = Checkpoint(folder)
-    chosen = plan(checkpoint, kind)
     planned = [item.planned for item in chosen.items]
     out = GGUFWriter(path, chosen.metadata, planned, resume=True)
-    with _journal(out, checkpoint), out:
-        _write(out, chosen, progress)
+    with _journal(out, chosen.checkpoint), out:
+        _write_all(out, chosen.items, progress)
     return Conversion(
         path=str(path),
         architecture=str(chosen.metadata["general.architecture"]),
@@ -87,20 +82,19 @@ def convert(
     )
 
 
-def _write(out: GGUFWriter, chosen: Plan, progress: Callable[[int, int], None]) -> None:
-    total, done = chosen.source_bytes, 0
+def _write_all(out: GGUFWriter, items: Sequence[Item], progress: Callable[[int], None]) -> None:
+    done = 0
 
     def counted(item: Item) -> Iterator[bytes | bytearray]:
         nonlocal done
         for read, made in _pieces(item):
             yield made
             done += read
-            progress(done, total)
+            progress(done)
 
-    for item in chosen.items:
+    for item in items:
         if item.planned.name in out.done:
             done += item.made_of.nbytes
-            progress(done, total)
         else:
             out.write(item.planned.name, counted(item))
 

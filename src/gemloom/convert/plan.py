@@ -6,6 +6,7 @@ Nothing is read here but headers.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Item:
 class Plan:
     """The new file, but for its tensors' bytes."""
 
+    checkpoint: Checkpoint = field(repr=False)
     metadata: Mapping[str, Value] = field(repr=False)
     items: tuple[Item, ...]
     notes: tuple[str, ...]  # what the user should know
@@ -61,15 +63,17 @@ class Plan:
     @property
     def source_bytes(self) -> int:
         """What has to be read."""
-        return sum(_source_bytes(item) for item in self.items)
+        return sum(item.made_of.nbytes for item in self.items)
 
 
-def plan(checkpoint: Checkpoint, kind: Type | None) -> Plan:
-    """Plan the GGUF of a checkpoint, with matrices of type ``kind``; None: each as it is.
+def plan(folder: str | os.PathLike[str], kind: Type | None = None) -> Plan:
+    """Plan the GGUF of the checkpoint in ``folder``.
 
-    Raises ConfigError, TensorError, TokenizerError for a checkpoint that is no whole Gemma,
-    OptionError for a type that is none of F32, F16, BF16, Q8_0.
+    Its matrices become ``kind`` (F32, F16, BF16, Q8_0) or, with None, stay what they are. Raises
+    SourceError, FormatError, ConfigError, TensorError, TokenizerError for a checkpoint that is no
+    whole Gemma, OptionError for another type.
     """
+    checkpoint = Checkpoint(folder)
     if kind is not None and kind not in FILE_TYPES:
         raise OptionError(f"cannot convert to {kind.name}: {', '.join(t.name for t in FILE_TYPES)}")
     found = settings.read(checkpoint.config, f"{checkpoint.folder / 'config.json'}")
@@ -86,11 +90,7 @@ def plan(checkpoint: Checkpoint, kind: Type | None) -> Plan:
     if dropped := unused & stored.keys():
         notes.append(f"{len(dropped)} tensors of layers that share K/V left out: nothing uses them")
     notes += [*more, *_fallbacks(items, kind)]
-    return Plan(metadata, tuple(items), tuple(notes))
-
-
-def _source_bytes(item: Item) -> int:
-    return item.made_of.nbytes
+    return Plan(checkpoint, metadata, tuple(items), tuple(notes))
 
 
 # -- tensors ---------------------------------------------------------------------------------
@@ -131,31 +131,37 @@ def _shapes(
     shapes = dict(layout.required)
     if not found.tied:
         shapes["output.weight"] = (config.n_embd, config.n_vocab)
+    if found.architecture == "gemma4":
+        shapes |= {f"blk.{spec.index}.layer_output_scale.weight": (1,) for spec in config.layers}
+        for spec in config.layers:  # a file shows by what it lacks where V is made from K
+            if spec.owns_kv and spec.has_v == (found.k_is_v and not spec.sliding):
+                name = names.to_hf(f"blk.{spec.index}.attn_v.weight")
+                what = (
+                    "is missing" if found.k_is_v is False else "is there despite attention_k_eq_v"
+                )
+                raise TensorError(f"{metadata.name}: the tensor {name} {what}")
     return shapes, layout.ignored
 
 
 def _assistant_shapes(metadata: Metadata, found: Settings) -> Shapes:
     """Of a drafter for Gemma 4: layers of queries only, between two projections."""
-    keys = {key.removeprefix(f"{found.architecture}."): v for key, v in found.keys.items()}
-    d, out, n_ff, n_head = (
-        metadata.integer(f"{found.architecture}.{key}")
+    arch = found.architecture
+    d, out, n_ff, n_head, full, swa = (
+        metadata.integer(f"{arch}.{key}")
         for key in (
             "embedding_length", "embedding_length_out", "feed_forward_length",
-            "attention.head_count",
+            "attention.head_count", "attention.key_length", "attention.key_length_swa",
         )
     )  # fmt: skip
-    dims = {True: keys["attention.key_length_swa"], False: keys["attention.key_length"]}
     shapes: Shapes = {
         "token_embd.weight": (d, found.n_vocab),
         "output_norm.weight": (d,),
-        _ROPE_FREQS: (dims[False] // 2,),
+        _ROPE_FREQS: (full // 2,),
         "nextn.pre_projection.weight": (2 * out, d),
         "nextn.post_projection.weight": (d, out),
     }
-    for i, sliding in enumerate(
-        metadata.array(f"{found.architecture}.attention.sliding_window_pattern")
-    ):
-        hd = dims[bool(sliding)]
+    for i, sliding in enumerate(metadata.array(f"{arch}.attention.sliding_window_pattern")):
+        hd = swa if sliding else full
         block = {
             "attn_norm": (d,), "attn_q": (d, n_head * hd), "attn_q_norm": (hd,),
             "attn_output": (n_head * hd, d), "post_attention_norm": (d,), "ffn_norm": (d,),
@@ -197,7 +203,7 @@ def _item(
         assert found.rotated is not None
         pairs = shape[0]
         turning = int(found.rotated * pairs)
-        factors = np.repeat(np.float32([1.0, _NEVER]), [turning, pairs - turning])
+        factors = np.repeat(np.array([1.0, _NEVER], np.float32), [turning, pairs - turning])
         return Item(Planned(name, Type.F32, shape), factors)
     tensor = stored[name]
     # A Gemma 3 norm computes 1 + w; readers of a GGUF multiply by what they find.

@@ -52,6 +52,7 @@ class Settings:
     keys: Keys  # all but the tokenizer's, with their prefix
     n_vocab: int
     tied: bool  # the embedding table is the output matrix too
+    k_is_v: bool  # full layers make V from K
     rotated: float | None  # the share of a full layer's dimensions that rotate; None: no factors
 
 
@@ -76,7 +77,8 @@ def read(config: Mapping[str, Any], name: str) -> Settings:
         keys |= _assistant(source, _Config(name, config, {}))
     spelled = {f"{architecture}.{key}": value for key, value in keys.items()}
     tied = config.get("tie_word_embeddings") is not False  # of the whole, not of its text part
-    return Settings(architecture, spelled, source.count("vocab_size"), tied, rotated)
+    k_is_v = architecture != "gemma3" and source.scalars.boolean("attention_k_eq_v")
+    return Settings(architecture, spelled, source.count("vocab_size"), tied, k_is_v, rotated)
 
 
 class _Config:
