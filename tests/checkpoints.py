@@ -130,6 +130,7 @@ def _gemma4(v: Variant) -> dict[str, Any]:
         "max_position_embeddings": 131072,
         "final_logit_softcapping": 30.0,
         "hidden_size_per_layer_input": v.n_ple,
+        "vocab_size_per_layer_input": v.n_vocab,
         "attention_k_eq_v": v.k_eq_v,
         "num_kv_shared_layers": v.n_shared,
         "use_double_wide_mlp": v.n_ff_shared > 0,

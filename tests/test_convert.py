@@ -310,7 +310,7 @@ def test_several_ends(tmp_path: Path) -> None:
 
 
 TEMPLATES: dict[str, tuple[dict[str, Any], str | None]] = {
-    "jinja first": ({"chat_template.jinja": "J", "tokenizer_config.json": {"chat_template": "C"}}, "J"),
+    "jinja": ({"chat_template.jinja": "J", "tokenizer_config.json": {"chat_template": "C"}}, "J"),
     "config": ({"tokenizer_config.json": {"chat_template": "C"}}, "C"),
     "processor": ({"chat_template.json": {"chat_template": "P"}}, "P"),
     "named": (
@@ -333,6 +333,7 @@ def test_chat_template(tmp_path: Path, case: str) -> None:
     assert len(made.notes) == (case == "named")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["gemma4", "gemma3"])
 def test_a_real_vocabulary(tmp_path: Path, arch: str) -> None:
     """Written as a tokenizer.json and read again: what a token is, and what merges, stays."""
@@ -343,9 +344,9 @@ def test_a_real_vocabulary(tmp_path: Path, arch: str) -> None:
     types = original.array("tokenizer.ggml.token_type").tolist()
     pairs = vocabularies.gemma4_metadata().strings("tokenizer.ggml.merges")  # Gemma 3's too
     ids = dict(zip(texts, range(len(texts)), strict=True))
-    merges = [
-        pair.split(" ") for pair in pairs if ids.keys() >= {*pair.split(" "), pair.replace(" ", "")}
-    ]
+    merges = [pair.split(" ") for pair in pairs]
+    if arch == "gemma3":
+        merges = [m for m in merges if m[0] in ids and m[1] in ids and m[0] + m[1] in ids]
     added = [
         {"id": i, "content": texts[i], "special": arch == "gemma4" or kind == 3}
         for i, kind in enumerate(types) if kind in (3, 4)
@@ -364,10 +365,12 @@ def test_a_real_vocabulary(tmp_path: Path, arch: str) -> None:
     )
     assert made.array("tokenizer.ggml.token_type").tolist() == types
     if arch == "gemma4":
-        assert list(made.strings("tokenizer.ggml.merges")) == list(pairs)
-    ours = Tokenizer(made)
-    wanted = vocabularies.gemma4() if arch == "gemma4" else vocabularies.gemma3()
-    assert all(ours.encode(text) == wanted.encode(text) for text in vocabularies.TEXTS)
+        raw = made.strings("tokenizer.ggml.merges").raw()
+        assert raw == original.strings("tokenizer.ggml.merges").raw()
+        return
+    normal = np.flatnonzero(np.array(types) == 1)  # their order is all that merging looks at
+    orders = [np.argsort(-m.array("tokenizer.ggml.scores")[normal]) for m in (made, original)]
+    assert np.array_equal(*orders)
 
 
 # -- memory, names, the command line ---------------------------------------------------------
@@ -376,7 +379,7 @@ def test_a_real_vocabulary(tmp_path: Path, arch: str) -> None:
 def test_memory_does_not_grow_with_a_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A table of 13 MB goes through in pieces of 128 kB."""
+    """A table of 2.2 MB goes through in pieces of 128 kB."""
     monkeypatch.setattr(reading, "PIECE", 1 << 17)
     variant = VARIANTS["e2b"].wide()
     folder = checkpoints.write(
@@ -390,8 +393,7 @@ def test_memory_does_not_grow_with_a_tensor(
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert largest > 1_000_000
-    assert peak < largest + 2_000_000
+    assert peak < largest < 1_300_000 < plan.source_bytes
 
 
 def test_progress_ends_at_the_whole(tmp_path: Path) -> None:

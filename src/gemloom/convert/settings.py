@@ -133,7 +133,8 @@ class _Config:
         if kinds is None and "sliding_window_pattern" in self.scalars:
             every = self.count("sliding_window_pattern")
             return [(i + 1) % every != 0 for i in range(n)]
-        if not isinstance(kinds, list) or len(kinds) != n or not set(kinds) <= {_SLIDING, _FULL}:
+        known = isinstance(kinds, list) and all(kind in (_SLIDING, _FULL) for kind in kinds)
+        if not known or len(kinds) != n:
             self.refuse("layer_types", f"needs {n} of {_SLIDING} and {_FULL}")
         return [kind == _SLIDING for kind in kinds]
 
@@ -163,8 +164,8 @@ class _Config:
 
     def rope(self, kind: str) -> _Config:
         """The rotary settings of sliding or full layers."""
-        tables = self.table("rope_parameters")
-        return _Config(f"{self.name}: rope_parameters", tables.get(kind) or {}, {})
+        tables = _Config(f"{self.name}: rope_parameters", self.table("rope_parameters"), {})
+        return _Config(f"{tables.name}: {kind}", tables.table(kind), {})
 
 
 def _common(c: _Config, sliding: Sequence[bool]) -> Keys:

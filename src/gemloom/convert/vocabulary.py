@@ -119,22 +119,16 @@ def _put_added(vocabulary: _Vocabulary, added: Any, config: Json, kind: str) -> 
         raise TokenizerError(f"{vocabulary.name}: added_tokens is no list of tokens")
     for entry in added:
         text = entry.get("content")
-        special = bool(entry.get("special")) or text in named
-        _put_one_added(vocabulary, entry.get("id"), text, special, kind)
-
-
-def _put_one_added(
-    vocabulary: _Vocabulary, token: Any, text: Any, special: bool, kind: str
-) -> None:
-    if not isinstance(text, str):
-        raise TokenizerError(f"{vocabulary.name}: an added token has no text")
-    if kind == "gemma4":
-        control = special and text not in _GEMMA4_VISIBLE
-    else:
-        control = special or text.startswith("<unused")
-        # Runs of spaces are looked for before the spaces of a text become U+2581.
-        text = text if control else text.replace(SPACE, " ")
-    vocabulary.put(token, text, TokenType.CONTROL if control else TokenType.USER_DEFINED)
+        if not isinstance(text, str):
+            raise TokenizerError(f"{vocabulary.name}: an added token has no text")
+        if kind == "gemma4":
+            control = (entry.get("special") or text in named) and text not in _GEMMA4_VISIBLE
+        else:
+            control = entry.get("special") or text in named or text.startswith("<unused")
+            # Runs of spaces are looked for before the spaces of a text become U+2581.
+            text = text if control else text.replace(SPACE, " ")
+        type_ = TokenType.CONTROL if control else TokenType.USER_DEFINED
+        vocabulary.put(entry.get("id"), text, type_)
 
 
 def _from_model(checkpoint: Checkpoint, config: Json, size: int) -> _Vocabulary:

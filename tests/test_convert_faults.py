@@ -1,0 +1,535 @@
+"""Checkpoints that cannot be converted, and runs that do not come to their end."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType as Type
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import checkpoints
+from command_line import ENVIRONMENT, call
+from gemloom import convert, gguf, source, writing
+from gemloom.convert import checkpoint as reading
+from gemloom.errors import (
+    ConfigError,
+    FormatError,
+    GemloomError,
+    OptionError,
+    OutputError,
+    SourceError,
+    TensorError,
+    TokenizerError,
+)
+from tiny import VARIANTS
+
+Edit = Callable[[dict[str, np.ndarray], dict[str, Any]], None]
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def made(folder: Path, variant: str, edit: Edit) -> Path:
+    arrays = checkpoints.tensors(VARIANTS[variant])
+    files = checkpoints.files(VARIANTS[variant])
+    edit(arrays, files)
+    return checkpoints.write(folder, arrays, files)
+
+
+def refused(folder: Path, error: type[GemloomError], words: str) -> None:
+    """A plan fails before anything is written, in one line that says what is wrong."""
+    with pytest.raises(error, match=words) as caught:
+        convert.plan(folder)
+    assert "\n" not in str(caught.value)
+    assert type(caught.value) is error
+
+
+# -- what the files say ----------------------------------------------------------------------
+
+
+def config(**changes: Any) -> Edit:
+    def edit(arrays: dict[str, np.ndarray], files: dict[str, Any]) -> None:
+        files["config.json"] |= changes
+
+    return edit
+
+
+def without(key: str) -> Edit:
+    def edit(arrays: dict[str, np.ndarray], files: dict[str, Any]) -> None:
+        del files["config.json"][key]
+
+    return edit
+
+
+REQUIRED = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "rms_norm_eps", "sliding_window", "layer_types",
+    "hidden_size_per_layer_input", "max_position_embeddings", "vocab_size", "global_head_dim",
+)  # fmt: skip
+FULL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
+SLIDING = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    refused(made(tmp_path, "e2b", without(key)), ConfigError, rf"config\.json: .*{key}")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "sliding_window"])
+def test_a_missing_key_of_gemma3_is_named(tmp_path: Path, key: str) -> None:
+    refused(made(tmp_path, "gemma3", without(key)), ConfigError, key)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "llama"}, "'llama' cannot be converted"),
+        ({"model_type": None}, "model_type None"),
+        ({"model_type": ["gemma4"]}, "cannot be converted"),
+        ({"hidden_size": "96"}, "hidden_size must be a non-negative integer"),
+        ({"hidden_size": 0}, "hidden_size: 0 is no size"),
+        ({"hidden_size": 2**40}, "is no size"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
+        ({"hidden_activation": "silu"}, "silu"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types: needs 10"),
+        ({"layer_types": ["chunked_attention"] * 10}, "layer_types"),
+        ({"layer_types": [["full_attention"]] * 10}, "layer_types"),
+        ({"layer_types": ["sliding_attention"] * 10}, "last layer"),
+        ({"num_kv_shared_layers": 10}, "shared_kv_layers"),
+        ({"per_layer_config": {"99": {"head_dim": 64}}}, "'99' is no layer"),
+        ({"per_layer_config": {"4": {"bias": 1}}}, "'bias' of a layer is unknown"),
+        ({"per_layer_config": {"4": {"head_dim": 64}}}, "heads of 32 and 64"),
+        ({"per_layer_config": {"4": {"head_dim": "64"}}}, "head_dim"),
+        ({"per_layer_config": [1]}, "per_layer_config: is no object"),
+        ({"rope_parameters": {"full_attention": FULL}}, "rope_theta is missing"),
+        ({"rope_parameters": {"full_attention": SLIDING, "sliding_attention": SLIDING}}, "default"),
+        ({"rope_parameters": {"full_attention": FULL | {"partial_rotary_factor": 2.0},
+                              "sliding_attention": SLIDING}}, "partial_rotary_factor: 2"),
+        ({"rope_parameters": {"full_attention": FULL | {"factor": 8.0},
+                              "sliding_attention": SLIDING}}, "factor"),
+        ({"quantization_config": {"quant_method": "gemma"}}, "a quantized checkpoint"),
+        ({"text_config": 3}, "text_config"),
+        ({"enable_moe_block": True}, "num_experts"),
+    ],
+)  # fmt: skip
+def test_settings(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    refused(made(tmp_path, "e2b", config(**changes)), ConfigError, words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"query_pre_attn_scalar": 168}, "168, but readers of a GGUF take 32"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'yarn'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+    ],
+)
+def test_settings_of_gemma3(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    refused(made(tmp_path, "gemma3", config(**changes)), ConfigError, words)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\xff"])
+def test_a_config_that_is_none(tmp_path: Path, text: str) -> None:
+    folder = checkpoints.checkpoint(tmp_path)
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    refused(folder, ConfigError, r"config\.json: ")
+
+
+# -- tensors ---------------------------------------------------------------------------------
+
+
+def change(name: str, value: Any) -> Edit:
+    def edit(arrays: dict[str, np.ndarray], files: dict[str, Any]) -> None:
+        if value is None:
+            del arrays[name]
+        else:
+            arrays[name] = np.asarray(value)
+
+    return edit
+
+
+ONE = np.ones(1, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("variant", "edit", "words"),
+    [
+        ("e2b", change(Q, None), r"layers\.1\.self_attn\.q_proj\.weight is missing"),
+        ("e2b", change("model.layers.0.layer_scalar", None), "layer_scalar is missing"),
+        ("e2b", change("model.norm.weight", None), r"norm\.weight is missing"),
+        ("e2b", change("model.layers.4.self_attn.v_proj.weight", None), "v_proj.weight is missing"),
+        ("31b", change("model.layers.5.self_attn.k_proj.weight", None), "k_proj.weight is missing"),
+        ("31b", config(attention_k_eq_v=False, num_global_key_value_heads=None), "missing|shape"),
+        ("e2b", config(attention_k_eq_v=True), "despite attention_k_eq_v"),
+        ("e2b", change(Q, np.ones((3, 3), np.float32)), r"has the shape \[3, 3\], not \[128, 96\]"),
+        ("e2b", change(Q, np.ones((128, 96), np.int8)), "dtype I8; F32, F16, BF16"),
+        ("e2b", change(Q, np.ones((128, 96), np.float64)), "dtype F64"),
+        ("e2b", change("model.layers.1.mystery", ONE), r"model\.layers\.1\.mystery is unknown"),
+        ("e2b", change("mystery", ONE), "mystery is unknown"),
+        ("e2b", change("model.layers.99.input_layernorm.weight", ONE), "does not belong"),
+        ("e2b", change("model.layers.01.input_layernorm.weight", ONE), "is unknown"),
+        ("e2b", change("model.language_model.norm.weight", ONE), "are the same"),
+        ("gemma3", change("model.layers.0.layer_scalar", ONE), "does not belong"),
+        ("e2b", change("model.layers.0.router.scale", ONE), "does not belong"),
+        ("gemma3", config(tie_word_embeddings=False), "lm_head.weight is missing"),
+        ("e2b", config(hidden_size=64), "shape"),
+        ("e2b", config(intermediate_size=64), "shape"),
+        ("gemma3", config(num_attention_heads=8), "shape"),
+    ],
+)
+def test_tensors(tmp_path: Path, variant: str, edit: Edit, words: str) -> None:
+    refused(made(tmp_path, variant, edit), TensorError, words)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [None, Type.Q8_0], ids=str)
+def test_a_value_that_is_not_finite(
+    tmp_path: Path, value: float, dtype: str, kind: Type | None
+) -> None:
+    arrays = checkpoints.tensors(VARIANTS["e2b"])
+    arrays[Q] = arrays[Q].copy()
+    arrays[Q][7, 7] = value
+    folder = checkpoints.write(
+        tmp_path / "in", arrays, checkpoints.files(VARIANTS["e2b"]), dtype=dtype
+    )
+    plan = convert.plan(folder, kind)
+    with pytest.raises(TensorError, match=rf"{Q}: .*not finite"):
+        convert.write(plan, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_value_beyond_half_floats(tmp_path: Path) -> None:
+    arrays = checkpoints.tensors(VARIANTS["e2b"])
+    arrays[Q] = arrays[Q] * np.float32(1e6)
+    folder = checkpoints.write(tmp_path / "in", arrays, checkpoints.files(VARIANTS["e2b"]))
+    with pytest.raises(TensorError, match="65,504"):
+        convert.write(convert.plan(folder, Type.F16), tmp_path / "out.gguf")
+    convert.write(convert.plan(folder, Type.BF16), tmp_path / "out.gguf")
+
+
+# -- files -----------------------------------------------------------------------------------
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", SourceError, "is no folder")
+    refused(tmp_path, SourceError, r"config\.json is missing")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    refused(tmp_path, SourceError, "pickles")
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    folder = checkpoints.checkpoint(tmp_path, shards=4)
+    (folder / "model-00002-of-00004.safetensors").unlink()
+    (folder / "model-00003-of-00004.safetensors").unlink()
+    refused(folder, SourceError, "2 of 4 parts are missing: model-00002-of-00004.safetensors, ")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, 5000, -1])
+def test_a_truncated_shard(tmp_path: Path, keep: int) -> None:
+    folder = checkpoints.checkpoint(tmp_path, shards=2)
+    path = folder / "model-00002-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(folder, FormatError, "00002-of-00002.safetensors: truncated")
+
+
+def header(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:end])
+    edit(entries)
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [128, 97]}, {"shape": [2**40, 2**40]}, {"shape": [-128, -96]}, {"shape": "x"},
+        {"data_offsets": [0, 4]}, {"data_offsets": [2**60, 2**60 + 49152]}, {"data_offsets": [5]},
+        {"dtype": "F16"}, {"dtype": "F7"}, {"dtype": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_header_that_lies(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = checkpoints.checkpoint(tmp_path)
+    header(folder / "model.safetensors", lambda entries: entries[Q].update(change))
+    with pytest.raises((FormatError, TensorError), match=r"model\.safetensors: "):
+        convert.plan(folder)
+
+
+def test_any_damaged_byte_of_a_header(tmp_path: Path) -> None:
+    """Never anything but an error of ours, or a checkpoint that is sound all the same."""
+    folder = checkpoints.checkpoint(tmp_path, "gemma3_scaled")
+    path = folder / "model.safetensors"
+    data, rng = path.read_bytes(), random.Random(4)
+    end = 8 + int.from_bytes(data[:8], "little")
+    for _ in range(150):
+        at = rng.randrange(end)
+        path.write_bytes(data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :])
+        with suppress(GemloomError):
+            convert.plan(folder)
+
+
+def test_an_index_that_lies(tmp_path: Path) -> None:
+    folder = checkpoints.checkpoint(tmp_path, shards=2)
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    first, second = sorted(set(places.values()))
+    for changed, words in (
+        ({**places, "extra": first}, f"{first}: extra is missing in it"),
+        ({n: p for n, p in places.items() if n != Q}, "does not say that it holds"),
+        ({**places, Q: first if places[Q] == second else second}, "does not say that it holds"),
+        ({**places, Q: "../elsewhere.safetensors"}, "is no name of a file beside it"),
+        ({**places, Q: 3}, "is no name of a file"),
+        ({}, "weight_map is missing"),
+    ):
+        index.write_text(json.dumps({"weight_map": changed}))
+        refused(folder, FormatError, words)
+
+
+def test_a_file_that_shrinks_on_the_way(tmp_path: Path) -> None:
+    folder = checkpoints.checkpoint(tmp_path / "in")
+    plan = convert.plan(folder)
+    os.truncate(folder / "model.safetensors", 100_000)
+    with pytest.raises(FormatError, match="truncated: it ends inside"):
+        convert.write(plan, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+# -- the tokenizer ---------------------------------------------------------------------------
+
+
+def tokenizer(edit: Callable[[dict[str, Any]], Any]) -> Edit:
+    def change(arrays: dict[str, np.ndarray], files: dict[str, Any]) -> None:
+        edit(files)
+
+    return change
+
+
+def of_model(**changes: Any) -> Edit:
+    return tokenizer(lambda files: files["tokenizer.json"]["model"].update(changes))
+
+
+@pytest.mark.parametrize(
+    ("variant", "edit", "words"),
+    [
+        ("e2b", tokenizer(lambda f: f.pop("tokenizer.json")), r"tokenizer\.json is missing; copy"),
+        ("gemma3", tokenizer(lambda f: f.pop("tokenizer.json")), r"tokenizer\.json is missing"),
+        ("e2b", of_model(type="Unigram"), "no Gemma vocabulary"),
+        ("e2b", of_model(byte_fallback=False), "no Gemma vocabulary"),
+        ("e2b", of_model(vocab={}), "no vocabulary"),
+        ("e2b", of_model(vocab={"a": "b"}), "no token"),
+        ("e2b", of_model(vocab={"a": -1}), "no token"),
+        ("e2b", of_model(vocab={"a": 5000}), "439 embeddings"),
+        ("e2b", of_model(vocab={"a": 0}), "missing"),
+        ("e2b", of_model(merges=["a"]), "'a' is no merge"),
+        ("e2b", of_model(merges=[["a", " "]]), "is no merge"),
+        ("e2b", of_model(merges=[["nowhere", "x"]]), "merges do not fit"),
+        ("gemma3", of_model(merges=[["▁", "t"]]), "do not follow from the order"),
+        ("e2b", tokenizer(lambda f: f["tokenizer.json"].update(added_tokens=[3])), "added_tokens"),
+        ("e2b", tokenizer(lambda f: f["tokenizer.json"].update(added_tokens=[{}])), "no text"),
+        ("e2b", tokenizer(lambda f: f["tokenizer_config.json"].update(bos_token="<x>")), "<x>"),
+        ("e2b", tokenizer(lambda f: f["generation_config.json"].update(eos_token_id=[9999])),
+         "9999, which is no token"),
+        ("e2b", tokenizer(lambda f: f["generation_config.json"].update(eos_token_id=[1, 5, 6, 7])),
+         "no place for 4"),
+        ("e2b", tokenizer(lambda f: f["generation_config.json"].update(suppress_tokens="x")),
+         "'x'"),
+    ],
+)  # fmt: skip
+def test_tokenizer(tmp_path: Path, variant: str, edit: Edit, words: str) -> None:
+    refused(made(tmp_path, variant, edit), TokenizerError, words)
+
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-2, 2**70) | st.floats(allow_nan=False) | st.text()
+)
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=4
+)
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every object or list in a JSON value, with each of its keys."""
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    for key in keys:
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from places(value[key])
+
+
+@pytest.mark.parametrize("variant", ["e2b", "26b", "gemma3"])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_anything_in_the_json_files(tmp_path: Path, variant: str, data: st.DataObject) -> None:
+    """Never anything but an error of ours, of one line; or it does no harm."""
+    form = data.draw(st.sampled_from(["original", "per_layer"]))
+    files = json.loads(json.dumps(checkpoints.files(VARIANTS[variant], form)))
+    name = data.draw(st.sampled_from([name for name in sorted(files) if name.endswith(".json")]))
+    found = list(places(files[name]))
+    where, key = found[data.draw(st.integers(0, min(len(found), 120) - 1))]
+    where[key] = data.draw(JSON)
+    folder = tmp_path / "in"
+    if not (folder / "model.safetensors").exists():
+        checkpoints.checkpoint(folder, variant)
+    for other, value in files.items():
+        (folder / other).write_text(value if isinstance(value, str) else json.dumps(value))
+    with suppress(GemloomError):
+        convert.write(convert.plan(folder), tmp_path / "out.gguf", force=True)
+
+
+# -- runs that do not come to their end ------------------------------------------------------
+
+
+def test_what_is_there_stays(tmp_path: Path) -> None:
+    folder, path = checkpoints.checkpoint(tmp_path / "in"), tmp_path / "out.gguf"
+    path.write_bytes(b"old")
+    plan = convert.plan(folder)
+    with pytest.raises(OutputError, match="is there already; --force"):
+        convert.write(plan, path)
+    assert path.read_bytes() == b"old"
+    convert.write(plan, path, force=True)
+    assert gguf.read(source.resolve(path)).tensors
+
+
+def test_types_that_are_not_made(tmp_path: Path) -> None:
+    folder = checkpoints.checkpoint(tmp_path / "in")
+    with pytest.raises(OptionError, match="Q4_K"):
+        convert.plan(folder, Type.Q4_K)
+
+
+def stopped(folder: Path, path: Path, after: int) -> None:
+    """A run that ends by itself once so many bytes are read."""
+
+    def stop(done: int) -> None:
+        if done >= after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert.write(convert.plan(folder), path, progress=stop)
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_SYNC", 200_000)
+    monkeypatch.setattr(reading, "PIECE", 50_000)
+
+
+def test_resumed_is_the_same_file(tmp_path: Path, small_steps: None) -> None:
+    folder, path = checkpoints.checkpoint(tmp_path / "in", dtype="bfloat16"), tmp_path / "out.gguf"
+    whole = tmp_path / "whole.gguf"
+    total = convert.write(convert.plan(folder), whole)
+    for after in (1, 1_000_000, 1_500_000):
+        stopped(folder, path, after)
+        assert not path.exists()
+    made = convert.write(convert.plan(folder), path)
+    assert 0 < made.resumed < sum(total.types.values())
+    assert path.read_bytes() == whole.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["in", "out.gguf", "whole.gguf"]
+
+
+def test_other_weights_are_not_gone_on_with(tmp_path: Path, small_steps: None) -> None:
+    """Another checkpoint of the same model differs in nothing that the new file's header has."""
+    variant, path = VARIANTS["e2b"], tmp_path / "out.gguf"
+    first = checkpoints.checkpoint(tmp_path / "1" / "in")
+    second = checkpoints.write(
+        tmp_path / "2" / "in", checkpoints.tensors(variant, seed=1), checkpoints.files(variant)
+    )
+    stopped(first, path, 3_000_000)
+    assert convert.write(convert.plan(second), path).resumed == 0
+    convert.write(convert.plan(second), tmp_path / "whole.gguf")
+    assert path.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_changed_weights_are_not_gone_on_with(tmp_path: Path, small_steps: None) -> None:
+    folder, path = checkpoints.checkpoint(tmp_path / "in"), tmp_path / "out.gguf"
+    stopped(folder, path, 3_000_000)
+    checkpoints.save(
+        folder / "model.safetensors", checkpoints.tensors(VARIANTS["e2b"], seed=2), "float32"
+    )
+    assert convert.write(convert.plan(folder), path).resumed == 0
+
+
+SLOW = """
+import sys, time
+from gemloom import convert, writing
+from gemloom.convert import checkpoint
+writing._SYNC = checkpoint.PIECE = 100_000
+pause = lambda done: time.sleep(float(sys.argv[3]))
+made = convert.write(convert.plan(sys.argv[1]), sys.argv[2], progress=pause)
+print(made.resumed)
+"""
+
+
+def test_killed_in_the_middle(tmp_path: Path) -> None:
+    folder, path = checkpoints.checkpoint(tmp_path / "in"), tmp_path / "out.gguf"
+    partial = tmp_path / "out.gguf.partial"
+    command = [sys.executable, "-c", SLOW, str(folder), str(path)]
+    with subprocess.Popen([*command, "0.02"], env=ENVIRONMENT) as process:
+        end = time.monotonic() + 60
+        while not (partial.exists() and partial.stat().st_size > 1_000_000):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not path.exists()
+    again = subprocess.run(
+        [*command, "0"], env=ENVIRONMENT, check=True, timeout=60, capture_output=True
+    )
+    assert int(again.stdout) > 0
+    convert.write(convert.plan(folder), tmp_path / "whole.gguf")
+    assert path.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["in", "out.gguf", "whole.gguf"]
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+sys.argv = ["gemloom", "convert", *sys.argv[1:]]
+from gemloom.cli import main
+main()
+"""
+
+
+def test_disk_full_on_the_way(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: writes fail half-way all the same."""
+    folder, path = checkpoints.checkpoint(tmp_path / "in"), tmp_path / "out.gguf"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(folder), str(path)],
+        env=ENVIRONMENT, timeout=60, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "out.gguf: File too large; " in done.stderr and "go on from" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not path.exists()
+    convert.write(convert.plan(folder), path)
+    assert sorted(os.listdir(tmp_path)) == ["in", "out.gguf"]
+
+
+def test_command_line(tmp_path: Path) -> None:
+    folder = checkpoints.checkpoint(tmp_path / "in")
+    for arguments, status, words in (
+        ((tmp_path / "nowhere", tmp_path / "x.gguf"), 1, "is no folder"),
+        ((folder, tmp_path / "no" / "x.gguf"), 1, "No such file"),
+        ((folder, tmp_path / "x.gguf", "--type", "Q4_K"), 2, "none of F32, F16, BF16, Q8_0"),
+        ((folder, folder / "config.json"), 1, "--force"),
+    ):
+        result = call("convert", *arguments)
+        assert (result.exit_code, len(result.stderr.splitlines())) == (status, 1), result.stderr
+        assert words in result.stderr
