@@ -88,7 +88,7 @@ def plan(folder: str | os.PathLike[str], kind: Type | None = None) -> Plan:
     items = [_item(name, shape, stored, found, kind) for name, shape in shapes.items()]
     metadata["general.file_type"] = int(FILE_TYPES[_main_type(items)])
     if dropped := unused & stored.keys():
-        notes.append(f"{len(dropped)} tensors of layers that share K/V left out: nothing uses them")
+        notes.append(f"unused K/V tensors of sharing layers left out: {len(dropped)}")
     notes += [*more, *_fallbacks(items, kind)]
     return Plan(checkpoint, metadata, tuple(items), tuple(notes))
 
@@ -107,12 +107,12 @@ def _by_gguf_name(checkpoint: Checkpoint, tied: bool) -> tuple[dict[str, Stored]
         elif name is None:
             raise TensorError(f"{tensor.path}: the tensor {tensor.name[:120]} is unknown")
         elif name == "output.weight" and tied:
-            others["output (tied to the embeddings)"] += 1
+            others["output (tied to embeddings)"] += 1
         elif name in stored:
             raise TensorError(f"{tensor.path}: {tensor.name} and {stored[name].name} are the same")
         else:
             stored[name] = tensor
-    return stored, [f"{count} {part} tensors left out" for part, count in others.items()]
+    return stored, [f"{part} tensors left out: {count}" for part, count in others.items()]
 
 
 def _shapes(
@@ -238,7 +238,7 @@ def _fallbacks(items: list[Item], kind: Type | None) -> list[str]:
     """What is not of the type that was asked for, though it is a matrix."""
     count = sum(1 for item in items if kind == Type.Q8_0 and item.planned.type == _FALLBACK)
     block = GGML_QUANT_SIZES[Type.Q8_0][0]
-    text = f"{count} tensors become F16, not Q8_0: their rows are no whole blocks of {block}"
+    text = f"tensors that become F16, as their rows are no whole blocks of {block}: {count}"
     return [text] if count else []
 
 

@@ -81,7 +81,7 @@ def read(checkpoint: Checkpoint, kind: str, size: int) -> tuple[dict[str, Value]
     keys |= _generation_keys(checkpoint, keys, size)
     template, notes = _template(checkpoint, config)
     if vocabulary.beyond:
-        notes.append(f"{vocabulary.beyond} tokens without a row in the embedding table left out")
+        notes.append(f"added tokens without an embedding left out: {vocabulary.beyond}")
     return keys | template, notes
 
 
