@@ -139,7 +139,7 @@ def write(
 ) -> None:
     """Make the file of a plan, on ``threads`` cores, all by default.
 
-    ``progress`` is told the bytes of the source that are done. Raises OptionError for a value that
+    ``progress`` is told the bytes of the source that are done. Raises TensorError for a value that
     a type cannot hold, OutputError where the file cannot be written. Whatever happens, the path
     holds the whole new file or what it held before.
     """
@@ -150,11 +150,12 @@ def write(
     try:
         with GGUFWriter(path, chosen.metadata, planned) as out:
             made = _ahead(pool, chosen.choices, 2 * threads)
-            done = 0
+            told = _Progress(progress)
             for choice in chosen.choices:
-                out.write(choice.info.name, islice(made, sum(1 for _ in _spans(choice))))
-                done += choice.info.nbytes
-                progress(done)
+                count = sum(1 for _ in _spans(choice))
+                out.write(
+                    choice.info.name, told.of(islice(made, count), choice.info.nbytes / count)
+                )
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -178,8 +179,8 @@ def _recipes_apply(info: TensorInfo) -> bool:
 def _places(file: GGUF, infos: Sequence[TensorInfo], has_imatrix: bool) -> dict[str, Place]:
     """By name, where each matrix is that the recipes speak of."""
     metadata = file.metadata
-    if metadata.get("general.type", "model") != "model":
-        raise ConfigError(f"{file.name}: general.type is {metadata['general.type']}, no model")
+    if (what := metadata.string("general.type", "model")) != "model":
+        raise ConfigError(f"{file.name}: general.type is {what!r}, no model")
     arch = metadata.string("general.architecture")
     n_layer = metadata.integer(f"{arch}.block_count")
     n_expert = metadata.integer(f"{arch}.expert_count", 0)
@@ -202,11 +203,9 @@ def _places(file: GGUF, infos: Sequence[TensorInfo], has_imatrix: bool) -> dict[
 def _first(file: GGUF, key: str) -> int:
     """An integer, or the first layer's where there is one a layer."""
     value = file.metadata.get(key)
-    return (
-        int(value[0])
-        if isinstance(value, np.ndarray) and len(value)
-        else file.metadata.integer(key)
-    )
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
+        return int(value[0])
+    return file.metadata.integer(key)
 
 
 def _choose(info: TensorInfo, place: Place | None, wanted: Wanted) -> Choice:
@@ -218,9 +217,8 @@ def _choose(info: TensorInfo, place: Place | None, wanted: Wanted) -> Choice:
     else:
         return Choice(info, info.type)
     fits = fitting(kind, info.shape[0])
-    if fits == info.type:
-        return Choice(info, fits, kind if fits != kind else None)
-    return Choice(info, fits, kind if fits != kind else None, _importance(info, wanted))
+    importance = None if fits == info.type else _importance(info, wanted)
+    return Choice(info, fits, None if fits == kind else kind, importance)
 
 
 def _importance(info: TensorInfo, wanted: Wanted) -> NDArray[np.float32] | None:
@@ -317,6 +315,20 @@ def _warnings(choices: Sequence[Choice], wanted: Wanted) -> Iterator[str]:
 # -- making ----------------------------------------------------------------------------------
 
 
+class _Progress:
+    """Tells somebody how much of the source is done, piece by piece."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self._tell, self._done = tell, 0.0
+
+    def of(self, pieces: Iterator[Any], size: float) -> Iterator[Any]:
+        """The same pieces; each stands for ``size`` bytes of the source."""
+        for piece in pieces:
+            yield piece
+            self._done += size
+            self._tell(round(self._done))
+
+
 def _check_target(chosen: Plan, path: str | os.PathLike[str]) -> None:
     """The source is most often the only good copy there is, so it is never replaced."""
     for name in {choice.info.blob.name for choice in chosen.choices}:
@@ -358,5 +370,5 @@ def _make(choice: Choice, matrix: int, first: int, rows: int) -> bytearray | mem
     weights = None if choice.importance is None else choice.importance[matrix]
     try:
         return quants.quantize(values, choice.type, weights)
-    except OptionError as error:
-        raise OptionError(f"{info.blob.name}: {info.name}: {error}") from error
+    except OptionError as error:  # a value that the type cannot hold, which is the file's fault
+        raise TensorError(f"{info.blob.name}: {info.name}: {error}") from error
