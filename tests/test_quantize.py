@@ -222,8 +222,11 @@ def test_imatrix_that_has_not_all(tmp_path: Path) -> None:
     write(tmp_path, small())
     entry = Importance(np.ones((1, 256), np.float32), np.ones(1, int))
     imatrix_file.write(tmp_path / "i.gguf", ImportanceMatrix({"blk.0.attn_q.weight": entry}))
-    args = ("--type", "IQ1_S", "--imatrix", tmp_path / "i.gguf", "--dry-run")
-    result = call("quantize", tmp_path / "in.gguf", *args)
+    args = ("--type", "IQ1_S", "--imatrix", tmp_path / "i.gguf")
+    dry = cli(tmp_path, *args, "--dry-run")  # sizes can be seen before a matrix is made
+    assert "has nothing on it" in dry["lacking"]
+    assert dry["bytes"] < dry["source_bytes"]
+    result = call("quantize", tmp_path / "in.gguf", tmp_path / "out.gguf", *args)
     assert result.exit_code == 2
     assert "has nothing on it" in result.stderr
 

@@ -103,6 +103,7 @@ class Plan:
     choices: tuple[Choice, ...]
     metadata: Mapping[str, Value] = field(repr=False)
     warnings: tuple[str, ...]
+    lacking: str = ""  # what has to be there before the file can be made
 
     @property
     def source_bytes(self) -> int:
@@ -118,9 +119,10 @@ class Plan:
 def plan(file: GGUF, wanted: Wanted) -> Plan:
     """Choose the type of every tensor; nothing is read but the header.
 
-    Raises OptionError for a rule that no matrix fits, a type that needs an importance matrix where
-    there is none, importances of another model, or a source that is quantized already;
-    ConfigError for a file that is no model.
+    A type that needs an importance matrix where there is none is told by ``lacking``, so that sizes
+    can be looked at before one is made. Raises OptionError for a rule that no matrix fits,
+    importances of another model, or a source that is quantized already; ConfigError for a file
+    that is no model.
     """
     infos = sorted(file.tensors.values(), key=lambda info: (_layer(info.name), info.name))
     places = _places(file, infos, wanted.imatrix is not None)
@@ -128,7 +130,8 @@ def plan(file: GGUF, wanted: Wanted) -> Plan:
     _check_rules(wanted.rules, infos)
     for choice in choices:
         _check(file.name, choice, wanted)
-    return Plan(choices, _metadata(file, wanted), tuple(_warnings(choices, wanted)))
+    warnings = tuple(_warnings(choices, wanted))
+    return Plan(choices, _metadata(file, wanted), warnings, _lacking(choices, wanted))
 
 
 def write(
@@ -139,10 +142,12 @@ def write(
 ) -> None:
     """Make the file of a plan, on ``threads`` cores, all by default.
 
-    ``progress`` is told the bytes of the source that are done. Raises TensorError for a value that
-    a type cannot hold, OutputError where the file cannot be written. Whatever happens, the path
-    holds the whole new file or what it held before.
+    ``progress`` is told the bytes of the source that are done. Whatever happens, the path holds the
+    whole new file or what it held before. Raises OptionError for a plan that lacks something,
+    TensorError for a value that a type cannot hold, OutputError where the file cannot be written.
     """
+    if chosen.lacking:
+        raise OptionError(chosen.lacking)
     _check_target(chosen, path)
     planned = [Planned(c.info.name, c.type, c.info.shape) for c in chosen.choices]
     threads = threads or usable_cores()
@@ -257,16 +262,24 @@ def _check(name: str, choice: Choice, wanted: Wanted) -> None:
             f"{name}: quantized already ({info.name} is {info.type.name}); take the F16 or BF16 "
             "file it was made from, or lose more with --requantize"
         )
-    if choice.importance is None and _needs_imatrix(choice, wanted.recipe):
-        why = (
-            f"{wanted.imatrix_name} has nothing on it"
-            if wanted.imatrix
-            else "make one with gemloom imatrix and give it by --imatrix"
-        )
-        raise OptionError(f"{info.name}: {choice.type.name} needs an importance matrix; {why}")
+
+
+def _lacking(choices: Sequence[Choice], wanted: Wanted) -> str:
+    needy = [c for c in choices if c.importance is None and _needs_imatrix(c, wanted.recipe)]
+    if not needy:
+        return ""
+    first, others = needy[0], f" and {len(needy) - 1} more" if len(needy) > 1 else ""
+    why = (
+        f"{wanted.imatrix_name} has nothing on it"
+        if wanted.imatrix
+        else "make one with gemloom imatrix and give it by --imatrix"
+    )
+    return f"{first.type.name} needs an importance matrix ({first.info.name}{others}); {why}"
 
 
 def _needs_imatrix(choice: Choice, recipe: Recipe) -> bool:
+    if choice.type == choice.info.type:
+        return False
     if choice.type in quants.NEEDS_IMPORTANCE:
         return True
     used_by_row = choice.info.name in (*EMBEDDINGS, OUTPUT)
