@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from hypothesis import given
+from hypothesis import strategies as st
 
 import gemloom
 import tiny
 from command_line import ENVIRONMENT, call, command, fine
 from conftest import prompt
 from gemloom import gguf, imatrix_file, quantize, source
-from gemloom.errors import OutputError
+from gemloom.errors import GemloomError, OutputError
 from gemloom.ggml import quants
 from gemloom.imatrix_file import Importance, ImportanceMatrix
 from gemloom.quantize import Wanted
@@ -261,6 +263,29 @@ def test_a_value_that_is_not_finite_names_its_tensor(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert f"{path}: blk.1.ffn_up.weight: Q4_0: a value to quantize is not finite" in result.stderr
     assert os.listdir(tmp_path) == ["in.gguf"]
+
+
+MODEL = tiny.gguf_bytes(small())
+HEAD = MODEL.index(b"tokenizer.ggml.tokens"), MODEL.index(b"token_embd.weight")
+
+
+@given(data=st.data())
+def test_a_damaged_header_is_an_error_or_another_plan(data: st.DataObject) -> None:
+    """Whatever the keys and the tensor table say, before ggml sees any of it."""
+    damaged = bytearray(MODEL)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(24, HEAD[0]) | st.integers(HEAD[1], HEAD[1] + 2000))
+        damaged[place] = data.draw(st.integers(0, 255))
+    kind = data.draw(st.sampled_from(sorted(RECIPES)))
+    try:
+        plan = quantize.plan(opened(bytes(damaged)), Wanted(recipe(kind), requantize=True))
+    except GemloomError:
+        return
+    for choice in plan.choices:
+        for span in quantize._spans(choice):
+            assert span[1] + span[2] <= max(choice.info.shape[1:2], default=1)
+        assert choice.type == choice.info.type or choice.type in quants.WRITABLE
+    assert plan.bytes == sum(choice.nbytes for choice in plan.choices)
 
 
 # -- memory, a full disk, a kill -------------------------------------------------------------
