@@ -140,8 +140,8 @@ def test_rows_that_are_no_whole_blocks(tmp_path: Path) -> None:
     assert file.tensors["blk.0.attn_q.weight"].type == Type.F16
     assert file.tensors["blk.0.attn_output.weight"].type == Type.Q8_0
     count = made.types["F16"]
-    assert made.notes == (f"{count} tensors become F16, not Q8_0: their rows are no whole blocks "
-                          "of 32",)  # fmt: skip
+    told = f"tensors that become F16, as their rows are no whole blocks of 32: {count}"
+    assert made.notes == (told,)
     with gemloom.load(tmp_path / "out.gguf", context=64, threads=1) as model:
         assert np.isfinite(model.logits([2, 5, 6])).all()
 
@@ -177,7 +177,7 @@ def test_one_that_also_sees(tmp_path: Path, variant: str) -> None:
         n: bytes(t.data()) for n, t in alone.tensors.items()
     }
     vision = sum("vision" in name or "multi_modal" in name for name in others)
-    assert f"{vision} vision tensors left out" in made.notes
+    assert f"vision tensors left out: {vision}" in made.notes
 
 
 def test_unused_kv_of_sharing_layers(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_unused_kv_of_sharing_layers(tmp_path: Path) -> None:
     folder = checkpoints.write(tmp_path / "in", arrays, checkpoints.files(variant))
     file, made = converted(folder)
     assert file.tensors.keys() == tiny.tensors(variant).keys()
-    assert made.notes == ("15 tensors of layers that share K/V left out: nothing uses them",)
+    assert made.notes == ("unused K/V tensors of sharing layers left out: 15",)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -266,7 +266,7 @@ def test_assistant(tmp_path: Path, ordered: bool) -> None:
     assert file.tensors["nextn.post_projection.weight"].shape == (64, 96)
     assert not [name for name in file.tensors if "attn_k" in name or "masked" in name]
     assert len(file.tensors) == 3 + 2 + 4 * 11
-    assert made.notes == (("2 ordered embeddings tensors left out",) if ordered else ())
+    assert made.notes == (("ordered-embedding tensors left out: 2",) if ordered else ())
 
 
 # -- the tokenizer ---------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_rows_beyond_the_vocabulary(tmp_path: Path) -> None:
     file, made = converted(checkpoints.write(tmp_path / "in", arrays, files))
     assert file.metadata.strings("tokenizer.ggml.tokens")[n:] == [f"[PAD{n + i}]" for i in range(3)]
     assert file.metadata.array("tokenizer.ggml.token_type")[n:].tolist() == [5, 5, 5]
-    assert made.notes == ("1 tokens without a row in the embedding table left out",)
+    assert made.notes == ("added tokens without an embedding left out: 1",)
 
 
 def test_several_ends(tmp_path: Path) -> None:

@@ -339,6 +339,9 @@ def of_model(**changes: Any) -> Edit:
         ("e2b", of_model(merges=["a"]), "'a' is no merge"),
         ("e2b", of_model(merges=[["a", " "]]), "is no merge"),
         ("e2b", of_model(merges=[["nowhere", "x"]]), "merges do not fit"),
+        ("e2b", of_model(vocab={"\ud800": 300}), "no Unicode text"),
+        ("e2b", tokenizer(lambda f: f.update({"chat_template.jinja": "", "tokenizer_config.json":
+         {"chat_template": "a\ud800"}})), "no Unicode text"),
         ("gemma3", of_model(merges=[["▁", "t"]]), "do not follow from the order"),
         ("e2b", tokenizer(lambda f: f["tokenizer.json"].update(added_tokens=[3])), "added_tokens"),
         ("e2b", tokenizer(lambda f: f["tokenizer.json"].update(added_tokens=[{}])), "no text"),
@@ -526,7 +529,7 @@ def test_command_line(tmp_path: Path) -> None:
     folder = checkpoints.checkpoint(tmp_path / "in")
     for arguments, status, words in (
         ((tmp_path / "nowhere", tmp_path / "x.gguf"), 1, "is no folder"),
-        ((folder, tmp_path / "no" / "x.gguf"), 1, "No such file"),
+        ((folder, tmp_path / "no" / "x.gguf"), 1, "no is no folder"),
         ((folder, tmp_path / "x.gguf", "--type", "Q4_K"), 2, "none of F32, F16, BF16, Q8_0"),
         ((folder, folder / "config.json"), 1, "--force"),
     ):

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,8 @@ def write(
     """
     if os.path.exists(path) and not force:
         raise OutputError(f"{path}: is there already; --force replaces it")
+    if not Path(path).parent.is_dir():
+        raise OutputError(f"{path}: {Path(path).parent} is no folder")
     planned = [item.planned for item in chosen.items]
     out = GGUFWriter(path, chosen.metadata, planned, resume=True)
     with _journal(out, chosen.checkpoint), out:

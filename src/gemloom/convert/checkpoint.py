@@ -146,7 +146,7 @@ class Checkpoint:
     def _check_index(self) -> None:
         if self._index is None:
             return
-        for name in self._index.keys() | self.tensors.keys():
+        for name in sorted(self._index.keys() | self.tensors.keys()):
             stored, wanted = self.tensors.get(name), self._index.get(name)
             if stored is None:
                 raise FormatError(f"{self.folder / str(wanted)}: {name} is missing in it")

@@ -87,5 +87,5 @@ def to_hf(name: str) -> str:
 def left_out(name: str) -> str | None:
     """What a tensor belongs to that a text GGUF does not hold: vision, audio, ...; else None."""
     if name.startswith(_MASKED):
-        return "ordered embeddings"
+        return "ordered-embedding"
     return next((part for prefix, part in _OTHER_PARTS.items() if name.startswith(prefix)), None)

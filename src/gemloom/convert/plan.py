@@ -17,11 +17,11 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
 from gemloom.blob import Blob
-from gemloom.config import from_gguf
+from gemloom.config import Config, from_gguf
 from gemloom.convert import names, settings, vocabulary
 from gemloom.convert.checkpoint import Checkpoint, Stored
 from gemloom.convert.settings import Settings
-from gemloom.errors import ConfigError, OptionError, TensorError
+from gemloom.errors import OptionError, TensorError
 from gemloom.gguf import GGUF, Metadata, TensorInfo, Value
 from gemloom.models import ARCHITECTURES
 from gemloom.tokenizer import Tokenizer
@@ -133,14 +133,18 @@ def _shapes(
         shapes["output.weight"] = (config.n_embd, config.n_vocab)
     if found.architecture == "gemma4":
         shapes |= {f"blk.{spec.index}.layer_output_scale.weight": (1,) for spec in config.layers}
-        for spec in config.layers:  # a file shows by what it lacks where V is made from K
-            if spec.owns_kv and spec.has_v == (found.k_is_v and not spec.sliding):
-                name = names.to_hf(f"blk.{spec.index}.attn_v.weight")
-                what = (
-                    "is missing" if found.k_is_v is False else "is there despite attention_k_eq_v"
-                )
-                raise TensorError(f"{metadata.name}: the tensor {name} {what}")
+        _check_values(metadata.name, config, found.k_is_v)
     return shapes, layout.ignored
+
+
+def _check_values(name: str, config: Config, k_is_v: bool) -> None:
+    """A GGUF shows by what it lacks that V is made from K; so it must lack just that."""
+    for spec in config.layers:
+        wanted = spec.sliding or not k_is_v
+        if spec.owns_kv and spec.has_v != wanted:
+            what = "is missing" if wanted else "is there despite attention_k_eq_v"
+            tensor = names.to_hf(f"blk.{spec.index}.attn_v.weight")
+            raise TensorError(f"{name}: the tensor {tensor} {what}")
 
 
 def _assistant_shapes(metadata: Metadata, found: Settings) -> Shapes:
@@ -187,8 +191,8 @@ def _check(
                 f"{tensor.path}: {tensor.name} has the shape {list(tensor.shape)}, "
                 f"not {list(shape[::-1])}"
             )
-    for name in stored.keys() - shapes.keys() - unused:
-        tensor = stored[name]
+    if extra := stored.keys() - shapes.keys() - unused:
+        tensor = stored[min(extra)]
         raise TensorError(f"{tensor.path}: {tensor.name} does not belong to this architecture")
 
 
@@ -215,9 +219,10 @@ def _type(
     name: str, shape: tuple[int, ...], tensor: Stored, found: Settings, kind: Type | None
 ) -> Type:
     """F32 for vectors and the router, which are small; else what is wanted, if its blocks fit."""
+    own = tensor.type
     if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return Type.F32
-    wanted = tensor.type if kind is None else kind
+    wanted = own if kind is None else kind
     row = shape[0]
     if name == PER_LAYER_TABLE:  # read in slices of one layer
         length = found.keys[f"{found.architecture}.embedding_length_per_layer_input"]
@@ -246,9 +251,7 @@ def _fallbacks(items: list[Item], kind: Type | None) -> list[str]:
 
 
 def _general(checkpoint: Checkpoint, found: Settings) -> dict[str, Value]:
-    name = checkpoint.folder.resolve().name
-    if not name:
-        raise ConfigError(f"{checkpoint.folder}: a folder without a name")
+    name = os.fsencode(checkpoint.folder.resolve().name).decode("utf-8", "replace")
     return {
         "general.architecture": found.architecture,
         "general.type": "model",

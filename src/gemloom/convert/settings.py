@@ -133,10 +133,10 @@ class _Config:
         if kinds is None and "sliding_window_pattern" in self.scalars:
             every = self.count("sliding_window_pattern")
             return [(i + 1) % every != 0 for i in range(n)]
-        known = isinstance(kinds, list) and all(kind in (_SLIDING, _FULL) for kind in kinds)
-        if not known or len(kinds) != n:
+        found = kinds if isinstance(kinds, list) else []
+        if len(found) != n or any(kind not in (_SLIDING, _FULL) for kind in found):
             self.refuse("layer_types", f"needs {n} of {_SLIDING} and {_FULL}")
-        return [kind == _SLIDING for kind in kinds]
+        return [kind == _SLIDING for kind in found]
 
     def per_layer(self, key: str, sliding: Sequence[bool]) -> list[int]:
         """A size of every layer, from any of the forms in which configs tell that they differ."""

@@ -76,10 +76,15 @@ def read(checkpoint: Checkpoint, kind: str, size: int) -> tuple[dict[str, Value]
             "the model that this one was made from"
         )
     texts, types = vocabulary.columns()
-    keys = _common_keys(texts, types) | _kind_keys(vocabulary.name, kind, texts, types, merges)
+    template, notes = _template(checkpoint, config)
+    try:
+        keys = _common_keys(texts, types) | _kind_keys(vocabulary.name, kind, texts, types, merges)
+        template.get("tokenizer.chat_template", "").encode()
+    except UnicodeEncodeError as error:  # half of a pair of \u escapes
+        text = error.object[max(0, error.start - 9) : error.start + 9]
+        raise TokenizerError(f"{checkpoint.folder}: {text!r} is no Unicode text") from None
     keys |= _special_ids(vocabulary.name, config, texts)
     keys |= _generation_keys(checkpoint, keys, size)
-    template, notes = _template(checkpoint, config)
     if vocabulary.beyond:
         notes.append(f"added tokens without an embedding left out: {vocabulary.beyond}")
     return keys | template, notes
@@ -151,8 +156,12 @@ def _from_model(checkpoint: Checkpoint, config: Json, size: int) -> _Vocabulary:
         special = pieces.is_control(token) or pieces.is_unknown(token)
         byte = TokenType.BYTE if pieces.is_byte(token) else TokenType.NORMAL
         vocabulary.put(token, pieces.id_to_piece(token), TokenType.CONTROL if special else byte)
-    added = config.get("added_tokens_decoder") or {}
-    entries = [{"id": int(token)} | entry for token, entry in added.items() if token.isdecimal()]
+    added = config.get("added_tokens_decoder")
+    entries = [
+        {"id": int(token)} | entry
+        for token, entry in (added.items() if isinstance(added, dict) else ())
+        if token.isdecimal() and isinstance(entry, dict)
+    ]
     _put_added(vocabulary, entries, config, "llama")
     vocabulary.beyond = sum(1 for entry in entries if entry["id"] >= size)
     return vocabulary
@@ -278,7 +287,7 @@ def _ids(name: str, config: Json, key: str, size: int) -> list[int]:
 # -- the chat template -----------------------------------------------------------------------
 
 
-def _template(checkpoint: Checkpoint, config: Json) -> tuple[dict[str, Value], list[str]]:
+def _template(checkpoint: Checkpoint, config: Json) -> tuple[dict[str, str], list[str]]:
     """The template from the first place that has one; a base model has none."""
     notes: list[str] = []
     for found in _templates(checkpoint, config):
