@@ -26,12 +26,13 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
     "prometheus_client": "server",
     "pydantic": "server",
     "rich": ("cli", "builtin", "bench"),
+    "safetensors": ("adapters", "convert"),
+    "sentencepiece": "convert",
 }
 PURE = [
     "sampling", "stopping", "slots", "sequence", "scheduler", "chat", "conversation", "router",
     "constraint", "tokenizer", "gguf", "blob", "config", "server.protocol", "adapters.active",
-    "adapters.info",
-    "adapters.reading", "adapters.checking",
+    "adapters.info", "adapters.reading", "adapters.checking", "recipes", "writing",
 ]  # fmt: skip
 ARROWS = {  # module: all it may import of this package; a name stands for what is below it too
     "errors": [],
@@ -65,6 +66,22 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
         "gguf",
         "models",
         "source",
+        "weights",
+        "writing",
+    ],
+    "imatrix_file": ["blob", "errors", "gguf", "source", "writing"],
+    "parts": [],
+    "recipes": ["errors"],
+    "quantize": ["errors", "ggml", "gguf", "imatrix_file", "recipes", "writing"],
+    "convert": [
+        "blob",
+        "config",
+        "convert",
+        "errors",
+        "ggml",
+        "gguf",
+        "models",
+        "tokenizer",
         "weights",
         "writing",
     ],

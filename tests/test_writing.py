@@ -225,6 +225,24 @@ def test_other_metadata_is_not_gone_on_with(tmp_path: Path, small_sync: None) ->
     assert not stopped(path, 0, KEYS | {"x": 1}, resume=True)
 
 
+def test_discarded_is_begun_anew(tmp_path: Path, small_sync: None) -> None:
+    path = tmp_path / "x.gguf"
+    stopped(path, 3, resume=True)
+    GGUFWriter(path, KEYS, PLAN, resume=True).discard()
+    assert left(tmp_path) == []
+    assert not stopped(path, 0, resume=True)
+
+
+def test_what_is_being_written_is_not_discarded(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    with GGUFWriter(path, KEYS, PLAN) as out:
+        with pytest.raises(OutputError, match="another process"):
+            GGUFWriter(path, KEYS, PLAN).discard()
+        for planned in PLAN:
+            out.write(planned.name, content(planned))
+    assert left(tmp_path) == ["x.gguf"]
+
+
 SLOW_WRITER = """
 import sys, time
 from gguf import GGMLQuantizationType

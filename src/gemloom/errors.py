@@ -47,7 +47,7 @@ class SourceError(WeightsError):
 
 
 class FormatError(WeightsError):
-    """The bytes are not a whole and valid GGUF file."""
+    """The bytes are not a whole and valid GGUF, or safetensors, file."""
 
     code = "invalid_gguf"
 

@@ -262,12 +262,17 @@ def _derive(metadata: Metadata, texts: list[str], types: list[int]) -> Merges:
     if scores.dtype.kind != "f" or not np.isfinite(scores).all():
         raise TokenizerError(f"{metadata.name}: a score is not a finite number")
     best_first = np.argsort(-scores, kind="stable").tolist()
-    normal = {texts[i]: None for i in best_first if types[i] == _NORMAL}
+    return merges_by_rank([texts[i] for i in best_first if types[i] == _NORMAL])
+
+
+def merges_by_rank(texts: Iterable[str]) -> Merges:
+    """The merges that tokens mean where their order, the best first, is all that ranks them."""
+    ranked = dict.fromkeys(texts)
     return [
         (text[:cut], text[cut:])
-        for text in normal
+        for text in ranked
         for cut in range(len(text) - 1, 0, -1)
-        if text[:cut] in normal and text[cut:] in normal
+        if text[:cut] in ranked and text[cut:] in ranked
     ]
 
 

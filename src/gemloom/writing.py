@@ -104,6 +104,12 @@ class GGUFWriter:
             raise
         return self
 
+    def discard(self) -> None:
+        """Take away what an earlier run left. OutputError where another process is at it."""
+        if self.partial.exists():
+            with self._open():
+                self.partial.unlink()
+
     def write(self, name: str, data: Data | Iterable[Data]) -> None:
         """The bytes of the next planned tensor: at once, or in pieces that follow one another."""
         planned = self._plan[self._next]
@@ -223,6 +229,21 @@ class GGUFWriter:
     def _failed(self, error: OSError) -> OutputError:
         left = f"{self.partial} is kept to go on from" if self._resume else "nothing is left there"
         return OutputError(f"{self.path}: {error.strerror or error}; {left}")
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a small file whole or not at all. OutputError where that cannot be."""
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: {error.strerror or error}; nothing is left there") from error
 
 
 # -- the header ------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ either left over is an error. Needs torch; only ``make test-reference`` and
 """
 
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,44 +13,9 @@ import numpy as np
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma4ForCausalLM, Gemma4TextConfig
 
+import checkpoints
 import tiny
 from tiny import Variant
-
-TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
-    "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
-    "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
-}
-
-BLOCK = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_q_norm.weight": "self_attn.q_norm.weight",
-    "attn_k_norm.weight": "self_attn.k_norm.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "post_attention_norm.weight": "post_attention_layernorm.weight",
-    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
-    "layer_output_scale.weight": "layer_scalar",
-    "inp_gate.weight": "per_layer_input_gate.weight",
-    "proj.weight": "per_layer_projection.weight",
-    "post_norm.weight": "post_per_layer_input_norm.weight",
-    "ffn_gate_inp.weight": "router.proj.weight",
-    "ffn_gate_inp.scale": "router.scale",
-    "ffn_down_exps.scale": "router.per_expert_scale",
-    "pre_ffw_norm_2.weight": "pre_feedforward_layernorm_2.weight",
-    "post_ffw_norm_1.weight": "post_feedforward_layernorm_1.weight",
-    "post_ffw_norm_2.weight": "post_feedforward_layernorm_2.weight",
-    "ffn_gate_up_exps.weight": "experts.gate_up_proj",
-    "ffn_down_exps.weight": "experts.down_proj",
-}
 
 
 def logits(variant: Variant, seed: int, ids: Sequence[int]) -> np.ndarray:
@@ -71,21 +35,13 @@ def model(variant: Variant, seed: int) -> Any:
     weights = tiny.tensors(variant, seed)
     if variant.arch == "gemma4":
         _check_rope(net, weights.pop("rope_freqs.weight"))
-    state = {_name(name): _value(variant, name, value) for name, value in weights.items()}
+    state = {
+        checkpoints.hf_name(name): torch.tensor(checkpoints.stored(variant, name, value))
+        for name, value in weights.items()
+    }
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     net.load_state_dict(state, strict=True)
     return net.float().eval()
-
-
-def _name(name: str) -> str:
-    match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    return f"model.layers.{match[1]}.{BLOCK[match[2]]}" if match else TOP[name]
-
-
-def _value(variant: Variant, name: str, value: np.ndarray) -> torch.Tensor:
-    if variant.arch == "gemma3" and "norm" in name:
-        value = value - np.float32(1)  # its norms compute 1 + w; GGUF has the 1 added
-    return torch.tensor(value)
 
 
 def _check_rope(net: Any, divisors: np.ndarray) -> None:

@@ -17,8 +17,10 @@ from gemloom import __version__
 from gemloom.cli import adapting
 from gemloom.cli.benching import bench
 from gemloom.cli.chatting import chat
+from gemloom.cli.converting import convert
 from gemloom.cli.doctor import doctor
 from gemloom.cli.inspecting import inspect, tokenize
+from gemloom.cli.quantizing import quantize
 from gemloom.cli.running import run
 from gemloom.cli.serving import serve
 from gemloom.cli.terminal import fail
@@ -102,7 +104,7 @@ def _top(
     """
 
 
-for _command in (run, chat, serve, inspect, tokenize, doctor, bench):
+for _command in (run, chat, serve, inspect, tokenize, convert, quantize, doctor, bench):
     app.command(cls=Command)(_command)
 _adapter = typer.Typer(
     help="LoRA adapters: inspect, convert, merge, extract.",
