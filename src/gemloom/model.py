@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import reprlib
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
@@ -232,11 +233,18 @@ class Model:
         named = {"all": list(range(len(ids))), "last": [len(ids) - 1]}
         wanted = named.get(rows, []) if isinstance(rows, str) else _integers("rows", rows)
         chosen = sorted(set(wanted))
-        if not chosen or chosen[0] < 0 or chosen[-1] >= len(ids):
-            raise OptionError(f'rows must be "all", "last" or from 0 to {len(ids) - 1}')
-        parts = [logits for logits, _ in self._pass(ids, chosen)]
+        parts = list(self.logits_in_parts(ids, chosen))
         order = {row: i for i, row in enumerate(chosen)}
         return np.concatenate(parts)[[order[row] for row in wanted]]
+
+    def logits_in_parts(self, ids: Sequence[int], rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """As ``logits``, for ascending ``rows``, some of them at a time: never over 64 MiB."""
+        ids = self._ids(ids)
+        if not rows or rows[0] < 0 or rows[-1] >= len(ids):
+            raise OptionError(f'rows must be "all", "last" or from 0 to {len(ids) - 1}')
+        for logits, _ in self._pass(ids, rows):
+            if len(logits):
+                yield logits
 
     def trace(self, ids: Sequence[int], taps: Sequence[str]) -> dict[str, np.ndarray]:
         """Named intermediates for every position: float32 [len(ids), ...], slowest first.
@@ -272,15 +280,18 @@ class Model:
         *,
         head: bool = True,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Run ids from nothing in a slot of its own: per step its wanted logits and its taps."""
-        most = len(ids)
-        if len(wanted) > 1 and head:
-            most = max(1, LOGITS_BYTES // 4 // self.config.n_vocab)
+        """Run ids from nothing in a slot of its own: per step its wanted logits and its taps.
+
+        ``wanted`` ascends. With a ``head``, a step ends before its logits are over LOGITS_BYTES.
+        """
+        most = max(1, LOGITS_BYTES // 4 // self.config.n_vocab) if head else len(ids)
         with self._held_slot() as slot:
             while (start := len(slot.tokens)) < len(ids):
-                tokens = ids[start : start + min(most, self._engine.allowance)]
-                rows = [row - start for row in wanted if start <= row < start + len(tokens)]
-                chunk = Chunk(slot.index, start, tokens, rows)
+                first, stop = bisect_left(wanted, start), start + self._engine.allowance
+                if first + most < len(wanted):
+                    stop = min(stop, wanted[first + most])
+                rows = [row - start for row in wanted[first : bisect_left(wanted, stop)]]
+                chunk = Chunk(slot.index, start, ids[start:stop], rows)
                 yield self._engine.call(partial(self._compute, slot, chunk, taps, head))
 
     def _compute(

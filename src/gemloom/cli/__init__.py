@@ -18,6 +18,7 @@ from gemloom.cli.benching import bench
 from gemloom.cli.chatting import chat
 from gemloom.cli.doctor import doctor
 from gemloom.cli.inspecting import inspect, tokenize
+from gemloom.cli.judging import compare, perplexity
 from gemloom.cli.running import run
 from gemloom.cli.serving import serve
 from gemloom.cli.terminal import fail
@@ -101,7 +102,7 @@ def _top(
     """
 
 
-for _command in (run, chat, serve, inspect, tokenize, doctor, bench):
+for _command in (run, chat, serve, inspect, tokenize, doctor, bench, perplexity, compare):
     app.command(cls=Command)(_command)
 
 

@@ -1,0 +1,52 @@
+"""A picture of what files of different sizes lost; needs matplotlib, the extra ``pictures``."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemloom.errors import OptionError
+
+if TYPE_CHECKING:
+    from gemloom.perplexity import Comparison
+
+Point = tuple[str, int, "Comparison"]  # the name of a file, its bytes, what it lost
+_LOSSLESS = 1e-7  # nats; what is below has no place on a logarithmic axis
+
+
+def check(path: Path) -> None:
+    """Whether a picture can be drawn there, before anything is computed for it. OptionError."""
+    if find_spec("matplotlib") is None:
+        raise OptionError("--picture needs matplotlib: pip install 'gemloom[pictures]'")
+    if path.suffix.lower() != ".png":
+        raise OptionError(f"--picture {path}: only .png files are drawn")
+    if not path.parent.is_dir():
+        raise OptionError(f"--picture {path}: there is no folder {path.parent}")
+
+
+def draw(path: Path, points: Sequence[Point]) -> None:
+    """KL divergence, and how often the likeliest token is another one, against size."""
+    from io import BytesIO
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, nbytes, found in points:
+        x, kl, top = nbytes / 1e6, found.divergence, found.same_top
+        _mark(left, name, x, max(kl.value, _LOSSLESS), kl.error)
+        _mark(right, name, x, 100 * (1 - top.value), 100 * top.error)
+    left.set(yscale="log", ylabel="KL divergence from the base, nats a token")
+    right.set(ylabel="tokens where another one is likeliest, %", ylim=(0, None))
+    for axes in (left, right):
+        axes.set(xlabel="size, MB")
+        axes.grid(alpha=0.3)
+    image = BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    path.write_bytes(image.getvalue())
+
+
+def _mark(axes: Any, name: str, x: float, y: float, error: float) -> None:
+    label = Path(name).name.removesuffix(".gguf")
+    axes.errorbar([x], [y], yerr=[1.96 * error], fmt="o", markersize=4, capsize=2)
+    axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
