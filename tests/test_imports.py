@@ -51,6 +51,8 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "scheduler": ["sequence"],
     "generation": ["errors", "router", "sequence"],
     "ggml": ["errors", "ggml", "gguf"],
+    "writing": ["errors", "gguf", "source"],
+    "imatrix_file": ["blob", "errors", "gguf", "source", "writing"],
     "weights": ["errors", "ggml", "gguf"],
     "linear": ["ggml"],
     "cache": ["config", "errors", "ggml"],

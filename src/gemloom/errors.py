@@ -11,6 +11,7 @@
     │   ├── OptionError           400  invalid_option       an option outside its range
     │   ├── ContextError          400  context_length_exceeded
     │   └── StateError            400  invalid_state        saved state that does not fit this model
+    ├── OutputError               500  output_error         a file that cannot be written
     ├── DeviceError               500  device_error         a backend missing, lost or out of memory
     ├── QueueFullError            429  queue_full           more requests than may wait
     ├── EngineError               503  engine_failed        a step failed; nothing is computed since
@@ -90,6 +91,12 @@ class StateError(RequestError):
     """Saved state that is damaged or belongs to another model."""
 
     code = "invalid_state"
+
+
+class OutputError(GemloomError):
+    """A file that cannot be written: no such folder, no right to, a full disk."""
+
+    code = "output_error"
 
 
 class DeviceError(GemloomError):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -124,11 +124,19 @@ def nbytes(kind: GGMLQuantizationType, shape: Sequence[int]) -> int:
 
 
 class Metadata(dict[str, Value]):
-    """Keys and values of a file; typed getters that name what is missing or of another type."""
+    """Keys and values of a file; typed getters that name what is missing or of another type.
 
-    def __init__(self, name: str, values: dict[str, Value]) -> None:
+    ``encoded`` has each value as its bytes in the file, type first, for whoever writes it again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        values: dict[str, Value],
+        encoded: Mapping[str, memoryview] | None = None,
+    ) -> None:
         super().__init__(values)
-        self.name = name
+        self.name, self.encoded = name, dict(encoded or {})
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A non-negative integer. ConfigError if absent with no default, or not one."""
@@ -292,6 +300,7 @@ class _Reader:
 
     def _metadata(self, count: int) -> Metadata:
         values: dict[str, Value] = {}
+        encoded: dict[str, memoryview] = {}
         for _ in range(count):
             key = self._string("metadata")
             if not key.isprintable() or not 0 < len(key.encode()) <= MAX_KEY:
@@ -300,8 +309,10 @@ class _Reader:
                 )
             if key in values:
                 raise FormatError(f"{self.blob.name}: metadata key {key[:80]} is there twice")
+            start = self.position
             values[key] = self._value(key, self._u32("metadata"))
-        return Metadata(self.blob.name, values)
+            encoded[key] = self.head[start : self.position]
+        return Metadata(self.blob.name, values, encoded)
 
     def _value(self, key: str, kind: int) -> Value:
         if kind == _STRING:
