@@ -27,6 +27,7 @@ from gemloom.engine import Engine, Stats
 from gemloom.errors import ContextError, OptionError, RequestError
 from gemloom.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
 from gemloom.ggml.device import Device, trim_memory
+from gemloom.ggml.graph import SUMS
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options, from_options
 from gemloom.router import Plain, Router
@@ -90,7 +91,7 @@ class Model:
             self._runner = Runner(self._device, self.config, self._weights, self._kv)
             stack.callback(self._runner.close)
             self._runner.reserve()
-            self._fingerprint = state.fingerprint(file, self.config)
+            self.fingerprint = state.fingerprint(file, self.config)
             self._engine = Engine(
                 self._runner, self._kv, options, self.context, stack.pop_all().close
             )
@@ -272,6 +273,17 @@ class Model:
             total += values[HIDDEN].sum(axis=0)
         return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
 
+    def input_squares(self, ids: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+        """Step by step what every matrix is multiplied with: squares, summed over a step's rows.
+
+        By tensor name and ``SUMS``: float32 [1, k]. Of experts [n_expert, k], and by name and
+        ``IDS`` which of them each row met.
+        """
+        ids = self._ids(ids)
+        taps = [name + SUMS for name in self._weights.matrices]
+        for _, values in self._pass(ids, range(len(ids)), taps, head=False):
+            yield values
+
     def _pass(
         self,
         ids: Sequence[int],
@@ -349,7 +361,7 @@ class Model:
     def save_state(self) -> bytes:
         """The tokens and K/V of the request that ended last. RequestError if none is held."""
         return self._engine.call(
-            lambda: state.save(self._fingerprint, self._kv, self._engine.slots.latest())
+            lambda: state.save(self.fingerprint, self._kv, self._engine.slots.latest())
         )
 
     def load_state(self, data: bytes) -> int:
@@ -358,7 +370,7 @@ class Model:
         Returns how many tokens it has. StateError, and nothing changed, if it is damaged or of
         another model.
         """
-        tokens, intact, cells = state.parse(self._fingerprint, self._kv, data)
+        tokens, intact, cells = state.parse(self.fingerprint, self._kv, data)
 
         def restore() -> None:
             self._kv.restore(slot.index, len(tokens), cells)

@@ -18,7 +18,7 @@ import numpy as np
 from gemloom.cache import Extent, KVCache, Rows, Span
 from gemloom.config import Config
 from gemloom.ggml.device import Device, Tensor
-from gemloom.ggml.graph import F16, I32, I64, Graph, f16_mask
+from gemloom.ggml.graph import F16, I32, I64, SUMS, Graph, f16_mask
 from gemloom.models import ARCHITECTURES
 from gemloom.sequence import Batch, Chunk
 from gemloom.weights import Weights
@@ -175,7 +175,8 @@ class Runner:
 
     def _build(self, key: _Key) -> _Plan:
         parts, taps, head = key
-        g = Graph(self._device, node_budget(self.config, len(parts), len(taps)), taps)
+        extra = sum(3 if tap.endswith(SUMS) else 1 for tap in taps)
+        g = Graph(self._device, node_budget(self.config, len(parts), extra), taps)
         try:
             rows = self._all_rows(g, parts)
             wanted: Rows | None = self._wanted_rows(g, parts)

@@ -110,6 +110,11 @@ class Weights:
         """Of these, memory of matrices in a layout of the CPU's own."""
         return sum(arena.bytes_allocated for kind, arena in self._arenas.items() if kind)
 
+    @property
+    def matrices(self) -> list[str]:
+        """Names of the tensors of two dimensions or three."""
+        return [name for name, tensor in self._tensors.items() if len(tensor.shape) > 1]
+
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 

@@ -17,6 +17,7 @@ from gemloom import __version__
 from gemloom.cli.benching import bench
 from gemloom.cli.chatting import chat
 from gemloom.cli.doctor import doctor
+from gemloom.cli.importance import imatrix
 from gemloom.cli.inspecting import inspect, tokenize
 from gemloom.cli.judging import compare, perplexity
 from gemloom.cli.running import run
@@ -102,7 +103,10 @@ def _top(
     """
 
 
-for _command in (run, chat, serve, inspect, tokenize, doctor, bench, perplexity, compare):
+for _command in (
+    run, chat, serve, inspect, tokenize, doctor, bench,
+    perplexity, compare, imatrix,
+):  # fmt: skip
     app.command(cls=Command)(_command)
 
 
