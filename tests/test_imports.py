@@ -25,6 +25,7 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
     "anyio": "server",
     "prometheus_client": "server",
     "pydantic": "server",
+    "matplotlib": "cli.picturing",
     "rich": ("cli", "builtin", "bench"),
 }
 PURE = [
@@ -59,6 +60,8 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "models": ["cache", "config", "errors", "ggml", "linear", "models", "weights"],
     "runner": ["cache", "config", "ggml", "models", "sequence", "weights"],
     "options": ["config", "errors"],
+    "perplexity": ["errors", "model", "tokenizer"],
+    "imatrix": ["errors", "ggml", "imatrix_file", "model", "perplexity"],
     "server": [
         "chat",
         "constraint",

@@ -267,6 +267,8 @@ def compare(
     ``done`` and what is raised are as in ``perplexity``; RequestError too for models that do not
     have the same tokens.
     """
+    if base is model:  # its one slot cannot hold both
+        raise RequestError("to hold a model against itself, load it twice")
     ids = read_tokens(base.tokenizer, text)
     if base.config.n_vocab != model.config.n_vocab or ids != read_tokens(model.tokenizer, text):
         raise RequestError(f"{base.name} and {model.name} have different vocabularies")

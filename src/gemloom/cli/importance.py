@@ -34,9 +34,10 @@ def imatrix(
         int | None, typer.Option("--threads", "-t", help="Threads.", show_default="one a core")
     ] = None,
 ) -> None:
-    """Make an importance matrix from a text like those the model is for.
+    """Make an importance matrix for a quantizer.
 
-    What was computed is written every minute and on Ctrl-C; --resume goes on from there.
+    The text should be like those that the model is for. What was computed is written every
+    minute and on Ctrl-C; --resume goes on from there.
 
     \b
     Examples:
@@ -72,7 +73,7 @@ def _collect(
 
     of, latest, written, saved = 0, earlier, earlier, monotonic()
     try:
-        with progress(model.name) as show:
+        with progress(Path(model.name).name) as show:
             for of, latest in collect(model, words, how, name, earlier):
                 show(latest.chunks, of, f"{latest.chunks:,} windows")
                 if monotonic() - saved > SAVE_EVERY:

@@ -60,7 +60,9 @@ def perplexity(
     as_json: _Json = False,
     options: CutOptions,
 ) -> None:
-    """Measure how well a model predicts a text, counted as llama.cpp does.
+    """Measure how well a model predicts a text.
+
+    Windows, scored tokens and errors are counted as llama.cpp does.
 
     \b
     Examples:
@@ -71,7 +73,7 @@ def perplexity(
     from gemloom import perplexity as measure
 
     words, how = read_text(text), options.cut()
-    with options.open(model) as opened, progress(model) as show:
+    with options.open(model) as opened, progress(Path(model).name) as show:
 
         def done(count: int, of: int, so_far: "Perplexity") -> None:
             show(count, of, f"perplexity {_plain(so_far.perplexity)}")
@@ -99,10 +101,10 @@ def compare(
     ] = None,
     options: CutOptions,
 ) -> None:
-    """Measure what smaller files of a model lost, in predictions of a text.
+    """Measure what smaller files of a model lost.
 
-    Of each: perplexity, KL divergence from the base, how often both find the same token
-    likeliest, how far the probability of the right token moves; all with standard errors.
+    Of each, over a text: perplexity, KL divergence from the base, how often both find the same
+    token likeliest, how far the probability of the right token moves; all with standard errors.
 
     \b
     Examples:
@@ -139,7 +141,7 @@ def _compare(base: str, name: str, words: str, how: "Cut", options: CutOptions) 
     """One file against the base; only these two are loaded meanwhile."""
     from gemloom import perplexity as measure
 
-    with options.open(base) as one, options.open(name) as other, progress(name) as show:
+    with options.open(base) as one, options.open(name) as other, progress(Path(name).name) as show:
 
         def done(count: int, of: int, so_far: "Comparison") -> None:
             show(count, of, f"KL {so_far.divergence.value:.5f}")
