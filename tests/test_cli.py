@@ -27,7 +27,8 @@ from gemloom.sampling import SamplingParams
 from gemloom.source import DEFAULT_MODEL
 
 COMMANDS = (
-    "run", "chat", "serve", "inspect", "tokenize", "doctor", "perplexity", "compare", "imatrix",
+    "run", "chat", "serve", "inspect", "tokenize", "quantize", "doctor", "perplexity", "compare",
+    "imatrix",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
 }
 PURE = [
     "sampling", "stopping", "slots", "sequence", "scheduler", "chat", "conversation", "router",
-    "constraint", "tokenizer", "gguf", "blob", "config", "server.protocol",
+    "constraint", "tokenizer", "gguf", "blob", "config", "server.protocol", "recipes", "writing",
 ]  # fmt: skip
 ARROWS = {  # module: all it may import of this package; a name stands for what is below it too
     "errors": [],
@@ -54,6 +54,9 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "ggml": ["errors", "ggml", "gguf"],
     "writing": ["errors", "gguf", "source"],
     "imatrix_file": ["blob", "errors", "gguf", "source", "writing"],
+    "parts": [],
+    "recipes": ["errors"],
+    "quantize": ["errors", "ggml", "gguf", "imatrix_file", "recipes", "writing"],
     "weights": ["errors", "ggml", "gguf"],
     "linear": ["ggml"],
     "cache": ["config", "errors", "ggml"],

@@ -20,6 +20,7 @@ from gemloom.cli.doctor import doctor
 from gemloom.cli.importance import imatrix
 from gemloom.cli.inspecting import inspect, tokenize
 from gemloom.cli.judging import compare, perplexity
+from gemloom.cli.quantizing import quantize
 from gemloom.cli.running import run
 from gemloom.cli.serving import serve
 from gemloom.cli.terminal import fail
@@ -105,7 +106,7 @@ def _top(
 
 for _command in (
     run, chat, serve, inspect, tokenize, doctor, bench,
-    perplexity, compare, imatrix,
+    quantize, imatrix, perplexity, compare,
 ):  # fmt: skip
     app.command(cls=Command)(_command)
 

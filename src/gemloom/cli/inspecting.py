@@ -1,16 +1,27 @@
-"""``gemloom inspect`` and ``gemloom tokenize``: look into a model file; no weight is read."""
+"""``gemloom inspect`` and ``gemloom tokenize``: look into a model file.
 
+No weight is read but for a checksum or a comparison.
+"""
+
+import hashlib
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemloom.cli.opening import open_file
-from gemloom.cli.terminal import print_json, read_stdin, render, table, waiting
+from gemloom.cli.terminal import bar, print_json, read_stdin, render, show, table, waiting
+from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from rich.table import Table
+
+    from gemloom.cli.report import Facts
     from gemloom.tokenizer import Tokenizer
 
 _Model = Annotated[str, typer.Argument(help="A file, hf:owner/repo, a built-in name.")]
+_PIECE = 8 << 20
 
 
 def inspect(
@@ -21,6 +32,16 @@ def inspect(
         int | None, typer.Option("--context", "-c", help="Plan the memory for so many tokens.")
     ] = None,
     kv_type: Annotated[str, typer.Option(help="K/V cells of this type: f32, f16, q8_0.")] = "f16",
+    checksum: Annotated[
+        bool, typer.Option("--checksum", help="Add the SHA-256 of the file.")
+    ] = False,
+    template: Annotated[
+        bool, typer.Option("--template", help="Print the chat template and nothing else.")
+    ] = False,
+    diff: Annotated[
+        str | None,
+        typer.Option(metavar="OTHER", help="Tell in what another file differs, and nothing else."),
+    ] = None,
 ) -> None:
     """Tell what is in a model file, and what memory it will take.
 
@@ -29,17 +50,68 @@ def inspect(
       gemloom inspect gemma.gguf
       gemloom inspect gemma.gguf --context 32768 --kv-type q8_0
       gemloom inspect hf:owner/repo:Q4_K_M --json --tensors
+      gemloom inspect gemma.gguf --checksum
+      gemloom inspect gemma-f16.gguf --diff gemma-q4.gguf
     """
-    from gemloom.cli.report import describe, tables
-    from gemloom.options import Options
+    if template + (diff is not None) + (tensors or checksum) > 1:
+        raise OptionError("--template and --diff go with neither each other nor other listings")
+    if template:
+        _print_template(model, as_json)
+    elif diff is not None:
+        _print_diff(model, diff, as_json)
+    else:
+        from gemloom.cli.report import describe, tables
+        from gemloom.options import Options
 
-    options = Options(context=context, kv_type=kv_type)
-    facts = describe(open_file(model), options, list_tensors=tensors)
+        options = Options(context=context, kv_type=kv_type)
+        facts = describe(open_file(model), options, list_tensors=tensors)
+        if checksum:
+            facts["sha256"] = _checksums(model)
+        _print(facts, as_json, tables)
+        if checksum and not as_json:
+            # As sha256sum has them, on lines of their own, which no table may fold.
+            show("".join(f"\n{digest}  {name}" for name, digest in facts["sha256"].items()) + "\n")
+
+
+def _print(facts: "Facts", as_json: bool, tables: "Callable[[Facts], Iterable[Table]]") -> None:
     if as_json:
         print_json(facts)
         return
     for part in tables(facts):
         render(part)
+
+
+def _print_template(model: str, as_json: bool) -> None:
+    text = open_file(model).metadata.string("tokenizer.chat_template")
+    if as_json:
+        print_json({"chat_template": text})
+    else:
+        show(text if text.endswith("\n") else f"{text}\n")
+
+
+def _print_diff(model: str, other: str, as_json: bool) -> None:
+    from gemloom.cli.differing import common_bytes, differences, tables
+
+    files = open_file(model), open_file(other)
+    with bar("comparing", common_bytes(*files)) as progress:
+        facts = differences(*files, progress)
+    _print(facts, as_json, tables)
+
+
+def _checksums(model: str) -> dict[str, str]:
+    """The SHA-256 of every file that a model is made of."""
+    from gemloom import source
+
+    blobs = source.resolve(model)
+    sums, done = {}, 0
+    with bar("SHA-256", sum(blob.size for blob in blobs)) as progress:
+        for blob in blobs:
+            digest = hashlib.sha256()
+            for start in range(0, blob.size, _PIECE):
+                digest.update(blob.view(start, min(_PIECE, blob.size - start)))
+                progress(done := done + min(_PIECE, blob.size - start))
+            sums[blob.name] = digest.hexdigest()
+    return sums
 
 
 def tokenize(

@@ -1,22 +1,31 @@
 """What ``gemloom inspect`` tells: the facts of a file as plain values, and tables of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from math import prod
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from gemloom.cache import cell_bytes, slot_cells
 from gemloom.cli.terminal import one_line, size, table
 from gemloom.config import Config, from_gguf
-from gemloom.gguf import GGUF, Metadata
+from gemloom.gguf import GGUF, Metadata, StringArray, TensorInfo
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
+from gemloom.parts import PARTS, part
 from gemloom.weights import planned_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Facts = dict[str, Any]
+
+_TOKENIZER = "tokenizer.ggml."
+_TOKEN_TYPES = ("undefined", "normal", "unknown", "control", "user-defined", "unused", "byte")
+_BAR = 16  # characters of a whole bar
 
 
 def describe(file: GGUF, options: Options, list_tensors: bool = False) -> Facts:
@@ -32,7 +41,7 @@ def describe(file: GGUF, options: Options, list_tensors: bool = False) -> Facts:
         "name": _text(metadata, "general.name"),
         "license": _text(metadata, "general.license.name") or _text(metadata, "general.license"),
         "config": asdict(config),
-        "tokenizer": {"kind": _text(metadata, "tokenizer.ggml.model"), "size": config.n_vocab},
+        "tokenizer": _tokenizer(metadata, config.n_vocab),
         "chat_template": "tokenizer.chat_template" in metadata,
         "tensors": _tensors(file),
         "memory": plan(file, config, options),
@@ -76,14 +85,49 @@ def _text(metadata: Metadata, key: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def _tokenizer(metadata: Metadata, size: int) -> Facts:
+    types = metadata.get(f"{_TOKENIZER}token_type")
+    merges = metadata.get(f"{_TOKENIZER}merges")
+    counts = Counter(types.tolist() if isinstance(types, np.ndarray) else [])
+    return {
+        "kind": _text(metadata, f"{_TOKENIZER}model"),
+        "size": size,
+        "merges": len(merges) if isinstance(merges, StringArray) else 0,
+        "types": {name: counts[n] for n, name in enumerate(_TOKEN_TYPES) if counts[n]},
+        "special": dict(_special_tokens(metadata)),
+    }
+
+
+def _special_tokens(metadata: Metadata) -> Iterator[tuple[str, Facts]]:
+    """The tokens that keys such as tokenizer.ggml.bos_token_id speak of."""
+    texts = metadata.get(f"{_TOKENIZER}tokens")
+    for key, value in metadata.items():
+        name = key.removeprefix(_TOKENIZER).removesuffix("_token_id")
+        if key == f"{_TOKENIZER}{name}_token_id" and isinstance(value, int):
+            known = isinstance(texts, StringArray) and 0 <= value < len(texts)
+            yield name, {"id": value, "text": texts[value] if known else None}  # type: ignore[index]
+
+
 def _tensors(file: GGUF) -> Facts:
-    tensors = sorted(file.tensors.values(), key=lambda tensor: tensor.type.name)
-    types = []
-    for name, group in groupby(tensors, key=lambda tensor: tensor.type.name):
-        sizes = [tensor.nbytes for tensor in group]
-        types.append({"type": name, "count": len(sizes), "bytes": sum(sizes)})
+    tensors = list(file.tensors.values())
+    types = _grouped(tensors, "type", lambda tensor: tensor.type.name)
     types.sort(key=lambda kind: kind["bytes"], reverse=True)
-    return {"count": len(tensors), "bytes": sum(t.nbytes for t in tensors), "types": types}
+    parts = _grouped(tensors, "part", lambda tensor: part(tensor.name))
+    parts.sort(key=lambda group: PARTS.index(group["part"]))
+    return {**_sums(tensors), "types": types, "parts": parts}
+
+
+def _grouped(
+    tensors: Sequence[TensorInfo], label: str, name: Callable[[TensorInfo], str]
+) -> list[Facts]:
+    groups = groupby(sorted(tensors, key=name), key=name)
+    return [{label: key, **_sums(list(group))} for key, group in groups]
+
+
+def _sums(tensors: Sequence[TensorInfo]) -> Facts:
+    weights, size = sum(prod(t.shape) for t in tensors), sum(t.nbytes for t in tensors)
+    bits = round(8 * size / weights, 3) if weights else 0
+    return {"count": len(tensors), "weights": weights, "bytes": size, "bits": bits}
 
 
 # -- for people ------------------------------------------------------------------------------
@@ -96,7 +140,8 @@ def tables(facts: Facts) -> Iterator["Table"]:
     for label, value in _lines(facts):
         about.add_row(label, one_line(value))
     yield about
-    yield _type_table(facts["tensors"])
+    yield _sums_table("type", facts["tensors"]["types"], facts["tensors"])
+    yield _sums_table("part", facts["tensors"]["parts"], facts["tensors"])
     yield _memory_table(facts["memory"])
     if "list" in facts["tensors"]:
         yield _tensor_table(facts["tensors"]["list"])
@@ -123,7 +168,11 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
     if experts := layers[0]["experts"]:
         yield "experts", f"{experts['used']} of {experts['count']}, {experts['n_ff']:,} wide"
     tokenizer = facts["tokenizer"]
-    yield "tokenizer", f"{tokenizer['kind'] or 'not said'}, {tokenizer['size']:,} tokens"
+    merges = f", {tokenizer['merges']:,} merges" if tokenizer["merges"] else ""
+    yield "tokenizer", f"{tokenizer['kind'] or 'not said'}, {tokenizer['size']:,} tokens{merges}"
+    yield "", ", ".join(f"{count:,} {name}" for name, count in tokenizer["types"].items())
+    for name, token in tokenizer["special"].items():
+        yield f"  {name}", f"{token['id']:,} {token['text'] or ''}"
     yield "chat template", "yes" if facts["chat_template"] else "no (a base model)"
 
 
@@ -162,11 +211,19 @@ def _spread(layers: Sequence[Facts], key: str) -> str:
     return "; ".join(f"{value:,} in {ranges(where)}" for value, where in values.items())
 
 
-def _type_table(tensors: Facts) -> "Table":
-    made = table("\ntype", ">\ntensors", ">\nsize")
-    for kind in tensors["types"]:
-        made.add_row(kind["type"], f"{kind['count']:,}", size(kind["bytes"]))
-    made.add_row("all", f"{tensors['count']:,}", size(tensors["bytes"]))
+def _sums_table(label: str, groups: Sequence[Facts], tensors: Facts) -> "Table":
+    """Tensors by type or part, with a bar for their share of the bytes."""
+    made = table(f"\n{label}", ">\ntensors", ">\nweights", ">\nsize", ">bits a\nweight", "")
+    for group in [*groups, {**tensors, label: "all"}]:
+        share = group["bytes"] / tensors["bytes"] if tensors["bytes"] else 0
+        made.add_row(
+            group[label],
+            f"{group['count']:,}",
+            f"{group['weights']:,}",
+            size(group["bytes"]),
+            f"{group['bits']:.2f}",
+            "" if group[label] == "all" else "█" * round(_BAR * share),
+        )
     return made
 
 

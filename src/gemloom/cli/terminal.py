@@ -130,6 +130,32 @@ def _decode(name: str, data: bytes) -> str:
 
 
 @contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, of bytes, if it takes over a second; on a terminal only.
+
+    The block gets a function to call with all that is done so far.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn())
+    times = (DownloadColumn(binary_units=True), TimeRemainingColumn())
+    progress = Progress(*columns, *times, console=Console(stderr=True), transient=True)
+    task = progress.add_task(one_line(what), total=total)
+    timer = threading.Timer(_SPINNER_AFTER, progress.start)
+    timer.start()
+    try:
+        yield lambda done: progress.update(task, completed=done)
+    finally:
+        timer.cancel()
+        timer.join()
+        progress.stop()
+
+
+@contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A spinner on stderr while the block runs, if that takes over a second; on a terminal only."""
     if not sys.stderr.isatty():

@@ -1,0 +1,153 @@
+"""``gemloom quantize``: a model file in smaller types. The work is done by ``gemloom.quantize``."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemloom.cli.opening import open_file
+from gemloom.cli.terminal import bar, note, print_json, render, size, table
+from gemloom.errors import OptionError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gemloom.quantize import Choice, Plan, Wanted
+
+Facts = dict[str, Any]
+
+
+def quantize(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A GGUF in F32, F16 or BF16: a file, hf:owner/repo.")
+    ],
+    target: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="The file to make.", show_default=False)
+    ] = None,
+    *,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--type", "-t", metavar="NAME", help="Q4_K_M, Q8_0, ...; a wrong one shows all."
+        ),
+    ],
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-type",
+            metavar="REGEX=TYPE",
+            help="Matrices whose name the expression is found in get this type, whatever the mix "
+            "says; repeatable, the first that fits counts.",
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option("--imatrix", help="An importance matrix, .gguf or .dat.", show_default=False),
+    ] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Take a source that is quantized already.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be made, and write nothing.")
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, max=512, help="Threads. [default: one a core]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make a model file smaller.
+
+    \b
+    Examples:
+      gemloom quantize gemma-f16.gguf gemma-q4.gguf --type Q4_K_M
+      gemloom quantize gemma-f16.gguf --type Q4_K_M --dry-run
+      gemloom quantize gemma-f16.gguf small.gguf -t IQ3_M --imatrix imatrix.gguf
+      gemloom quantize gemma-f16.gguf a.gguf -t Q4_0 --tensor-type attn_v=Q8_0
+    """
+    from gemloom import quantize as work
+
+    if target is None and not dry_run:
+        raise OptionError("OUT is missing: the file to make; or --dry-run")
+    wanted = _wanted(kind, tensor_type or [], imatrix, requantize)
+    plan = work.plan(open_file(source), wanted)
+    for warning in plan.warnings:
+        note(warning)
+    facts = _facts(plan, kind)
+    if target is not None and not dry_run:
+        started = time.monotonic()
+        with bar(f"writing {target.name}", plan.source_bytes) as progress:
+            work.write(plan, target, threads, progress)
+        facts |= {"file": str(target), "seconds": round(time.monotonic() - started, 3)}
+    if as_json:
+        print_json(facts)
+        return
+    render(_parts_table(facts))
+    if "file" in facts:
+        note(f"{facts['file']}: {size(facts['bytes'])} in {facts['seconds']:.1f} s")
+
+
+def _wanted(kind: str, rules: list[str], imatrix: Path | None, requantize: bool) -> "Wanted":
+    from gemloom import imatrix_file
+    from gemloom.quantize import TensorRule, Wanted
+    from gemloom.recipes import recipe
+
+    return Wanted(
+        recipe(kind),
+        [TensorRule.parse(rule) for rule in rules],
+        imatrix_file.read(imatrix) if imatrix else None,
+        str(imatrix or ""),
+        requantize,
+    )
+
+
+def _facts(plan: "Plan", kind: str) -> Facts:
+    from gemloom.parts import PARTS, part
+
+    groups = ((name, [c for c in plan.choices if part(c.info.name) == name]) for name in PARTS)
+    tensors = [
+        {"name": c.info.name, "shape": c.info.shape, "from": c.info.type.name, "to": c.type.name}
+        for c in plan.choices
+    ]
+    return {
+        "type": kind,
+        **_sums(plan.choices),
+        "parts": [{"part": name, **_sums(choices)} for name, choices in groups if choices],
+        "warnings": plan.warnings,
+        "tensors": tensors,
+    }
+
+
+def _sums(choices: "Sequence[Choice]") -> Facts:
+    return {
+        "count": len(choices),
+        "weights": sum(prod(choice.info.shape) for choice in choices),
+        "from": Counter(choice.info.type.name for choice in choices),
+        "to": Counter(choice.type.name for choice in choices),
+        "source_bytes": sum(choice.info.nbytes for choice in choices),
+        "bytes": sum(choice.nbytes for choice in choices),
+    }
+
+
+def _parts_table(facts: Facts) -> "Table":
+    made = table("part", ">tensors", "from", "to", ">before", ">after", ">bits")
+    for part in [*facts["parts"], {**facts, "part": "all"}]:
+        made.add_row(
+            part["part"],
+            f"{part['count']:,}",
+            _types(part["from"]),
+            _types(part["to"]),
+            size(part["source_bytes"]),
+            size(part["bytes"]),
+            f"{8 * part['bytes'] / part['weights']:.2f}",
+        )
+    return made
+
+
+def _types(counts: Facts) -> str:
+    """Types, the commonest first."""
+    return ", ".join(sorted(counts, key=lambda name: -counts[name]))
