@@ -112,7 +112,7 @@ def compare(
       gemloom compare gemma-f16.gguf gemma-q*.gguf book.txt --chunks 20 --json
       gemloom compare gemma-f16.gguf gemma-q*.gguf book.txt --picture quality.png
     """
-    from gemloom.cli.picturing import check, draw
+    from gemloom.cli.picturing import Point, check, draw
 
     words, how = read_text(text), options.cut()
     if picture:
@@ -120,7 +120,8 @@ def compare(
     files = [_facts(name) for name in (base, *models)]
     found = [_compare(base, name, words, how, options) for name in models]
     if picture:
-        draw(picture, [(f["file"], f["bytes"], c) for f, c in zip(files[1:], found, strict=True)])
+        pairs = zip(files[1:], found, strict=True)
+        draw(picture, [Point(f["file"], f["bytes"], c.divergence, c.same_top) for f, c in pairs])
     if as_json:
         shown = [facts | c.json() for facts, c in zip(files[1:], found, strict=True)]
         print_json({"base": files[0], "models": shown})

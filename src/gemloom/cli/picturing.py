@@ -3,14 +3,23 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
-    from gemloom.perplexity import Comparison
+    from gemloom.perplexity import Estimate
 
-Point = tuple[str, int, "Comparison"]  # the name of a file, its bytes, what it lost
+
+class Point(NamedTuple):
+    """A file and what it lost."""
+
+    name: str
+    nbytes: int
+    divergence: "Estimate"
+    same_top: "Estimate"
+
+
 _LOSSLESS = 1e-7  # nats; what is below has no place on a logarithmic axis
 
 
@@ -32,10 +41,9 @@ def draw(path: Path, points: Sequence[Point]) -> None:
 
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, nbytes, found in points:
-        x, kl, top = nbytes / 1e6, found.divergence, found.same_top
-        _mark(left, name, x, max(kl.value, _LOSSLESS), kl.error)
-        _mark(right, name, x, 100 * (1 - top.value), 100 * top.error)
+    for name, nbytes, kl, top in points:
+        _mark(left, name, nbytes / 1e6, max(kl.value, _LOSSLESS), kl.error)
+        _mark(right, name, nbytes / 1e6, 100 * (1 - top.value), 100 * top.error)
     left.set(yscale="log", ylabel="KL divergence from the base, nats a token")
     right.set(ylabel="tokens where another one is likeliest, %", ylim=(0, None))
     for axes in (left, right):
