@@ -40,6 +40,7 @@ RESULTS = HERE / "results" / "quality.json"
 MODEL = "gemma-3-270m"
 HEAD = "token_embd.weight"  # the embeddings, and the head as well
 CALIBRATION = 32  # windows of the importance matrix
+IGNORE_IMPORTANCES = {Type[n] for n in ("Q1_0", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0")}
 _BOOK = HERE / "data" / "alice.txt"
 _CUT = "CHAPTER VII."  # measured is what comes before, calibrated on what comes after
 
@@ -69,9 +70,9 @@ def cases() -> Iterator[Case]:
         if bits(kind) > 3.5 or kind in (Type.Q2_K, Type.TQ2_0):
             yield Case("embeddings", kind.name)
     for kind in narrow:
-        if kind not in quants.NEEDS_IMPORTANCE:
+        if kind not in recipes.NEEDS_IMATRIX | quants.NEEDS_IMPORTANCE:
             yield Case("types", kind.name)
-        if bits(kind) < 5:
+        if bits(kind) < 5 and kind not in IGNORE_IMPORTANCES:
             yield Case("types", kind.name, importance=True)
 
 
