@@ -103,6 +103,7 @@ class Plan:
     choices: tuple[Choice, ...]
     metadata: Mapping[str, Value] = field(repr=False)
     warnings: tuple[str, ...]
+    lacking: str = ""  # what has to be there before the file can be made
 
     @property
     def source_bytes(self) -> int:
@@ -118,9 +119,10 @@ class Plan:
 def plan(file: GGUF, wanted: Wanted) -> Plan:
     """Choose the type of every tensor; nothing is read but the header.
 
-    Raises OptionError for a rule that no matrix fits, a type that needs an importance matrix where
-    there is none, importances of another model, or a source that is quantized already;
-    ConfigError for a file that is no model.
+    A type that needs an importance matrix where there is none is told by ``lacking``, so that sizes
+    can be looked at before one is made. Raises OptionError for a rule that no matrix fits,
+    importances of another model, or a source that is quantized already; ConfigError for a file
+    that is no model.
     """
     infos = sorted(file.tensors.values(), key=lambda info: (_layer(info.name), info.name))
     places = _places(file, infos, wanted.imatrix is not None)
@@ -128,7 +130,8 @@ def plan(file: GGUF, wanted: Wanted) -> Plan:
     _check_rules(wanted.rules, infos)
     for choice in choices:
         _check(file.name, choice, wanted)
-    return Plan(choices, _metadata(file, wanted), tuple(_warnings(choices, wanted)))
+    warnings = tuple(_warnings(choices, wanted))
+    return Plan(choices, _metadata(file, wanted), warnings, _lacking(choices, wanted))
 
 
 def write(
@@ -139,10 +142,12 @@ def write(
 ) -> None:
     """Make the file of a plan, on ``threads`` cores, all by default.
 
-    ``progress`` is told the bytes of the source that are done. Raises OptionError for a value that
-    a type cannot hold, OutputError where the file cannot be written. Whatever happens, the path
-    holds the whole new file or what it held before.
+    ``progress`` is told the bytes of the source that are done. Whatever happens, the path holds the
+    whole new file or what it held before. Raises OptionError for a plan that lacks something,
+    TensorError for a value that a type cannot hold, OutputError where the file cannot be written.
     """
+    if chosen.lacking:
+        raise OptionError(chosen.lacking)
     _check_target(chosen, path)
     planned = [Planned(c.info.name, c.type, c.info.shape) for c in chosen.choices]
     threads = threads or usable_cores()
@@ -150,11 +155,12 @@ def write(
     try:
         with GGUFWriter(path, chosen.metadata, planned) as out:
             made = _ahead(pool, chosen.choices, 2 * threads)
-            done = 0
+            told = _Progress(progress)
             for choice in chosen.choices:
-                out.write(choice.info.name, islice(made, sum(1 for _ in _spans(choice))))
-                done += choice.info.nbytes
-                progress(done)
+                count = sum(1 for _ in _spans(choice))
+                out.write(
+                    choice.info.name, told.of(islice(made, count), choice.info.nbytes / count)
+                )
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -178,8 +184,8 @@ def _recipes_apply(info: TensorInfo) -> bool:
 def _places(file: GGUF, infos: Sequence[TensorInfo], has_imatrix: bool) -> dict[str, Place]:
     """By name, where each matrix is that the recipes speak of."""
     metadata = file.metadata
-    if metadata.get("general.type", "model") != "model":
-        raise ConfigError(f"{file.name}: general.type is {metadata['general.type']}, no model")
+    if (what := metadata.string("general.type", "model")) != "model":
+        raise ConfigError(f"{file.name}: general.type is {what!r}, no model")
     arch = metadata.string("general.architecture")
     n_layer = metadata.integer(f"{arch}.block_count")
     n_expert = metadata.integer(f"{arch}.expert_count", 0)
@@ -202,11 +208,9 @@ def _places(file: GGUF, infos: Sequence[TensorInfo], has_imatrix: bool) -> dict[
 def _first(file: GGUF, key: str) -> int:
     """An integer, or the first layer's where there is one a layer."""
     value = file.metadata.get(key)
-    return (
-        int(value[0])
-        if isinstance(value, np.ndarray) and len(value)
-        else file.metadata.integer(key)
-    )
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
+        return int(value[0])
+    return file.metadata.integer(key)
 
 
 def _choose(info: TensorInfo, place: Place | None, wanted: Wanted) -> Choice:
@@ -218,9 +222,8 @@ def _choose(info: TensorInfo, place: Place | None, wanted: Wanted) -> Choice:
     else:
         return Choice(info, info.type)
     fits = fitting(kind, info.shape[0])
-    if fits == info.type:
-        return Choice(info, fits, kind if fits != kind else None)
-    return Choice(info, fits, kind if fits != kind else None, _importance(info, wanted))
+    importance = None if fits == info.type else _importance(info, wanted)
+    return Choice(info, fits, None if fits == kind else kind, importance)
 
 
 def _importance(info: TensorInfo, wanted: Wanted) -> NDArray[np.float32] | None:
@@ -259,16 +262,24 @@ def _check(name: str, choice: Choice, wanted: Wanted) -> None:
             f"{name}: quantized already ({info.name} is {info.type.name}); take the F16 or BF16 "
             "file it was made from, or lose more with --requantize"
         )
-    if choice.importance is None and _needs_imatrix(choice, wanted.recipe):
-        why = (
-            f"{wanted.imatrix_name} has nothing on it"
-            if wanted.imatrix
-            else "make one with gemloom imatrix and give it by --imatrix"
-        )
-        raise OptionError(f"{info.name}: {choice.type.name} needs an importance matrix; {why}")
+
+
+def _lacking(choices: Sequence[Choice], wanted: Wanted) -> str:
+    needy = [c for c in choices if c.importance is None and _needs_imatrix(c, wanted.recipe)]
+    if not needy:
+        return ""
+    first, others = needy[0], f" and {len(needy) - 1} more" if len(needy) > 1 else ""
+    why = (
+        f"{wanted.imatrix_name} has nothing on it"
+        if wanted.imatrix
+        else "make one with gemloom imatrix and give it by --imatrix"
+    )
+    return f"{first.type.name} needs an importance matrix ({first.info.name}{others}); {why}"
 
 
 def _needs_imatrix(choice: Choice, recipe: Recipe) -> bool:
+    if choice.type == choice.info.type:
+        return False
     if choice.type in quants.NEEDS_IMPORTANCE:
         return True
     used_by_row = choice.info.name in (*EMBEDDINGS, OUTPUT)
@@ -317,6 +328,20 @@ def _warnings(choices: Sequence[Choice], wanted: Wanted) -> Iterator[str]:
 # -- making ----------------------------------------------------------------------------------
 
 
+class _Progress:
+    """Tells somebody how much of the source is done, piece by piece."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self._tell, self._done = tell, 0.0
+
+    def of(self, pieces: Iterator[Any], size: float) -> Iterator[Any]:
+        """The same pieces; each stands for ``size`` bytes of the source."""
+        for piece in pieces:
+            yield piece
+            self._done += size
+            self._tell(round(self._done))
+
+
 def _check_target(chosen: Plan, path: str | os.PathLike[str]) -> None:
     """The source is most often the only good copy there is, so it is never replaced."""
     for name in {choice.info.blob.name for choice in chosen.choices}:
@@ -358,5 +383,5 @@ def _make(choice: Choice, matrix: int, first: int, rows: int) -> bytearray | mem
     weights = None if choice.importance is None else choice.importance[matrix]
     try:
         return quants.quantize(values, choice.type, weights)
-    except OptionError as error:
-        raise OptionError(f"{info.blob.name}: {info.name}: {error}") from error
+    except OptionError as error:  # a value that the type cannot hold, which is the file's fault
+        raise TensorError(f"{info.blob.name}: {info.name}: {error}") from error

@@ -254,7 +254,7 @@ _ALL = (
         _rule("attn_v", "Q5_K", shared),
         _rule("ffn_down", "Q5_K", first_8th, no_imatrix),
     ),
-    _mix("MXFP4", "MXFP4", 38, head="Q8_0"),
+    _mix("MXFP4", "MXFP4", 38),
     # As gpt-oss has it: experts alone, everything else Q8_0.
     _mix("MXFP4_MOE", "Q8_0", 38, _rule("", "MXFP4", experts), head="Q8_0"),
     _mix("NVFP4", "NVFP4", 39),

@@ -75,7 +75,7 @@ def quantize(
         raise OptionError("OUT is missing: the file to make; or --dry-run")
     wanted = _wanted(kind, tensor_type or [], imatrix, requantize)
     plan = work.plan(open_file(source), wanted)
-    for warning in plan.warnings:
+    for warning in (*plan.warnings, *([plan.lacking] if dry_run and plan.lacking else [])):
         note(warning)
     facts = _facts(plan, kind)
     if target is not None and not dry_run:
@@ -118,6 +118,7 @@ def _facts(plan: "Plan", kind: str) -> Facts:
         **_sums(plan.choices),
         "parts": [{"part": name, **_sums(choices)} for name, choices in groups if choices],
         "warnings": plan.warnings,
+        "lacking": plan.lacking,
         "tensors": tensors,
     }
 

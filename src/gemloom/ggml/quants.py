@@ -60,7 +60,7 @@ def quantize(
     )
     assert written == len(out), (kind, written, len(out))
     if not ggml.ggml_validate_row_data(int(kind), target, len(out)):
-        raise OptionError(f"{kind.name}: the values to quantize overflow the type's scales")
+        raise OptionError(f"{kind.name}: values to quantize that its scales are too coarse for")
     return out
 
 
