@@ -69,6 +69,8 @@ def cases() -> Iterator[Case]:
     for kind in narrow:
         if bits(kind) > 3.5 or kind in (Type.Q2_K, Type.TQ2_0):
             yield Case("embeddings", kind.name)
+        if kind in (Type.Q4_0, Type.Q4_K, Type.IQ4_NL):
+            yield Case("embeddings", kind.name, importance=True)
     for kind in narrow:
         if kind not in recipes.NEEDS_IMATRIX | quants.NEEDS_IMPORTANCE:
             yield Case("types", kind.name)

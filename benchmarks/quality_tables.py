@@ -26,7 +26,8 @@ def show(results: dict[str, Any], picture: Path) -> None:
     _print("Files", _FILES, map(_file, _sorted(found, "files")))
     _print("Types", _TYPES, _pairs(found, "types"))
     _print("Embeddings", _TYPES, _pairs(found, "embeddings"))
-    draw(picture, [_point(case) for case in found if case["group"] == "files"])
+    files = [case for case in found if case["group"] == "files"]
+    draw(picture, [_point(case) for case in files if case["bits_per_weight"] < 16])
 
 
 def _sorted(found: list[Found], group: str) -> list[Found]:

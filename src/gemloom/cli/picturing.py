@@ -41,9 +41,10 @@ def draw(path: Path, points: Sequence[Point]) -> None:
 
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, nbytes, kl, top in points:
-        _mark(left, name, nbytes / 1e6, max(kl.value, _LOSSLESS), kl.error)
-        _mark(right, name, nbytes / 1e6, 100 * (1 - top.value), 100 * top.error)
+    ordered = sorted(points, key=lambda point: (point.divergence.value, point.nbytes))
+    for i, (name, nbytes, kl, top) in enumerate(ordered):
+        _mark(left, i, name, (nbytes / 1e6, max(kl.value, _LOSSLESS), kl.error))
+        _mark(right, i, name, (nbytes / 1e6, 100 * (1 - top.value), 100 * top.error))
     left.set(yscale="log", ylabel="KL divergence from the base, nats a token")
     right.set(ylabel="tokens where another one is likeliest, %", ylim=(0, None))
     for axes in (left, right):
@@ -54,7 +55,12 @@ def draw(path: Path, points: Sequence[Point]) -> None:
     path.write_bytes(image.getvalue())
 
 
-def _mark(axes: Any, name: str, x: float, y: float, error: float) -> None:
-    label = Path(name).name.removesuffix(".gguf")
+def _mark(axes: Any, index: int, name: str, at: tuple[float, float, float]) -> None:
+    """A point with its error; labels in turn to the right and to the left, so that more fit."""
+    (x, y, error), side = at, -1 if index % 2 else 1
+    label, align = Path(name).name.removesuffix(".gguf"), "right" if side < 0 else "left"
     axes.errorbar([x], [y], yerr=[1.96 * error], fmt="o", markersize=4, capsize=2)
-    axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.annotate(
+        label, (x, y), xytext=(6 * side, 0), textcoords="offset points", fontsize=7,
+        ha=align, va="center",
+    )  # fmt: skip
