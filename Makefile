@@ -4,7 +4,7 @@ REFERENCE := .venv-reference
 PIP := -m pip --disable-pip-version-check install
 PYTHON ?= python3
 
-.PHONY: help demo test test-reference lint types format bench bench-scale bench-serving clean
+.PHONY: help demo test test-reference lint types format bench bench-scale bench-serving quality clean
 help:
 	@echo "make demo            set up, and complete a sentence with the real Gemma 3 270M"
 	@echo "make test            set up, and run the tests"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint types      ruff; mypy --strict"
 	@echo "make format          ruff format"
 	@echo "make bench           beside llama.cpp, on synthetic models (20 GB of disk, most of an hour)"
+	@echo "make quality         what every type costs the real Gemma 3 270M (5 GB of disk, an hour)"
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/gemloom run --temperature 0 --max-tokens 48 "The capital of France is"
@@ -42,6 +43,9 @@ bench-scale: $(VENV)/.bench
 
 bench-serving: $(VENV)/.bench .venv-peer-server/.peer
 	$(VENV)/bin/python benchmarks/serving.py --peer .venv-peer-server/bin/python
+
+quality: $(VENV)/.bench $(VENV)/.demo
+	$(VENV)/bin/python benchmarks/quality.py
 
 clean:
 	rm -rf $(VENV) $(REFERENCE) .venv-peer .venv-peer-server

@@ -26,7 +26,10 @@ from gemloom.options import Options
 from gemloom.sampling import SamplingParams
 from gemloom.source import DEFAULT_MODEL
 
-COMMANDS = ("run", "chat", "serve", "inspect", "tokenize", "quantize", "doctor")
+COMMANDS = (
+    "run", "chat", "serve", "inspect", "tokenize", "quantize", "doctor", "perplexity", "compare",
+    "imatrix",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
     "anyio": "server",
     "prometheus_client": "server",
     "pydantic": "server",
+    "matplotlib": "cli.picturing",
     "rich": ("cli", "builtin", "bench"),
     "safetensors": ("adapters", "convert"),
     "sentencepiece": "convert",
@@ -90,6 +91,8 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "models": ["cache", "config", "errors", "ggml", "linear", "models", "weights"],
     "runner": ["adapters", "cache", "config", "ggml", "models", "sequence", "weights"],
     "options": ["config", "errors"],
+    "perplexity": ["errors", "model", "tokenizer"],
+    "imatrix": ["errors", "ggml", "imatrix_file", "model", "perplexity"],
     "server": [
         "adapters",
         "chat",

@@ -28,6 +28,7 @@ from gemloom.writing import GGUFWriter, Planned, replace_file
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _TYPE, _DATASETS = "general.type", "imatrix.datasets"
 _CHUNKS, _CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
+_DIGEST = "gemloom.imatrix.digest"
 _F32 = GGMLQuantizationType.F32
 
 
@@ -53,6 +54,7 @@ class ImportanceMatrix:
     datasets: tuple[str, ...] = ()  # names of the texts
     chunks: int = 0  # pieces of text that were computed
     chunk_size: int = 0  # tokens of each; 0: not known
+    digest: str = ""  # of the tokens computed, as ``imatrix.collect`` makes it; "": not known
 
 
 def read(path: str | os.PathLike[str]) -> ImportanceMatrix:
@@ -92,6 +94,7 @@ def _from_gguf(file: GGUF) -> ImportanceMatrix:
         tuple(datasets) if isinstance(datasets, StringArray) else (),
         file.metadata.integer(_CHUNKS, 0),
         file.metadata.integer(_CHUNK_SIZE, 0),
+        file.metadata.string(_DIGEST, ""),
     )
 
 
@@ -111,6 +114,8 @@ def _write_gguf(path: str | os.PathLike[str], matrix: ImportanceMatrix) -> None:
     if matrix.datasets:
         metadata[_DATASETS] = list(matrix.datasets)
     metadata |= {_CHUNKS: matrix.chunks, _CHUNK_SIZE: matrix.chunk_size}
+    if matrix.digest:
+        metadata[_DIGEST] = matrix.digest
     arrays = {}
     for name, entry in sorted(matrix.entries.items()):
         arrays[name + _SUMS] = entry.sums.astype(np.float32)

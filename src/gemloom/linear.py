@@ -26,6 +26,7 @@ def linear(
     With ``part`` only so many rows of w are used, and the result has no name. Adapters may know
     the matrix by another ``name`` than its own.
     """
+    g.watch(w.name, x)
     name = name or w.name
     if w.packed and not part:
         y = product(g, w.packed, x)
@@ -38,6 +39,7 @@ def linear(
 
 def expert_linear(g: Graph, w: Tensor, x: Tensor, ids: Tensor, deltas: Sequence[Delta]) -> Tensor:
     """w [k, m, n_expert], x [k, 1 or used, n], ids [used, n] -> [m, used, n], as named by ids."""
+    g.watch_experts(w.name, w.shape[2], x, ids)
     y = expert_product(g, w.packed, x, ids) if w.packed else g.mul_mat_id(w, x, ids)
     for delta in deltas:
         delta.add_expert_product(g, w.name, x, ids, y)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import reprlib
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
@@ -29,6 +30,7 @@ from gemloom.engine import Engine, Stats
 from gemloom.errors import ContextError, OptionError, RequestError
 from gemloom.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
 from gemloom.ggml.device import Device, trim_memory
+from gemloom.ggml.graph import SUMS
 from gemloom.kernels.library import supported
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options, from_options
@@ -97,7 +99,7 @@ class Model:
             self._runner = Runner(self._device, self.config, self._weights, self._kv)
             stack.callback(self._runner.close)
             self._runner.reserve()
-            self._fingerprint = state.fingerprint(file, self.config)
+            self.fingerprint = state.fingerprint(file, self.config)
             free = stack.pop_all()
         self._engine = Engine(self._runner, self._kv, options, self.context, free.close)
         self.adapters = Adapters(
@@ -257,11 +259,20 @@ class Model:
         named = {"all": list(range(len(ids))), "last": [len(ids) - 1]}
         wanted = named.get(rows, []) if isinstance(rows, str) else _integers("rows", rows)
         chosen = sorted(set(wanted))
-        if not chosen or chosen[0] < 0 or chosen[-1] >= len(ids):
-            raise OptionError(f'rows must be "all", "last" or from 0 to {len(ids) - 1}')
-        parts = [logits for logits, _ in self._pass(ids, chosen, adapters=adapters)]
+        parts = list(self.logits_in_parts(ids, chosen, adapters))
         order = {row: i for i, row in enumerate(chosen)}
         return np.concatenate(parts)[[order[row] for row in wanted]]
+
+    def logits_in_parts(
+        self, ids: Sequence[int], rows: Sequence[int], adapters: Scales | None = None
+    ) -> Iterator[np.ndarray]:
+        """As ``logits``, for ascending ``rows``, some of them at a time: never over 64 MiB."""
+        ids = self._ids(ids)
+        if not rows or rows[0] < 0 or rows[-1] >= len(ids):
+            raise OptionError(f'rows must be "all", "last" or from 0 to {len(ids) - 1}')
+        for logits, _ in self._pass(ids, rows, adapters=adapters):
+            if len(logits):
+                yield logits
 
     def trace(
         self, ids: Sequence[int], taps: Sequence[str], adapters: Scales | None = None
@@ -293,6 +304,17 @@ class Model:
             total += values[HIDDEN].sum(axis=0)
         return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
 
+    def input_squares(self, ids: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+        """Step by step what every matrix is multiplied with: squares, summed over a step's rows.
+
+        By tensor name and ``SUMS``: float32 [1, k]. Of experts [n_expert, k], and by name and
+        ``IDS`` which of them each row met.
+        """
+        ids = self._ids(ids)
+        taps = [name + SUMS for name in self._weights.matrices]
+        for _, values in self._pass(ids, range(len(ids)), taps, head=False):
+            yield values
+
     def _pass(
         self,
         ids: Sequence[int],
@@ -302,15 +324,18 @@ class Model:
         head: bool = True,
         adapters: Scales | None = None,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Run ids from nothing in a slot of its own: per step its wanted logits and its taps."""
-        most = len(ids)
-        if len(wanted) > 1 and head:
-            most = max(1, LOGITS_BYTES // 4 // self.config.n_vocab)
+        """Run ids from nothing in a slot of its own: per step its wanted logits and its taps.
+
+        ``wanted`` ascends. With a ``head``, a step ends before its logits are over LOGITS_BYTES.
+        """
+        most = max(1, LOGITS_BYTES // 4 // self.config.n_vocab) if head else len(ids)
         with self.adapters.lease(adapters, ids) as active, self._held_slot() as slot:
             while (start := len(slot.tokens)) < len(ids):
-                tokens = ids[start : start + min(most, self._engine.allowance)]
-                rows = [row - start for row in wanted if start <= row < start + len(tokens)]
-                chunk = Chunk(slot.index, start, tokens, rows, active)
+                first, stop = bisect_left(wanted, start), start + self._engine.allowance
+                if first + most < len(wanted):
+                    stop = min(stop, wanted[first + most])
+                rows = [row - start for row in wanted[first : bisect_left(wanted, stop)]]
+                chunk = Chunk(slot.index, start, ids[start:stop], rows, active)
                 yield self._engine.call(partial(self._compute, slot, chunk, taps, head))
 
     def _compute(
@@ -371,7 +396,7 @@ class Model:
     def save_state(self) -> bytes:
         """The tokens and K/V of the request that ended last. RequestError if none is held."""
         return self._engine.call(
-            lambda: state.save(self._fingerprint, self._kv, self._engine.slots.latest())
+            lambda: state.save(self.fingerprint, self._kv, self._engine.slots.latest())
         )
 
     def load_state(self, data: bytes) -> int:
@@ -380,7 +405,7 @@ class Model:
         Returns how many tokens it has. StateError, and nothing changed, if it is damaged or of
         another model.
         """
-        tokens, intact, cells = state.parse(self._fingerprint, self._kv, data)
+        tokens, intact, cells = state.parse(self.fingerprint, self._kv, data)
 
         def restore() -> None:
             self._kv.restore(slot.index, len(tokens), cells)

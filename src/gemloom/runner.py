@@ -22,7 +22,7 @@ from gemloom.adapters.loaded import Loaded
 from gemloom.cache import Extent, KVCache, Rows, Span
 from gemloom.config import Config
 from gemloom.ggml.device import Device, Tensor
-from gemloom.ggml.graph import F16, I32, I64, Graph, f16_mask
+from gemloom.ggml.graph import F16, I32, I64, SUMS, Graph, f16_mask
 from gemloom.models import ARCHITECTURES
 from gemloom.sequence import Batch, Chunk
 from gemloom.weights import Weights
@@ -210,7 +210,8 @@ class Runner:
 
     def _build(self, key: _Key) -> _Plan:
         parts, stretched = key.parts, len(key.adapters)
-        budget = node_budget(self.config, len(parts), len(key.taps), stretched)
+        extra = sum(3 if tap.endswith(SUMS) else 1 for tap in key.taps)
+        budget = node_budget(self.config, len(parts), extra, stretched)
         if self._device.grow(budget):
             self.reserve()
         g = Graph(self._device, budget, key.taps)

@@ -162,6 +162,11 @@ class Weights:
         """Of these, memory of matrices in the layout of our own kernels."""
         return self._arenas["packed"].bytes_allocated if "packed" in self._arenas else 0
 
+    @property
+    def matrices(self) -> list[str]:
+        """Names of the tensors of two dimensions or three."""
+        return [name for name, tensor in self._tensors.items() if len(tensor.shape) > 1]
+
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 

@@ -19,7 +19,9 @@ from gemloom.cli.benching import bench
 from gemloom.cli.chatting import chat
 from gemloom.cli.converting import convert
 from gemloom.cli.doctor import doctor
+from gemloom.cli.importance import imatrix
 from gemloom.cli.inspecting import inspect, tokenize
+from gemloom.cli.judging import compare, perplexity
 from gemloom.cli.quantizing import quantize
 from gemloom.cli.running import run
 from gemloom.cli.serving import serve
@@ -104,7 +106,10 @@ def _top(
     """
 
 
-for _command in (run, chat, serve, inspect, tokenize, convert, quantize, doctor, bench):
+for _command in (
+    run, chat, serve, inspect, tokenize, doctor, bench,
+    convert, quantize, imatrix, perplexity, compare,
+):  # fmt: skip
     app.command(cls=Command)(_command)
 _adapter = typer.Typer(
     help="LoRA adapters: inspect, convert, merge, extract.",

@@ -108,11 +108,25 @@ def speed(usage: "Usage", end: str) -> str:
 
 def read_stdin() -> str:
     """All of stdin, without the newline at its end. RequestError if it is not UTF-8."""
-    data = sys.stdin.buffer.read()
+    return _decode("stdin", sys.stdin.buffer.read()).removesuffix("\n").removesuffix("\r")
+
+
+def read_text(path: str) -> str:
+    """A text file as it is; - is stdin. RequestError if it cannot be read or is not UTF-8."""
+    if path == "-":
+        return _decode("stdin", sys.stdin.buffer.read())
     try:
-        return data.decode().removesuffix("\n").removesuffix("\r")
+        with open(path, "rb") as file:
+            return _decode(path, file.read())
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror or error}") from None
+
+
+def _decode(name: str, data: bytes) -> str:
+    try:
+        return data.decode()
     except UnicodeDecodeError as error:
-        raise RequestError(f"stdin: byte {error.start:,} is not UTF-8") from None
+        raise RequestError(f"{name}: byte {error.start:,} is not UTF-8") from None
 
 
 @contextmanager
@@ -159,3 +173,29 @@ def waiting(what: str) -> Iterator[None]:
         timer.cancel()
         timer.join()
         status.stop()
+
+
+Show = Callable[[int, int, str], None]
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Show]:
+    """A bar on stderr while the block runs; on a terminal only.
+
+    The function it gives moves it: how many are done, of how many, and a few words beside it.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done, of, words: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(escape(one_line(what)), total=None)
+
+        def show(done: int, of: int, words: str) -> None:
+            text = escape(one_line(f"{what}: {words}"))
+            bar.update(task, completed=done, total=of, description=text)
+
+        yield show

@@ -20,6 +20,7 @@ from gemloom.ggml.device import Device, Tensor, contiguous_strides
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 I32, I64 = GGMLQuantizationType.I32, GGMLQuantizationType.I64
+SUMS, IDS = ".in_sum2", ".ids"  # after a weight's name: taps of what it is multiplied with
 
 T = TypeVar("T")
 _ALL_THREADS = -1  # GGML_N_TASKS_MAX
@@ -28,7 +29,9 @@ _ALL_THREADS = -1  # GGML_N_TASKS_MAX
 class Graph:
     """One forward pass, built once and computed as often as its shapes fit.
 
-    ``taps`` are names of intermediates to keep; after ``compute()`` they are in ``tapped``.
+    ``taps`` are names of intermediates to keep; after ``compute()`` they are in ``tapped``. Where
+    one is a weight's name and SUMS, that is the sum over rows of the squares of what the weight is
+    multiplied with: [k, 1]; for experts [k, n_expert], and under IDS which of them each row met.
     Free with ``close()``.
     """
 
@@ -57,7 +60,10 @@ class Graph:
         return Tensor(pointer, kind, shape, name=name)
 
     def output(self, x: Tensor) -> Tensor:
-        """Keep ``x`` so that it can be read after ``compute()``, and compute all it needs."""
+        """Keep ``x`` so that it can be read after ``compute()``, and compute all it needs.
+
+        Not a view of another tensor: that one's memory would be given away all the same.
+        """
         ggml.ggml_set_output(x.pointer)
         self.expand(x)
         return x
@@ -171,6 +177,22 @@ class Graph:
         result = ggml.ggml_out_prod(self._context, a.pointer, turned)
         return Tensor(result, F32, (a.shape[0], *b.shape[1:]))
 
+    def watch(self, name: str, x: Tensor) -> None:
+        """Sum the squares of x [k, n] by column, if the taps ask for what meets this matrix."""
+        if (tap := name + SUMS) in self._taps and tap not in self.tapped:
+            sums = self.reshape(self.column_sums(self.mul(x, x)), x.shape[0], 1)
+            self.tapped[tap] = self.output(self.cont(sums))
+
+    def watch_experts(self, name: str, count: int, x: Tensor, ids: Tensor) -> None:
+        """As ``watch``, for each of ``count`` experts apart: x [k, 1 or used, n], ids [used, n]."""
+        if (tap := name + SUMS) not in self._taps or tap in self.tapped:
+            return
+        met, rows = self.output(self.cont(ids)), prod(ids.shape)
+        squares = self.repeat(self.mul(x, x), x.shape[0], *ids.shape)
+        squares, each = self.reshape(squares, x.shape[0], rows), self.reshape(met, rows)
+        self.tapped[tap] = self.output(self.sum_by(squares, each, count))
+        self.tapped[name + IDS] = met
+
     def get_rows(self, table: Tensor, ids: Tensor) -> Tensor:
         """table [k, n] of any type, ids [m] i32 -> [k, m], the rows named by ids."""
         assert len(table.shape) == 2 and len(ids.shape) == 1, (table, ids)
@@ -261,6 +283,18 @@ class Graph:
         """x [k, ...] -> [1, ...]."""
         return Tensor(ggml.ggml_sum_rows(self._context, x.pointer), F32, (1, *x.shape[1:]))
 
+    def column_sums(self, x: Tensor) -> Tensor:
+        """x [k, n] -> [1, k]: each column summed over the rows."""
+        turned = ggml.ggml_cont(self._context, ggml.ggml_transpose(self._context, x.pointer))
+        return self.sum_rows(Tensor(turned, F32, x.shape[::-1]))
+
+    def sum_by(self, x: Tensor, ids: Tensor, n: int) -> Tensor:
+        """x [k, m], ids [m] i32 below n -> [k, n]: the rows with the same id summed."""
+        assert x.shape[1:] == ids.shape, (x, ids)
+        like = ggml.ggml_new_tensor_2d(self._context, int(F32), x.shape[0], n)
+        result = ggml.ggml_get_rows_back(self._context, x.pointer, ids.pointer, like)
+        return Tensor(result, F32, (x.shape[0], n))
+
     def top_k(self, x: Tensor, k: int) -> Tensor:
         """x [n, m] -> i32 [k, m]: where the k largest are, the largest first."""
         assert k <= x.shape[0], (x, k)
@@ -345,6 +379,13 @@ class Graph:
     def cont(self, x: Tensor) -> Tensor:
         """A contiguous copy."""
         return Tensor(ggml.ggml_cont(self._context, x.pointer), x.type, x.shape)
+
+    def repeat(self, x: Tensor, *shape: int) -> Tensor:
+        """x again and again until it has this shape, of as many dimensions."""
+        assert all(m % n == 0 for m, n in zip(shape, x.shape, strict=True)), (x, shape)
+        sizes = (*shape, 1, 1, 1)[:4]
+        result = ggml.ggml_repeat_4d(self._context, x.pointer, *sizes)
+        return Tensor(result, x.type, shape)
 
     def concat(self, a: Tensor, b: Tensor) -> Tensor:
         """[k, m] and [k, n] -> [k, m + n]."""
