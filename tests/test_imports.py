@@ -55,9 +55,9 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "scheduler": ["sequence"],
     "generation": ["errors", "router", "sequence"],
     "ggml": ["errors", "ggml", "gguf"],
-    "kernels": ["ggml", "kernels"],
+    "kernels": ["blob", "ggml", "gguf", "kernels"],
     "writing": ["errors", "gguf", "source"],
-    "weights": ["errors", "ggml", "gguf", "kernels"],
+    "weights": ["errors", "ggml", "gguf", "kernels", "options"],
     "adapters": [
         "adapters",
         "blob",

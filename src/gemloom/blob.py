@@ -5,19 +5,32 @@ Not a loader: nothing here opens, maps or fetches anything (``source.py`` does).
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 from gemloom.errors import FormatError
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A file on this machine, as it was when it was opened."""
+
+    path: str
+    size: int  # bytes
+    mtime_ns: int
+
+
 class Blob:
     """A read-only run of bytes made of one or more buffers, cut anywhere.
 
-    ``name`` says where the bytes come from and opens every error message about them.
+    ``name`` says where the bytes come from and opens every error message about them; ``origin`` is
+    the one file that they are all of, if they are.
     """
 
-    def __init__(self, name: str, parts: Sequence[memoryview]) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, parts: Sequence[memoryview], origin: Origin | None = None
+    ) -> None:
+        self.name, self.origin = name, origin
         self.parts = [part.cast("B").toreadonly() for part in parts]
         self._ends = list(accumulate(part.nbytes for part in self.parts))
 

@@ -32,6 +32,7 @@ from gemloom.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
 from gemloom.ggml.device import Device, trim_memory
 from gemloom.ggml.graph import SUMS
 from gemloom.kernels.library import supported
+from gemloom.kernels.packing import Progress
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options, from_options
 from gemloom.router import Plain, Router
@@ -72,7 +73,8 @@ class Model:
     ``adapters`` are the LoRA adapters that requests can name (``registry.Adapters``).
     """
 
-    def __init__(self, file: gguf.GGUF, options: Options) -> None:
+    def __init__(self, file: gguf.GGUF, options: Options, progress: Progress | None = None) -> None:
+        """``progress`` is told how many bytes of the weights are packed, and of how many."""
         self.name = file.name
         self.options = options
         self.config: Config = from_gguf(file)
@@ -87,9 +89,7 @@ class Model:
             self._device = Device(options.device, options.threads, budget, own)
             stack.callback(self._device.close)
             layout = ARCHITECTURES[self.config.architecture].layout(self.config, file.tensors)
-            self._weights = Weights(
-                self._device, file, layout, in_place=options.mmap, kernels=options.kernels
-            )
+            self._weights = Weights(self._device, file, layout, options, progress)
             stack.callback(self._weights.close)
             self._kv = KVCache(
                 self._device, self.config, options.slots, self.context, options.chunk,
@@ -373,7 +373,7 @@ class Model:
         return self._device.threads
 
     def memory(self) -> dict[str, int]:
-        """Bytes by kind; ``mapped`` of the weights are pages of the file itself."""
+        """Bytes by kind; ``mapped`` are pages of the file, and of that of packed weights."""
         return {
             "weights": self._weights.bytes,
             "per_layer_table": self._weights.per_layer_bytes,

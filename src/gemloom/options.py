@@ -12,6 +12,7 @@ from gemloom.errors import OptionError
 
 KV_TYPES = ("f32", "f16", "q8_0")
 KERNELS = ("auto", "ggml", "plain")
+PACKED = ("auto", "keep", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,9 @@ class Options:
     kernels: str = (
         "auto"  # our own where there are any; "ggml": its fastest; "plain": its plain ones
     )
+    packed: str = (
+        "auto"  # weights for our kernels: a file beside the model if there; "keep": make it
+    )
     keep: int | None = None  # shift the context when it is full, keeping so many first tokens
 
     def __post_init__(self) -> None:
@@ -50,10 +54,12 @@ class Options:
         for name in ("mmap",):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, is {getattr(self, name)!r}")
-        for name, known in (("kv_type", KV_TYPES), ("kernels", KERNELS)):
+        for name, known in (("kv_type", KV_TYPES), ("kernels", KERNELS), ("packed", PACKED)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise OptionError(f"{name} must be one of {', '.join(known)}, is {value!r}")
+        if self.packed == "keep" and not (self.mmap and self.kernels == "auto"):
+            raise OptionError('packed "keep" needs mmap and kernels "auto", which use what is kept')
 
     def context_for(self, config: Config) -> int:
         """Positions a sequence may fill in this model. OptionError where it cannot have so many."""

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gemloom import builtin
-from gemloom.blob import Blob
+from gemloom.blob import Blob, Origin
 from gemloom.builtin import DEFAULT_MODEL
 from gemloom.errors import FormatError, OptionError, SourceError
 from gemloom.gguf import MAGIC
@@ -123,7 +123,19 @@ def _named(name: str) -> list[Blob]:
 
 
 def _files(name: str) -> list[Blob]:
-    return [Blob(path, [_map(path)]) for path in _split_names(name)]
+    return [_file(path, path) for path in _split_names(name)]
+
+
+def _file(name: str, path: str) -> Blob:
+    """One whole file; of a pipe, all that comes."""
+    part = _map(path)
+    try:
+        status = os.stat(path)
+    except OSError:  # deleted since; the mapping holds its bytes
+        return Blob(name, [part])
+    regular = stat.S_ISREG(status.st_mode)
+    origin = Origin(path, status.st_size, status.st_mtime_ns) if regular else None
+    return Blob(name, [part], origin)
 
 
 def _split_names(name: str) -> list[str]:
@@ -283,7 +295,7 @@ def _hub(name: str) -> list[Blob]:
     blobs = []
     for part in _split_names(prefix + first):
         path = _ask_hub(part, partial(_download, repo, part.removeprefix(prefix)))
-        blobs.append(Blob(part, [_map(path)]))
+        blobs.append(_file(part, path))
     return blobs
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,13 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from gemloom.errors import TensorError
-from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor, address
+from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor, address, pages
 from gemloom.gguf import GGUF, TensorInfo, nbytes
-from gemloom.kernels.library import Library, Weight
-from gemloom.kernels.operations import I8, Packed, packed_shape
+from gemloom.kernels import packed_file
+from gemloom.kernels.operations import I8, Packed
+from gemloom.kernels.packing import ALIGNMENT as PACKED_ALIGNMENT
+from gemloom.kernels.packing import Matrix, Plan, Progress
+from gemloom.options import Options
 
 F32 = GGMLQuantizationType.F32
 _FLOATS = {F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
@@ -29,7 +31,6 @@ _FLOATS = {F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 _ACTIVATIONS = {GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K}
 # Vision and audio parts that some makers keep in the same file; this is a text runtime.
 _OTHER_MODALITIES = ("v.", "a.", "mm.", "model.vision", "model.audio")
-_PIECE = 4 << 20  # bytes that one thread packs at a time
 PER_LAYER_TABLE = "per_layer_token_embd.weight"
 
 
@@ -47,12 +48,18 @@ class Weights:
     """All tensors of a model. ``close()`` frees them."""
 
     def __init__(
-        self, device: Device, file: GGUF, layout: Layout, *, in_place: bool, kernels: str
+        self,
+        device: Device,
+        file: GGUF,
+        layout: Layout,
+        options: Options,
+        progress: Progress | None = None,
     ) -> None:
         """Check the file against ``layout`` and give every tensor its bytes.
 
-        With ``in_place`` False everything is copied, and the file may go away afterwards.
-        ``kernels``, as in Options, decides which matrices are copied into another layout.
+        With ``options.mmap`` False everything is copied, and the file may go away afterwards;
+        ``kernels`` decides which matrices are copied into another layout, and ``packed`` whether
+        that comes from a file or goes to one. ``progress`` is told how far packing is.
         Raises TensorError, before anything is allocated, for a tensor that is missing, extra,
         of another shape or of a type that cannot be used.
         """
@@ -60,11 +67,14 @@ class Weights:
         self._arenas: dict[Any, Arena] = {}  # by buffer type; None: the CPU's own
         self._tensors: dict[str, Tensor] = {}
         self.bytes_mapped = 0
-        self._device, self._layout, self._in_place = device, layout, in_place
-        self._repack = kernels != "plain"
+        self.bytes_packed = 0  # of matrices in the layout of our own kernels, mapped or copied
+        self._bytes_packed_here = 0
+        self._device, self._layout, self._in_place = device, layout, options.mmap
+        self._repack = options.kernels != "plain"
         self._jobs: list[Callable[[], None]] = []
         try:
             self._fill(file)
+            self._pack(file, options, progress)
         except BaseException:
             self.close()
             raise
@@ -73,11 +83,8 @@ class Weights:
     def _fill(self, file: GGUF) -> None:
         for name, shape in self._layout.required.items():
             info = file.tensors[name]
-            own = self._device.kernels if self._packs(info) else None
-            if own is None or name in self._layout.sliced:
+            if not self._packs(info) or name in self._layout.sliced:
                 self._place(info, shape)
-            if own:
-                self._pack(own, info, shape)
         for arena in self._arenas.values():
             arena.allocate("the weights")
         with ThreadPoolExecutor(self._device.threads) as pool:
@@ -99,27 +106,36 @@ class Weights:
         if better or not self._in_place or not self._map(info):
             self._jobs.append(partial(self._copy, info))
 
-    def _pack(self, own: Library, info: TensorInfo, shape: tuple[int, ...]) -> None:
-        """Have a matrix copied into the layout of our own kernels."""
-        weight = Weight(info.type, *shape[:2])
-        place = self._arena("packed").tensor(info.name, I8, packed_shape(own, weight, shape))
+    def _pack(self, file: GGUF, options: Options, progress: Progress | None) -> None:
+        """Have the matrices of our own kernels in their layout: from a file, or made anew."""
+        own, wanted = self._device.kernels, self._layout.required.items()
+        chosen = [(file.tensors[n], shape) for n, shape in wanted if self._packs(file.tensors[n])]
+        if not own or not chosen:
+            return
+        plan, threads, kept = Plan(own, chosen), self._device.threads, None
+        if self._in_place and options.packed != "off":
+            kept = packed_file.find(plan, threads)
+        if kept is None and options.packed == "keep":
+            kept = packed_file.keep(plan, threads, progress)
+        if kept is None:
+            made = pages(plan.nbytes, "the packed weights")
+            self._bytes_packed_here = made.nbytes
+            start = address(made)
+            plan.pack(lambda p: plan.pack_piece(p, start + p.start), threads, progress)
+        else:
+            self.bytes_mapped += kept.nbytes
+        self.bytes_packed = plan.nbytes
+        for matrix, (_, shape) in zip(plan.matrices, chosen, strict=True):
+            self._use_packed(matrix, shape, made if kept is None else kept)
+
+    def _use_packed(self, matrix: Matrix, shape: tuple[int, ...], home: memoryview) -> None:
+        info, arena = matrix.info, self._arena("packed")
+        place = arena.tensor(info.name, I8, (matrix.nbytes,))
+        mapped = arena.map(place, home, matrix.start, PACKED_ALIGNMENT)
+        assert mapped, info
         if info.name not in self._tensors:
             self._tensors[info.name] = Tensor(place.pointer, info.type, shape, name=info.name)
-        self._tensors[info.name].packed = Packed(weight, place)
-        count = prod(shape[2:])
-        step = max(1, _PIECE * weight.groups * count // info.nbytes)
-        for index in range(count):
-            for first in range(0, weight.groups, step):
-                last = min(first + step, weight.groups)
-                self._jobs.append(partial(self._pack_groups, info, index, count, first, last))
-
-    def _pack_groups(self, info: TensorInfo, index: int, count: int, first: int, last: int) -> None:
-        packed = self._tensors[info.name].packed
-        assert packed and self._device.kernels
-        data = info.data()
-        source = address(data) + index * (info.nbytes // count)
-        target = packed.tensor.address + index * (packed.tensor.nbytes // count)
-        self._device.kernels.pack(packed.weight, source, target, first, last)
+        self._tensors[info.name].packed = Packed(matrix.weight, place)
 
     def _arena(self, kind: Any) -> Arena:
         if kind not in self._arenas:
@@ -149,18 +165,13 @@ class Weights:
     @property
     def bytes_copied(self) -> int:
         """Memory of tensors that could not be used in place."""
-        return sum(arena.bytes_allocated for arena in self._arenas.values())
+        here = sum(arena.bytes_allocated for arena in self._arenas.values())
+        return here + self._bytes_packed_here
 
     @property
     def bytes_repacked(self) -> int:
         """Of these, memory of matrices in a layout of the CPU's own."""
-        others = (None, "packed")
-        return sum(a.bytes_allocated for kind, a in self._arenas.items() if kind not in others)
-
-    @property
-    def bytes_packed(self) -> int:
-        """Of these, memory of matrices in the layout of our own kernels."""
-        return self._arenas["packed"].bytes_allocated if "packed" in self._arenas else 0
+        return sum(a.bytes_allocated for kind, a in self._arenas.items() if kind is not None)
 
     @property
     def matrices(self) -> list[str]:

@@ -59,6 +59,14 @@ class LoadOptions:
         str | None,
         _option(help="Of matrix products: auto (ours), ggml, or plain ggml.", default="auto"),
     ] = None
+    packed: Annotated[
+        str | None,
+        _option(
+            help="Weights packed for our kernels: auto takes them from MODEL.packed if it is "
+            "there, keep makes it for the next starts, off takes no notice of it.",
+            default="auto",
+        ),
+    ] = None
 
     def given(self) -> dict[str, Any]:
         """The options that were set, as ``options.Options`` takes them."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import F16, F32, Graph
-from gemloom.kernels.library import Attention, Library, Weight
+from gemloom.kernels.library import Attention, Weight
 
 I8 = GGMLQuantizationType.I8
 _CELLS, _LANES = 32, 16  # of which attention takes whole multiples
@@ -23,11 +22,6 @@ class Packed:
 
     weight: Weight
     tensor: Tensor
-
-
-def packed_shape(library: Library, weight: Weight, shape: tuple[int, ...]) -> tuple[int]:
-    """Of the I8 tensor for a matrix [k, m] or experts [k, m, n_expert]."""
-    return (library.packed_bytes(weight) * prod(shape[2:]),)
 
 
 def product(g: Graph, w: Packed, x: Tensor) -> Tensor:

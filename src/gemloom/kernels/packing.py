@@ -1,0 +1,118 @@
+"""Which matrices are packed, where each lies in one run of bytes, and packing them by all cores.
+
+Not here: the memory or file that the bytes go to (``weights.py``, ``packed_file.py``), nor what
+they mean (``native/types.h``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+
+from gemloom.ggml.device import address
+from gemloom.gguf import TensorInfo, nbytes
+from gemloom.kernels.library import GROUP, TYPES, Library, Weight
+
+ALIGNMENT = 64  # bytes: a cache line, and what AVX-512 loads at once
+_PIECE = 4 << 20  # bytes of the file that one thread packs at a time
+
+Progress = Callable[[int, int], None]  # gets the bytes done and all there are
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix [k, m], or ``count`` of them behind one another, and where it is packed to."""
+
+    info: TensorInfo
+    weight: Weight
+    count: int
+    start: int  # of its packed bytes in those of all matrices
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows of a matrix, in whole groups: a matrix too, with a place of its own."""
+
+    weight: Weight
+    info: TensorInfo
+    offset: int  # in the tensor's bytes
+    length: int
+    start: int
+    nbytes: int
+
+    def rows(self) -> memoryview:
+        """Its bytes in the model file."""
+        return self.info.blob.view(self.info.offset + self.offset, self.length)
+
+
+class Plan:
+    """Where every packed matrix lies, one behind the other."""
+
+    def __init__(self, own: Library, tensors: Iterable[tuple[TensorInfo, tuple[int, ...]]]) -> None:
+        """``tensors`` with the shapes that the model knows them by, [k, m, ...]."""
+        self.own = own
+        self.matrices: list[Matrix] = []
+        self.nbytes = 0
+        for info, shape in tensors:
+            weight, count = Weight(info.type, *shape[:2]), prod(shape[2:])
+            matrix = Matrix(info, weight, count, self.nbytes, own.packed_bytes(weight) * count)
+            self.matrices.append(matrix)
+            self.nbytes += -(-matrix.nbytes // ALIGNMENT) * ALIGNMENT
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """Everything there is to pack, in the order of its places."""
+        return [piece for matrix in self.matrices for piece in self._cut(matrix)]
+
+    def _cut(self, matrix: Matrix) -> Iterator[Piece]:
+        info, whole = matrix.info, matrix.weight
+        k, m = int(whole.k), int(whole.m)
+        row, group = nbytes(info.type, (k,)), self.own.packed_bytes(whole) // whole.groups
+        step = max(1, _PIECE // (GROUP * row)) * GROUP
+        for index in range(matrix.count):
+            start = matrix.start + index * whole.groups * group
+            for first in range(0, m, step):
+                weight = Weight(info.type, k, min(step, m - first))
+                yield Piece(
+                    weight,
+                    info,
+                    (index * m + first) * row,
+                    int(weight.m) * row,
+                    start + first // GROUP * group,
+                    weight.groups * group,
+                )
+
+    def pack(self, put: Callable[[Piece], None], threads: int, progress: Progress | None) -> None:
+        """Have ``put`` called with every piece, by so many threads."""
+        done = 0
+        with ThreadPoolExecutor(threads) as pool:
+            for piece, _ in zip(self.pieces, pool.map(put, self.pieces), strict=True):
+                done += piece.nbytes
+                if progress:
+                    progress(done, self.nbytes)
+
+    def pack_piece(self, piece: Piece, target: int) -> None:
+        """Pack one piece to the address ``target``."""
+        self.own.pack(piece.weight, address(piece.rows()), target, 0, piece.weight.groups)
+
+    def layout(self) -> str:
+        """A fingerprint of the layout itself: of what noise of these types is packed to.
+
+        So nobody has to remember to count up a version when they change the layout.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for kind in sorted({matrix.info.type for matrix in self.matrices}):
+            weight = Weight(kind, 2 * TYPES[kind][1], GROUP + 1)
+            size = nbytes(kind, (int(weight.k), int(weight.m)))
+            noise = np.frombuffer(hashlib.shake_128(kind.name.encode()).digest(size), np.uint8)
+            packed = np.zeros(self.own.packed_bytes(weight), np.uint8)
+            self.own.pack(weight, noise.ctypes.data, packed.ctypes.data, 0, weight.groups)
+            digest.update(packed.tobytes())
+        return digest.hexdigest()
