@@ -91,9 +91,7 @@ def pack(library: Library, w: Matrix, cuts: Sequence[int] = (), fill: int = 0x55
     return packed
 
 
-def compute(
-    library: Library | None, op: Op, *arrays: Array | Matrix, threads: int = 1
-) -> Array:
+def compute(library: Library | None, op: Op, *arrays: Array | Matrix, threads: int = 1) -> Array:
     """The op on arrays given in numpy's order, slowest first; the graph is computed twice."""
     device = Device(threads=threads, max_nodes=64, kernels=library)
     graph = Graph(device, 64)
