@@ -155,14 +155,14 @@ class Graph:
     ) -> Tensor:  # fmt: skip
         """What the native function at the address ``operation`` makes of ``args``, by all threads.
 
-        ``data`` is a ctypes structure that it gets besides, which must live as long as the graph.
+        ``data`` is a ctypes structure that it gets besides.
         """
         pointers = (ctypes.POINTER(ggml.ggml_tensor) * len(args))(*(arg.pointer for arg in args))
         sizes = (*shape, 1, 1, 1)[:4]
         result = ggml.ggml_custom_4d(
             self._context, int(kind), *sizes, pointers, len(args),
             ggml.ggml_custom_op_t(operation), _ALL_THREADS,
-            None if data is None else ctypes.addressof(data),
+            None if data is None else ctypes.addressof(self.keep(data)),
         )  # fmt: skip
         return Tensor(result, kind, shape)
 
@@ -272,8 +272,8 @@ class Graph:
 
     def _norm(self, x: Tensor, eps: float, *more: Tensor) -> Tensor:
         assert self.kernels
-        address, data = self.kernels.address("norm"), self.keep(ctypes.c_float(eps))
-        return self.custom(address, F32, x.shape, (x, *more), data)
+        address = self.kernels.address("norm")
+        return self.custom(address, F32, x.shape, (x, *more), ctypes.c_float(eps))
 
     def soft_max(self, x: Tensor) -> Tensor:
         """Softmax over the first dimension."""

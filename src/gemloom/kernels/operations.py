@@ -66,7 +66,7 @@ def attention(g: Graph, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: fl
     assert g.kernels and mask.shape == (k.shape[1], q.shape[2]) and k.shape == v.shape, (q, k, mask)
     options = Attention(scale, k.type == F16, _parts(g, q, k))
     args = (q, k, v, mask)
-    y = g.custom(g.kernels.address("attention"), F32, q.shape, args, g.keep(options))
+    y = g.custom(g.kernels.address("attention"), F32, q.shape, args, options)
     return g.reshape(y, q.shape[0] * q.shape[1], q.shape[2])
 
 

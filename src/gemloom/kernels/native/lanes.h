@@ -24,7 +24,11 @@ struct Lanes {
     static Ints load(const void *p) { return _mm512_loadu_si512(p); }
     static Ints ints(int32_t x) { return _mm512_set1_epi32(x); }
     static Ints bytes(int x) { return _mm512_set1_epi8(x); }
-    static Ints four(const int8_t *p) { return _mm512_set1_epi32(*(const int32_t *)p); }
+    static Ints four(const int8_t *p) {
+        int32_t x;
+        __builtin_memcpy(&x, p, 4);
+        return ints(x);
+    }
     // Not the intrinsic: gcc 12 copies its sums to and fro.
     static Ints dot(Ints sum, Ints w, Ints x) {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
@@ -106,7 +110,11 @@ struct Lanes {
         return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
     }
     static Ints ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-    static Ints four(const int8_t *p) { return ints(*(const int32_t *)p); }
+    static Ints four(const int8_t *p) {
+        int32_t x;
+        __builtin_memcpy(&x, p, 4);
+        return ints(x);
+    }
 #if defined(__AVXVNNI__)
     static Ints dot(Ints sum, Ints w, Ints x) {
         return {_mm256_dpbusd_avx_epi32(sum.a, w.a, x.a), _mm256_dpbusd_avx_epi32(sum.b, w.b, x.b)};

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <vector>
 
 #if defined(__aarch64__) && defined(__linux__)
@@ -167,11 +168,9 @@ bool has_dotprod() {
 }
 #endif
 
-const Kernels *supported[4];
-int count_supported = 0;
-
-// HAVE_...: the sets that the compiler knew (build.py).
-void find_supported() {
+// Best first. HAVE_...: the sets that the compiler knew (build.py).
+std::vector<const Kernels *> find_supported() {
+    std::vector<const Kernels *> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -181,18 +180,24 @@ void find_supported() {
 #if defined(HAVE_AVX512_VNNI)
     if (avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        supported[count_supported++] = &kernels_avx512_vnni;
+        found.push_back(&kernels_avx512_vnni);
     }
 #endif
 #if defined(HAVE_AVX_VNNI)
-    if (avx2 && __builtin_cpu_supports("avxvnni")) supported[count_supported++] = &kernels_avx_vnni;
+    if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&kernels_avx_vnni);
 #endif
 #if defined(HAVE_AVX2)
-    if (avx2) supported[count_supported++] = &kernels_avx2;
+    if (avx2) found.push_back(&kernels_avx2);
 #endif
 #if defined(HAVE_NEON_DOTPROD)
-    if (has_dotprod()) supported[count_supported++] = &kernels_neon_dotprod;
+    if (has_dotprod()) found.push_back(&kernels_neon_dotprod);
 #endif
+    return found;
+}
+
+const std::vector<const Kernels *> &supported() {
+    static const std::vector<const Kernels *> found = find_supported();
+    return found;
 }
 
 }  // namespace
@@ -202,13 +207,12 @@ using namespace gemloom;
 
 // The name of the i-th best set of kernels that this processor can run; null past the last.
 EXPORT const char *gemloom_supported(int i) {
-    if (!count_supported) find_supported();
-    return i < count_supported ? supported[i]->name : nullptr;
+    return i < static_cast<int>(supported().size()) ? supported()[i]->name : nullptr;
 }
 
 // Takes the i-th of them into use.
 EXPORT void gemloom_use(int i, const int64_t tensor_offsets[4]) {
-    kernels = supported[i];
+    kernels = supported()[i];
     offsets = {tensor_offsets[0], tensor_offsets[1], tensor_offsets[2], tensor_offsets[3]};
 }
 
@@ -304,7 +308,11 @@ EXPORT void gemloom_expert_product(char *dst, int ith, int nth, void *weight) {
     const Weight &w = *static_cast<const Weight *>(weight);
     const Tensor to{dst}, packed = to.src(0), from = to.src(1), ids = to.src(2);
     const int64_t used = ids.ne(0), total = used * ids.ne(1), n_expert = packed.ne(0) / w.bytes();
-    auto id = [&](int64_t i) { return reinterpret_cast<int32_t *>(ids.row(i / used))[i % used]; };
+    auto id = [&](int64_t i) {
+        const int32_t found = reinterpret_cast<int32_t *>(ids.row(i / used))[i % used];
+        if (found < 0 || found >= n_expert) std::abort();  // as ggml does: memory would be overwritten
+        return found;
+    };
     std::vector<int64_t> first(n_expert + 1), order(total);  // rows by expert
     for (int64_t i = 0; i < total; i++) first[id(i) + 1]++;
     int64_t experts = 0;

@@ -166,8 +166,8 @@ template <class W> void pack_group(const uint8_t *from, int64_t k, int64_t count
     for (int64_t b = 0; b < blocks; b++) {
         for (int64_t first = 0; first < GROUP; first += PANEL, record++) {
             for (int64_t i = 0; i < PANEL; i++) {
-                const uint8_t *row = from + (first + i) * row_bytes;
-                if (first + i < count) read(row + b * block_bytes(W{}), rows[i], W{});
+                const int64_t row = first + i;
+                if (row < count) read(from + row * row_bytes + b * block_bytes(W{}), rows[i], W{});
                 else rows[i] = {};
             }
             put_panel<W>(*record, rows);

@@ -120,10 +120,11 @@ struct Activations {
     const float *scale, *sum;
     const int32_t *minus;
 
-    static constexpr int64_t bytes(int64_t k) { return (k + k / RUN * 16 + 63) / 64 * 64; }
+    [[gnu::always_inline]] static constexpr int64_t bytes(int64_t k) { return (k + k / RUN * 16 + 63) / 64 * 64; }
 
+    // Inlined in any case, or library.cpp might be linked to one made for a newer processor.
     Activations() = default;
-    Activations(const void *row, int64_t k)
+    [[gnu::always_inline]] Activations(const void *row, int64_t k)
         : values(static_cast<const int8_t *>(row)),
           scale(reinterpret_cast<const float *>(values + k)),
           sum(scale + k / RUN),
