@@ -22,6 +22,7 @@ struct Lanes {
     static constexpr bool SIGNED = false;  // whether dot() takes weights of all 8 bits as signed
 
     static Ints load(const void *p) { return _mm512_loadu_si512(p); }
+    static void store(void *p, Ints x) { _mm512_storeu_si512(p, x); }
     static Ints ints(int32_t x) { return _mm512_set1_epi32(x); }
     static Ints bytes(int x) { return _mm512_set1_epi8(x); }
     static Ints four(const int8_t *p) {
@@ -108,6 +109,11 @@ struct Lanes {
     static Ints load(const void *p) {
         const __m256i *from = (const __m256i *)p;
         return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+    }
+    static void store(void *p, Ints x) {
+        __m256i *to = (__m256i *)p;
+        _mm256_storeu_si256(to, x.a);
+        _mm256_storeu_si256(to + 1, x.b);
     }
     static Ints ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
     static Ints four(const int8_t *p) {
@@ -239,6 +245,9 @@ struct Lanes {
 
     static Ints load(const void *p) {
         return each([=](int i) { return s32(vld1q_u8((const uint8_t *)p + 16 * i)); });
+    }
+    static void store(void *p, Ints x) {
+        for (int i = 0; i < 4; i++) vst1q_u8((uint8_t *)p + 16 * i, u8(x.v[i]));
     }
     static Ints ints(int32_t x) {
         return each([=](int) { return vdupq_n_s32(x); });

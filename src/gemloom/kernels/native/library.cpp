@@ -58,6 +58,7 @@ struct Weight {
 struct Rows {
     std::vector<Activations> x;
     std::vector<float *> y, shifted;
+    std::vector<char> wide;
 
     void clear() {
         x.clear();
@@ -73,7 +74,9 @@ struct Rows {
         for (float *&to : shifted) to += first;
         const int64_t rows = std::min<int64_t>(GROUP, w.m - first);
         const char *at = packed + group * w.format().group_bytes(w.k);
-        kernels->product[w.type]({at, w.k, rows, static_cast<int64_t>(x.size()), x.data(), shifted.data()});
+        const auto n = static_cast<int64_t>(x.size());
+        if (w.type == TYPE_Q6_K && n >= Job::MANY) wide.resize(Job::scratch_bytes(w.k));
+        kernels->product[w.type]({at, w.k, rows, n, x.data(), shifted.data(), wide.data()});
     }
 };
 

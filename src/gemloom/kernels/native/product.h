@@ -53,6 +53,9 @@ template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const Q6_K::Ru
     Lanes::Ints high = shift<4 - J % 4 * 2>(Lanes::load(run.twos[J / 4]));
     return Lanes::merge(nibble<J>(run.nibbles), high, 0x30);
 }
+template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const Q6_K_bytes::Run &run) {
+    return Lanes::load(run.bytes[J]);
+}
 template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const TQ2_0::Run &run) {
     return Lanes::bits(shift<-(J % 4) * 2>(Lanes::load(run.twos[J / 4])), 0x03);
 }
@@ -161,7 +164,7 @@ template <class W, int N> void panels(const Job &job, int64_t at) {
     for (int p = 0; p < PANELS && p * PANEL < job.rows; p += P) Tile<W, N, P>::compute(job, at, p);
 }
 
-template <class W> void product(const Job &job) {
+template <class W> void tiles(const Job &job) {
     for (int64_t at = 0; at < job.n;) {
         const int64_t left = job.n - at;
         if constexpr (Lanes::ROWS_AT_ONCE >= 6) {
@@ -182,6 +185,27 @@ template <class W> void product(const Job &job) {
             at += 1;
         }
     }
+}
+
+template <class W> void product(const Job &job) { tiles<W>(job); }
+
+// Putting six bits together takes as long as multiplying with four rows: many rows have it done once.
+template <> void product<Q6_K>(const Job &job) {
+    if (job.n < Job::MANY) return tiles<Q6_K>(job);
+    auto *from = static_cast<const Q6_K::Record *>(job.group);
+    auto *to = static_cast<Q6_K_bytes::Record *>(job.scratch);
+    for (int64_t i = 0; i < job.k / Q6_K::BLOCK * PANELS; i++) {
+        __builtin_memcpy(to[i].scale, from[i].scale, sizeof to[i].scale);
+        for (int r = 0; r < 8; r++) {
+            __builtin_memcpy(to[i].runs[r].scale, from[i].runs[r].scale, sizeof to[i].runs[r].scale);
+            repeat<8>([&](auto j) {
+                Lanes::store(to[i].runs[r].bytes[j], vector<decltype(j)::value>(from[i].runs[r]));
+            });
+        }
+    }
+    Job wide = job;
+    wide.group = job.scratch;
+    tiles<Q6_K_bytes>(wide);
 }
 
 // Runs `first` to `last` of a row x [k] into its Activations.

@@ -108,6 +108,20 @@ struct Q6_K {
     };
 };
 
+// Q6_K with a byte for each value: what a group becomes for the time that many rows meet it.
+struct Q6_K_bytes {
+    static constexpr int BLOCK = 256, SCALES = 2, OFFSET = 32;
+    static constexpr bool MINIMUM = false;
+    struct Run {
+        int8_t scale[2][PANEL];
+        uint8_t bytes[8][VECTOR];
+    };
+    struct Record {
+        half scale[PANEL];
+        Run runs[8];
+    };
+};
+
 static_assert(sizeof(Q4_0::Record) == 288 && sizeof(Q8_0::Record) == 544);
 static_assert(sizeof(Q4_K::Record) == 2368 && sizeof(Q5_K::Record) == 2880);
 static_assert(sizeof(Q6_K::Record) == 3360 && sizeof(TQ2_0::Record) == 1056);
@@ -141,6 +155,12 @@ struct Job {
     int64_t k, rows, n;
     const Activations *x;
     float *const *y;
+    void *scratch;  // scratch_bytes(k), where n >= MANY
+
+    static constexpr int64_t MANY = 64;
+    [[gnu::always_inline]] static constexpr int64_t scratch_bytes(int64_t k) {
+        return k / Q6_K::BLOCK * PANELS * static_cast<int64_t>(sizeof(Q6_K_bytes::Record));
+    }
 };
 
 // Attention of query rows, 16 or 64 at most, of heads that share K/V.
