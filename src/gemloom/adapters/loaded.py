@@ -15,7 +15,7 @@ from gemloom.ggml.device import Arena, Device, Tensor
 from gemloom.ggml.graph import F32
 
 _TABLES = ("token_embd.weight", "per_layer_token_embd.weight")  # read by row
-_SLICE = 1 << 20  # elements converted and copied at once: what runs meanwhile hardly notices
+_SLICE = 1 << 18  # elements that are converted at once: they stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,10 @@ class Loaded:
         try:
             self.pairs = {m: self._factors(m, pair) for m, pair in lora.pairs.items()}
             self._arena.allocate(f"the adapter {name}")
+            copier = _Copier(max(max(*p.a.shape, *p.b.shape) for p in lora.pairs.values()))
             for matrix, pair in lora.pairs.items():
-                _write(self.pairs[matrix].a, pair.a, np.float32(pair.scale))
-                _write(self.pairs[matrix].b, _turned(matrix, pair))
+                copier.copy(pair.a, self.pairs[matrix].a, pair.scale)
+                copier.copy(_turned(matrix, pair), self.pairs[matrix].b)
         except BaseException:
             self.close()
             raise
@@ -69,11 +70,21 @@ def _turned(name: str, pair: Pair) -> np.ndarray:
     return pair.b if name in _TABLES or pair.b.ndim == 3 else pair.b.T
 
 
-def _write(tensor: Tensor, array: np.ndarray, factor: np.float32 | None = None) -> None:
-    """Copy an array of any float type, times ``factor``, slice by slice."""
-    flat = array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
-    step, offset = max(1, _SLICE // flat.shape[1]), 0
-    for start in range(0, len(flat), step):
-        part = np.ascontiguousarray(flat[start : start + step], np.float32)
-        tensor.write(part if factor is None else part * factor, offset)
-        offset += part.nbytes
+class _Copier:
+    """Copies arrays of any float type into tensors, slice by slice through one f32 buffer."""
+
+    def __init__(self, longest: int) -> None:
+        self._buffer = np.empty(max(_SLICE, longest), np.float32)
+
+    def copy(self, array: np.ndarray, tensor: Tensor, factor: float = 1.0) -> None:
+        """Write the array, times ``factor``."""
+        flat = array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
+        step, offset = self._buffer.size // flat.shape[1], 0
+        for start in range(0, len(flat), step):
+            part = flat[start : start + step]
+            wide = self._buffer[: part.size].reshape(part.shape)
+            np.copyto(wide, part, casting="same_kind")
+            if factor != 1:
+                wide *= np.float32(factor)
+            tensor.write(wide, offset)
+            offset += wide.nbytes
