@@ -32,7 +32,11 @@ class Delta:
         """y [m, n] += s B A x, of x [k, n]."""
         if pair := self.adapter.pairs.get(name):
             columns = g.slice(pair.b, 0, *part) if part else pair.b
-            self._add(g, columns, g.mul_mat(pair.a, self._rows(g, x)), y)
+            if g.kernels:
+                args = (self._rows(g, x), pair.a, columns, self._scale(g, (1, self.count, 1)))
+                g.custom_into(g.kernels.address("delta"), self._rows(g, y), args)
+            else:
+                self._add(g, columns, g.mul_mat(pair.a, self._rows(g, x)), y)
 
     def add_rows(
         self, g: Graph, name: str, tokens: Tensor, y: Tensor, part: tuple[int, int] | None

@@ -1,6 +1,7 @@
 // The kernels of one instruction set: compiled once for each, with the flags that choose it.
 
 #include "attention.h"
+#include "delta.h"
 #include "elementwise.h"
 #include "lanes.h"
 #include "product.h"
@@ -21,6 +22,7 @@ const Kernels NAMED(kernels_, INSTRUCTION_SET) = {
     {attention_of<16>, attention_of<64>},
     norm,
     gelu_mul,
+    delta,
 };
 
 }  // namespace gemloom

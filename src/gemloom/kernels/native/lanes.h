@@ -61,6 +61,7 @@ struct Lanes {
     static Floats add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static Floats subtract(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 
+    static float sum(Floats x) { return _mm512_reduce_add_ps(x); }
     static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
     static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
     static Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
@@ -184,6 +185,12 @@ struct Lanes {
         return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
     }
 
+    static float sum(Floats x) {
+        __m256 s = _mm256_add_ps(x.a, x.b);
+        __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+        t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+        return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+    }
     static Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
     static Ints rounded(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
     static Floats scaled_by_power(Floats x, Ints n) {
@@ -323,6 +330,9 @@ struct Lanes {
         return every([&](int i) { return vfmsq_f32(z.v[i], x.v[i], y.v[i]); });
     }
 
+    static float sum(Floats x) {
+        return vaddvq_f32(vaddq_f32(vaddq_f32(x.v[0], x.v[1]), vaddq_f32(x.v[2], x.v[3])));
+    }
     static Floats max(Floats x, Floats y) {
         return every([&](int i) { return vmaxq_f32(x.v[i], y.v[i]); });
     }

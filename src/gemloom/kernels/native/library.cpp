@@ -306,6 +306,26 @@ EXPORT void gemloom_gelu_mul(char *dst, int ith, int nth, void *) {
     }
 }
 
+// In place: float y [m, n] += scale [n] * B (A x), of x [k, n], a [k, r] and b [m, r].
+EXPORT void gemloom_delta(char *dst, int ith, int nth, void *) {
+    const Tensor y{dst}, x = y.src(1), a = y.src(2), b = y.src(3), scale = y.src(4);
+    const int64_t n = y.ne(1), m = y.ne(0);
+    const bool by_rows = n >= 2 * nth;  // else each thread has its columns, and A x to itself
+    const int64_t row0 = by_rows ? n * ith / nth : 0, row1 = by_rows ? n * (ith + 1) / nth : n;
+    const int64_t first = by_rows ? 0 : m / PANEL * ith / nth * PANEL;
+    const int64_t last = by_rows || ith == nth - 1 ? m : m / PANEL * (ith + 1) / nth * PANEL;
+    std::vector<const float *> from;
+    std::vector<float *> to;
+    for (int64_t i = row0; i < row1; i++) {
+        from.push_back(reinterpret_cast<const float *>(x.row(i)));
+        to.push_back(reinterpret_cast<float *>(y.row(i)));
+    }
+    std::vector<float> inner(4 * a.ne(1));
+    kernels->delta({x.ne(0), a.ne(1), row1 - row0, first, last, b.nb(1) / 4, from.data(),
+                    reinterpret_cast<const float *>(a.data()), reinterpret_cast<const float *>(b.data()),
+                    reinterpret_cast<const float *>(scale.data()) + row0, to.data(), inner.data()});
+}
+
 // Packed experts, Activations [bytes, 1 or used, n], ids [used, n] -> float [m, used, n].
 EXPORT void gemloom_expert_product(char *dst, int ith, int nth, void *weight) {
     const Weight &w = *static_cast<const Weight *>(weight);

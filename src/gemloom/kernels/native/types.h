@@ -184,6 +184,16 @@ struct AttentionKernels {
     void (*finish)(const AttentionJob &, float *part);
 };
 
+// y[i] += scale[i] * B (A x[i]) for n rows, in columns `first` to `last` of y: A is [r][k], B is r rows
+// of y's columns, b_stride floats apart.
+struct DeltaJob {
+    int64_t k, r, n, first, last, b_stride;
+    const float *const *x;
+    const float *a, *b, *scale;
+    float *const *y;
+    float *scratch;  // 4 * r
+};
+
 struct Kernels {
     const char *name;
     void (*product[TYPES])(const Job &);
@@ -191,6 +201,7 @@ struct Kernels {
     AttentionKernels attention[2];  // for 16 rows, for 64
     void (*norm)(const float *x, const float *weight, const float *add, float scale, float eps, int64_t n, float *y);
     void (*gelu_mul)(const float *gate, const float *up, int64_t n, float *y);
+    void (*delta)(const DeltaJob &);
 };
 
 }  // namespace gemloom
