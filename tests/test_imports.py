@@ -65,6 +65,7 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
         "errors",
         "ggml",
         "gguf",
+        "kernels",
         "models",
         "source",
         "weights",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from gemloom.adapters.delta import Delta
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from gemloom.kernels.operations import expert_product, product
+from gemloom.kernels.operations import add_deltas, expert_product, product
 
 Part = tuple[int, int]  # of a matrix: its rows (or columns, of a table) from the one to the other
 
@@ -32,8 +32,13 @@ def linear(
         y = product(g, w.packed, x)
     else:
         y = g.mul_mat(g.slice(w, 1, *part) if part else w, x)
-    for delta in deltas:
-        delta.add_product(g, name, x, y, part)
+    if g.kernels:
+        there = [stretch for delta in deltas if (stretch := delta.stretch(name, part))]
+        if there:
+            add_deltas(g, there, x, y)
+    else:
+        for delta in deltas:
+            delta.add_product(g, name, x, y, part)
     return y if part else g.name(y, name.removesuffix(".weight"))
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from gemloom.adapters.loaded import Loaded
 from gemloom.ggml.device import Tensor
-from gemloom.ggml.graph import F32, Graph
+from gemloom.ggml.graph import F16, F32, Graph
+from gemloom.kernels.library import Stretch
 
 _FLOAT = 4  # bytes
 
@@ -25,6 +26,7 @@ class Delta:
     def __init__(self, adapter: Loaded, first: int, count: int) -> None:
         self.adapter, self.first, self.count = adapter, first, count
         self._scales: dict[tuple[int, int, int], Tensor] = {}  # inputs by shape: rank, rows, pieces
+        self._own: dict[float, np.ndarray] = {}  # float32 [count] by a pair's scale
 
     def add_product(
         self, g: Graph, name: str, x: Tensor, y: Tensor, part: tuple[int, int] | None
@@ -32,11 +34,19 @@ class Delta:
         """y [m, n] += s B A x, of x [k, n]."""
         if pair := self.adapter.pairs.get(name):
             columns = g.slice(pair.b, 0, *part) if part else pair.b
-            if g.kernels:
-                args = (self._rows(g, x), pair.a, columns, self._scale(g, (1, self.count, 1)))
-                g.custom_into(g.kernels.address("delta"), self._rows(g, y), args)
-            else:
-                self._add(g, columns, g.mul_mat(pair.a, self._rows(g, x)), y)
+            self._add(g, columns, g.mul_mat(pair.a, self._rows(g, x)), y)
+
+    def stretch(self, name: str, part: tuple[int, int] | None) -> Stretch | None:
+        """What our own kernels need to add it to a product; None where it has nothing to add."""
+        pair = self.adapter.pairs.get(name)
+        if pair is None:
+            return None
+        rank, size = pair.a.shape[1], pair.b.strides[0]
+        start = part[0] if part else 0
+        return Stretch(
+            pair.a.address, pair.b.address + start * size, self._own_scale(pair.scale),
+            self.first, self.count, rank, pair.b.strides[1] // size, pair.a.type == F16,
+        )  # fmt: skip
 
     def add_rows(
         self, g: Graph, name: str, tokens: Tensor, y: Tensor, part: tuple[int, int] | None
@@ -77,6 +87,11 @@ class Delta:
             g.out_prod(columns, z),
         )
 
+    def _own_scale(self, scale: float) -> int:
+        """Address of the scales of its rows, with a pair's own scale in them."""
+        rows = self._own.setdefault(scale, np.zeros(self.count, np.float32))
+        return int(rows.ctypes.data)
+
     def _scale(self, g: Graph, shape: tuple[int, int, int]) -> Tensor:
         if shape not in self._scales:
             name = f"scale.{self.adapter.version}.{self.first}.{'x'.join(map(str, shape))}"
@@ -85,6 +100,8 @@ class Delta:
 
     def write(self, scales: tuple[float, ...]) -> None:
         """Give each row its scale, before the graph is computed."""
+        for scale, rows in self._own.items():
+            rows[:] = np.multiply(scales, scale)
         values = np.asarray(scales, np.float32)[:, None]
         for shape, tensor in self._scales.items():
             tensor.write(np.ascontiguousarray(np.broadcast_to(values, shape[::-1])))

@@ -1,7 +1,8 @@
 """An adapter's factors in ggml memory of their own, laid out as the products want them.
 
-All are f32. Factors of f16 were no faster on any product measured, and ggml would cut the
-activations that meet them to f16, whose range Gemma's feed-forward parts can leave.
+For ggml all are f32: factors of f16 were no faster there, and the activations that meet them
+would be cut to f16, whose range Gemma's feed-forward parts can leave. Our own kernels take f16 as
+it is in the file, half the bytes to read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 from gemloom.adapters.lora import Lora, Pair
 from gemloom.ggml.device import Arena, Device, Tensor
-from gemloom.ggml.graph import F32
+from gemloom.ggml.graph import F16, F32
 
 _TABLES = ("token_embd.weight", "per_layer_token_embd.weight")  # read by row
 _SLICE = 1 << 18  # elements that are converted at once: they stay in a core's cache
@@ -20,7 +21,7 @@ _SLICE = 1 << 18  # elements that are converted at once: they stay in a core's c
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """Of one matrix W [k, m]: a [k, r], with the pair's own scale in it, and b.
+    """Of one matrix W [k, m]: a [k, r] and b, f32 or f16; their product is to be scaled.
 
     b is [m, r], so that sums run along m; but [r, m] of a table, of which rows are picked. Of an
     expert matrix [k, m, n_expert] they are [k, r, n_expert] and [r, m, n_expert].
@@ -28,6 +29,7 @@ class Factors:
 
     a: Tensor
     b: Tensor
+    scale: float  # 1 where it is in a already
 
 
 class Loaded:
@@ -39,21 +41,27 @@ class Loaded:
         self.rank = max(pair.rank for pair in lora.pairs.values())
         self._arena = Arena(device, 2 * len(lora.pairs), weights=True)
         try:
-            self.pairs = {m: self._factors(m, pair) for m, pair in lora.pairs.items()}
+            own = device.kernels is not None
+            self.pairs = {m: self._factors(m, pair, own) for m, pair in lora.pairs.items()}
             self._arena.allocate(f"the adapter {name}")
             copier = _Copier(max(max(*p.a.shape, *p.b.shape) for p in lora.pairs.values()))
             for matrix, pair in lora.pairs.items():
-                copier.copy(pair.a, self.pairs[matrix].a, pair.scale)
-                copier.copy(_turned(matrix, pair), self.pairs[matrix].b)
+                factors = self.pairs[matrix]
+                copier.copy(pair.a, factors.a, pair.scale / factors.scale)
+                copier.copy(_turned(matrix, pair), factors.b)
         except BaseException:
             self.close()
             raise
 
-    def _factors(self, name: str, pair: Pair) -> Factors:
-        def tensor(which: str, array: np.ndarray) -> Tensor:
-            return self._arena.tensor(f"{name}.{which}", F32, array.shape[::-1])
+    def _factors(self, name: str, pair: Pair, own: bool) -> Factors:
+        product = own and name not in _TABLES and pair.a.ndim == 2
+        kind = F16 if product and pair.a.dtype == pair.b.dtype == np.float16 else F32
 
-        return Factors(tensor("a", pair.a), tensor("b", _turned(name, pair)))
+        def tensor(which: str, array: np.ndarray) -> Tensor:
+            return self._arena.tensor(f"{name}.{which}", kind, array.shape[::-1])
+
+        scale = pair.scale if kind == F16 and pair.scale else 1.0
+        return Factors(tensor("a", pair.a), tensor("b", _turned(name, pair)), scale)
 
     @property
     def nbytes(self) -> int:
@@ -71,20 +79,21 @@ def _turned(name: str, pair: Pair) -> np.ndarray:
 
 
 class _Copier:
-    """Copies arrays of any float type into tensors, slice by slice through one f32 buffer."""
+    """Copies arrays of any float type into tensors of f32 or f16, slice by slice."""
 
     def __init__(self, longest: int) -> None:
         self._buffer = np.empty(max(_SLICE, longest), np.float32)
 
     def copy(self, array: np.ndarray, tensor: Tensor, factor: float = 1.0) -> None:
         """Write the array, times ``factor``."""
+        buffer = self._buffer.view(np.float16 if tensor.type == F16 else np.float32)
         flat = array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
-        step, offset = self._buffer.size // flat.shape[1], 0
+        step, offset = buffer.size // flat.shape[1], 0
         for start in range(0, len(flat), step):
             part = flat[start : start + step]
-            wide = self._buffer[: part.size].reshape(part.shape)
+            wide = buffer[: part.size].reshape(part.shape)
             np.copyto(wide, part, casting="same_kind")
             if factor != 1:
-                wide *= np.float32(factor)
+                np.multiply(wide, factor, out=wide)
             tensor.write(wide, offset)
             offset += wide.nbytes

@@ -166,12 +166,12 @@ class Graph:
         )  # fmt: skip
         return Tensor(result, kind, shape)
 
-    def custom_into(self, operation: int, x: Tensor, args: Sequence[Tensor]) -> None:
-        """Have x changed in place by a native function of ``args``, before whatever comes later."""
+    def custom_into(self, operation: int, x: Tensor, args: Sequence[Tensor], data: Any) -> None:
+        """As ``custom``, but x is changed in place, before whatever comes later."""
         pointers = (ctypes.POINTER(ggml.ggml_tensor) * len(args))(*(arg.pointer for arg in args))
         result = ggml.ggml_custom_inplace(
             self._context, x.pointer, pointers, len(args),
-            ggml.ggml_custom_op_t(operation), _ALL_THREADS, None,
+            ggml.ggml_custom_op_t(operation), _ALL_THREADS, ctypes.addressof(self.keep(data)),
         )  # fmt: skip
         self.expand(Tensor(result, x.type, x.shape, x.strides))
 

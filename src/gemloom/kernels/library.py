@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,25 @@ class Attention(ctypes.Structure):
         ("scale", ctypes.c_float), ("halves", ctypes.c_int32), ("parts", ctypes.c_void_p),
         ("done", ctypes.c_int32),
     ]  # fmt: skip
+
+
+class Stretch(ctypes.Structure):
+    """Rows of a graph that have one adapter, and its factors for a matrix: as in library.cpp."""
+
+    _fields_ = [
+        ("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("scale", ctypes.c_void_p),
+        ("first", ctypes.c_int64), ("count", ctypes.c_int64), ("rank", ctypes.c_int64),
+        ("b_stride", ctypes.c_int64), ("halves", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+class Stretches(ctypes.Structure):
+    """All stretches of a product: as in library.cpp."""
+
+    _fields_ = [("count", ctypes.c_int64), ("all", ctypes.POINTER(Stretch))]
+
+    def __init__(self, all: Sequence[Stretch]) -> None:
+        super().__init__(len(all), (Stretch * len(all))(*all))
 
 
 class Library:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from gguf.constants import GGMLQuantizationType
 
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import F16, F32, Graph
-from gemloom.kernels.library import Attention, Weight
+from gemloom.kernels.library import Attention, Stretch, Stretches, Weight
 
 I8 = GGMLQuantizationType.I8
 _CELLS, _LANES = 32, 16  # of which attention takes whole multiples
@@ -49,6 +50,12 @@ def quantized(g: Graph, x: Tensor) -> Tensor:
         return g.custom(g.kernels.address("quantize"), I8, shape, (x,))
 
     return g.once("quantized", x, make)
+
+
+def add_deltas(g: Graph, stretches: Sequence[Stretch], x: Tensor, y: Tensor) -> None:
+    """y [m, n] += scale B (A x) on the rows of each stretch, of x [k, n]; in place."""
+    assert g.kernels and x.shape[1] == y.shape[1], (x, y)
+    g.custom_into(g.kernels.address("delta"), y, (x,), Stretches(stretches))
 
 
 def serves_attention(g: Graph, k: Tensor) -> bool:

@@ -161,6 +161,18 @@ class AttentionBlocks {
     std::vector<float> memory;
 };
 
+// Rows `first` to `first + count` of a graph have one adapter: struct Stretch of library.py.
+struct Stretch {
+    const void *a, *b;
+    const float *scale;  // of each row
+    int64_t first, count, rank, b_stride, halves;
+};
+
+struct Stretches {
+    int64_t count;
+    const Stretch *all;
+};
+
 #if defined(__aarch64__)
 bool has_dotprod() {
 #if defined(__linux__)
@@ -306,24 +318,35 @@ EXPORT void gemloom_gelu_mul(char *dst, int ith, int nth, void *) {
     }
 }
 
-// In place: float y [m, n] += scale [n] * B (A x), of x [k, n], a [k, r] and b [m, r].
-EXPORT void gemloom_delta(char *dst, int ith, int nth, void *) {
-    const Tensor y{dst}, x = y.src(1), a = y.src(2), b = y.src(3), scale = y.src(4);
-    const int64_t n = y.ne(1), m = y.ne(0);
-    const bool by_rows = n >= 2 * nth;  // else each thread has its columns, and A x to itself
-    const int64_t row0 = by_rows ? n * ith / nth : 0, row1 = by_rows ? n * (ith + 1) / nth : n;
+// In place: float y [m, n] += what the stretches add, of x [k, n].
+EXPORT void gemloom_delta(char *dst, int ith, int nth, void *list) {
+    const auto &stretches = *static_cast<const Stretches *>(list);
+    const Tensor y{dst}, x = y.src(1);
+    int64_t total = 0;
+    for (int64_t s = 0; s < stretches.count; s++) total += stretches.all[s].count;
+    const int64_t m = y.ne(0);
+    const bool by_rows = total >= 2 * nth;  // else each thread has columns, and A x to itself
+    const int64_t from = by_rows ? total * ith / nth : 0, to = by_rows ? total * (ith + 1) / nth : total;
     const int64_t first = by_rows ? 0 : m / PANEL * ith / nth * PANEL;
     const int64_t last = by_rows || ith == nth - 1 ? m : m / PANEL * (ith + 1) / nth * PANEL;
-    std::vector<const float *> from;
-    std::vector<float *> to;
-    for (int64_t i = row0; i < row1; i++) {
-        from.push_back(reinterpret_cast<const float *>(x.row(i)));
-        to.push_back(reinterpret_cast<float *>(y.row(i)));
+    std::vector<const float *> rows;
+    std::vector<float *> results;
+    std::vector<float> inner;
+    int64_t before = 0;
+    for (int64_t s = 0; s < stretches.count; before += stretches.all[s++].count) {
+        const Stretch &it = stretches.all[s];
+        const int64_t begin = std::max<int64_t>(from - before, 0), end = std::min(to - before, it.count);
+        if (begin >= end) continue;
+        rows.clear();
+        results.clear();
+        for (int64_t i = it.first + begin; i < it.first + end; i++) {
+            rows.push_back(reinterpret_cast<const float *>(x.row(i)));
+            results.push_back(reinterpret_cast<float *>(y.row(i)));
+        }
+        inner.resize(4 * it.rank);
+        kernels->delta({x.ne(0), it.rank, end - begin, first, last, it.b_stride, it.halves != 0, rows.data(),
+                        it.a, it.b, it.scale + begin, results.data(), inner.data()});
     }
-    std::vector<float> inner(4 * a.ne(1));
-    kernels->delta({x.ne(0), a.ne(1), row1 - row0, first, last, b.nb(1) / 4, from.data(),
-                    reinterpret_cast<const float *>(a.data()), reinterpret_cast<const float *>(b.data()),
-                    reinterpret_cast<const float *>(scale.data()) + row0, to.data(), inner.data()});
 }
 
 // Packed experts, Activations [bytes, 1 or used, n], ids [used, n] -> float [m, used, n].

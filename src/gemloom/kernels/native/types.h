@@ -185,11 +185,13 @@ struct AttentionKernels {
 };
 
 // y[i] += scale[i] * B (A x[i]) for n rows, in columns `first` to `last` of y: A is [r][k], B is r rows
-// of y's columns, b_stride floats apart.
+// of y's columns, b_stride elements apart; both float16 where `halves`, else float32.
 struct DeltaJob {
     int64_t k, r, n, first, last, b_stride;
+    bool halves;
     const float *const *x;
-    const float *a, *b, *scale;
+    const void *a, *b;
+    const float *scale;
     float *const *y;
     float *scratch;  // 4 * r
 };
