@@ -17,6 +17,9 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
     "tokenizers": "tokenizer",
     "jinja2": "chat",
     "huggingface_hub": "source",
+    "fsspec": "urls",
+    "aiohttp": "urls",
+    "cryptography": "sealed",
     "typer": "cli",
     "llguidance": "constraint",
     "fastapi": ("server", "cli.serving"),
@@ -29,14 +32,17 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
 }
 PURE = [
     "sampling", "stopping", "slots", "sequence", "scheduler", "chat", "conversation", "router",
-    "constraint", "tokenizer", "gguf", "blob", "config", "server.protocol",
+    "constraint", "tokenizer", "gguf", "blob", "config", "sealed", "urls", "server.protocol",
 ]  # fmt: skip
 ARROWS = {  # module: all it may import of this package; a name stands for what is below it too
     "errors": [],
     "blob": ["errors"],
     "gguf": ["blob", "errors"],
     "builtin": ["blob", "errors"],
-    "source": ["blob", "builtin", "errors", "gguf"],
+    "sealed": ["blob", "errors"],
+    "urls": ["blob", "errors"],
+    "awaited": ["errors"],
+    "source": ["blob", "builtin", "errors", "gguf", "sealed", "urls"],
     "config": ["errors", "gguf"],
     "tokenizer": ["errors", "gguf"],
     "chat": ["errors", "tokenizer"],

@@ -17,7 +17,7 @@ from gemloom.errors import GemloomError
 if TYPE_CHECKING:
     from gemloom.engine import Stats
     from gemloom.generation import ChatCompletion, ChatRun, Completion, Run, Usage
-    from gemloom.model import Model, load
+    from gemloom.model import Model, load, load_async
     from gemloom.options import Options
     from gemloom.sampling import SamplingParams
     from gemloom.sequence import Piece
@@ -37,11 +37,12 @@ __all__ = [
     "Usage",
     "errors",
     "load",
+    "load_async",
 ]
 _HOMES = {
     "engine": ("Stats",),
     "generation": ("ChatCompletion", "ChatRun", "Completion", "Run", "Usage"),
-    "model": ("Model", "load"),
+    "model": ("Model", "load", "load_async"),
     "options": ("Options",),
     "sampling": ("SamplingParams",),
     "sequence": ("Piece",),

@@ -25,6 +25,7 @@ _FLOATS = {F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 _ACTIVATIONS = {GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K}
 # Vision and audio parts that some makers keep in the same file; this is a text runtime.
 _OTHER_MODALITIES = ("v.", "a.", "mm.", "model.vision", "model.audio")
+FIRST_BYTES = 256
 PER_LAYER_TABLE = "per_layer_token_embd.weight"
 
 
@@ -54,6 +55,7 @@ class Weights:
         self.ignored = check(file, layout)
         self._arenas: dict[Any, Arena] = {}  # by buffer type; None: the CPU's own
         self._tensors: dict[str, Tensor] = {}
+        self.first_bytes: dict[str, bytes] = {}  # of each, as in the file; to tell models apart
         self.bytes_mapped = 0
         self._device, self._layout = device, layout
         try:
@@ -64,7 +66,8 @@ class Weights:
         self.bytes, self.per_layer_bytes = planned_bytes(file, layout)
 
     def _fill(self, file: GGUF, in_place: bool, repack: bool) -> None:
-        copies = []
+        copies: list[TensorInfo] = []
+        whole: set[str] = set()  # those that cannot be written piece by piece
         for name, shape in self._layout.required.items():
             info = file.tensors[name]
             kind = _kind(info, shape)
@@ -75,18 +78,38 @@ class Weights:
                 count = len(self._layout.required)
                 self._arenas[packed] = Arena(self._device, count, packed, weights=True)
             self._tensors[name] = self._arenas[packed].tensor(name, kind, shape)
+            if packed or kind != info.type:
+                whole.add(name)
             if packed or not in_place or not self._map(info):
                 copies.append(info)
         for arena in self._arenas.values():
             arena.allocate("the weights")
-        with ThreadPoolExecutor(self._device.threads) as pool:
-            list(pool.map(self._copy, copies))
+        self._copy_all(copies, whole)
+        file.finish()
 
-    def _copy(self, info: TensorInfo) -> None:
-        tensor, data = self._tensors[info.name], info.data()
-        if tensor.type != info.type:
-            data = dequantize(np.frombuffer(data, np.uint8), info.type)
-        tensor.write(data)
+    def _copy_all(self, infos: list[TensorInfo], whole: set[str]) -> None:
+        """Copy in the order of the file, with as many readers as it bears: a stream has one."""
+        infos.sort(key=lambda info: info.offset)
+        readers = {info.blob.readers or self._device.threads for info in infos}
+        if readers <= {1}:  # here and not in a thread: what makes the parts may care
+            for info in infos:
+                self._copy(info, info.name in whole)
+            return
+        with ThreadPoolExecutor(max(readers)) as pool:
+            list(pool.map(lambda info: self._copy(info, info.name in whole), infos))
+
+    def _copy(self, info: TensorInfo, whole: bool) -> None:
+        tensor = self._tensors[info.name]
+        first, at = b"", 0
+        for piece in [info.data()] if whole else info.pieces():
+            first += bytes(piece[: FIRST_BYTES - len(first)])
+            data: Any = piece
+            if tensor.type != info.type:
+                data = dequantize(np.frombuffer(piece, np.uint8), info.type)
+            tensor.write(data, at)
+            at += piece.nbytes
+            del piece, data  # a stream waits for its next part meanwhile
+        self.first_bytes[info.name] = first
 
     def _map(self, info: TensorInfo) -> bool:
         tensor = self._tensors[info.name]
@@ -98,6 +121,7 @@ class Weights:
         if place is None or not self._arenas[None].map(tensor, *place, alignment):
             return False
         self.bytes_mapped += info.nbytes
+        self.first_bytes[info.name] = bytes(place[0][place[1] :][: min(FIRST_BYTES, info.nbytes)])
         return True
 
     @property

@@ -19,6 +19,7 @@ from gemloom.cli.chatting import chat
 from gemloom.cli.doctor import doctor
 from gemloom.cli.inspecting import inspect, tokenize
 from gemloom.cli.running import run
+from gemloom.cli.sealing import seal, unseal
 from gemloom.cli.serving import serve
 from gemloom.cli.terminal import fail
 from gemloom.errors import GemloomError, OptionError
@@ -101,7 +102,7 @@ def _top(
     """
 
 
-for _command in (run, chat, serve, inspect, tokenize, doctor, bench):
+for _command in (run, chat, serve, inspect, tokenize, doctor, bench, seal, unseal):
     app.command(cls=Command)(_command)
 
 
