@@ -45,11 +45,12 @@ def seal(
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Encrypt a model file, so that only who has the key can use it, or alter it unnoticed.
+    """Encrypt a model file.
 
-    It is loaded as it is, by every command: with --key-file, or the key in
-    GEMLOOM_KEY. Its plain bytes are in memory then, and never on the disk. A lost
-    key cannot be replaced. docs/sealed.md has the format, and what it protects.
+    Without the key nobody can use it, or alter it unnoticed. It is loaded as it
+    is, by every command: with --key-file, or the key in GEMLOOM_KEY. Its plain
+    bytes are in memory then, and never on the disk. A lost key cannot be
+    replaced. docs/sealed.md has the format, and what it protects.
 
     \b
     Examples:
