@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from itertools import accumulate, chain
+from itertools import accumulate
 from threading import Lock
 
 from gemloom.errors import FormatError
@@ -52,14 +52,14 @@ class Blob:
 
         Raises FormatError where the file ends before.
         """
-        pieces = self.pieces(offset, length)
-        first = next(pieces, memoryview(b""))
-        if first.nbytes == length:
-            return first
-        joined, at = bytearray(length), 0
-        for piece in chain([first], pieces):
+        joined, at = bytearray(), 0
+        for piece in self.pieces(offset, length):
+            if piece.nbytes == length:
+                return piece
+            joined = joined or bytearray(length)
             joined[at : at + piece.nbytes] = piece
             at += piece.nbytes
+            del piece  # a stream waits for its next part meanwhile
         return memoryview(joined)
 
     def pieces(self, offset: int, length: int) -> Iterator[memoryview]:
