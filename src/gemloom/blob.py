@@ -139,9 +139,7 @@ class Blocks(Blob):
     def _fill(self, index: int, future: "Future[bytes]") -> None:
         try:
             data = self._fetch(index)
-        except BaseException as error:
-            with self._lock:
-                self._kept.pop(index, None)  # whoever asks later tries again
+        except BaseException as error:  # is raised by whoever wants this block
             future.set_exception(error)
             return
         with self._lock:

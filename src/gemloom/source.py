@@ -135,14 +135,12 @@ def _url(url: str, forward: bool) -> list[Blob]:
     if url.startswith(("file://", "local://")):
         return _files(url.split("://", 1)[1])
     _split_names(urls.shown(url))  # a complaint about the name is not to show what is secret in it
-    blobs: list[Blob] = []
-    for name in _split_names(url):
-        found = urls.open_url(name)
-        if isinstance(found, Blob):
-            blobs.append(found)
-        else:
-            blobs.append(_in_order(urls.shown(name), found, forward))
-    return blobs
+    return [_at_url(name, forward) for name in _split_names(url)]
+
+
+def _at_url(url: str, forward: bool) -> Blob:
+    found = urls.open_url(url)
+    return found if isinstance(found, Blob) else _in_order(urls.shown(url), found, forward)
 
 
 def _in_order(name: str, parts: Iterable[memoryview], forward: bool) -> Blob:
@@ -240,7 +238,7 @@ def _parts(sources: Sequence[Any], forward: bool) -> list[Blob]:
 
 
 def _parts_at_urls(names: Sequence[str], forward: bool) -> list[Blob]:
-    blobs = [blob for name in names for blob in _url(name, forward=False)]
+    blobs = [_at_url(name, forward=False) for name in names]
     if all(bytes(blob.head(4)) in _BEGINNINGS for blob in blobs):
         return blobs
     pieces = (piece for blob in blobs for piece in blob.pieces(0, blob.size))
