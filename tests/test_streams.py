@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
+import os
 import subprocess
 import sys
 import threading
 import tracemalloc
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,17 +120,35 @@ def test_state_goes_from_a_mapped_model_to_a_streamed_one() -> None:
         assert second.load_state(first.save_state()) > len(IDS)
 
 
-def test_pipes_and_decompressors_are_streamed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def writing(pipe: Any) -> Iterator[None]:
+    """Put the model into a pipe, meanwhile."""
+
+    def write() -> None:
+        with open(pipe, "wb") if isinstance(pipe, Path) else pipe as file:
+            file.write(model())
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    yield
+    writer.join()
+
+
+def test_pipes_and_decompressors_are_streamed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(source, "_PIECE", 5000)
     code = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"
     command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdin is not None
-        writer = threading.Thread(target=lambda: (child.stdin.write(model()), child.stdin.close()))
-        writer.start()
-        with load(child.stdout) as loaded:
-            assert np.array_equal(loaded.logits(IDS), expected(None))
-        writer.join()
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with child, writing(child.stdin), load(child.stdout) as loaded:
+        assert loaded.memory()["mapped"] == 0
+        assert np.array_equal(loaded.logits(IDS), expected(None))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with writing(pipe), load(pipe) as loaded:
+        assert loaded.memory()["mapped"] == 0
+        assert np.array_equal(loaded.logits(IDS), expected(None))
     with load(io.BytesIO(model())) as loaded:
         assert loaded.memory()["mapped"] == 0
         assert np.array_equal(loaded.logits(IDS), expected(None))

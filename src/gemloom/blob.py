@@ -95,12 +95,20 @@ class Blocks(Blob):
     """Bytes that are had block by block, when they are asked for: a URL's, a sealed file's.
 
     ``fetch(index)`` gives a whole block, the last one shorter; it is called by several threads,
-    but for one block only once while that is among the last few.
+    but for one block only once while that is among the last few. ``below``: what it reads from.
     """
 
-    def __init__(self, name: str, size: int, block: int, fetch: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        block: int,
+        fetch: Callable[[int], bytes],
+        below: Blob | None = None,
+    ) -> None:
         super().__init__(name, [])
-        self._size, self.block, self._fetch = size, block, fetch
+        self._size, self.block, self._fetch, self._below = size, block, fetch, below
+        self.readers = below.readers if below else None
         self._kept: OrderedDict[int, Future[bytes]] = OrderedDict()
         self._lock = Lock()
         self.first_look = block
@@ -122,6 +130,13 @@ class Blocks(Blob):
 
     def locate(self, offset: int, length: int) -> None:
         """None: nothing stays where it could be used in place."""
+
+    def finish(self, end: int, alignment: int) -> None:
+        """Let go of the blocks that were kept."""
+        with self._lock:
+            self._kept.clear()
+        if self._below is not None:
+            self._below.finish(self._below.size, 1)
 
     def _get(self, index: int) -> bytes:
         """A block: kept, being fetched by another thread, or fetched here."""

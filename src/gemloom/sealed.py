@@ -184,12 +184,11 @@ def opened(blob: Blob, key: Key) -> Blob:
     if blob.size != expected:
         kind = "truncated" if blob.size < expected else "damaged"
         raise FormatError(f"{blob.name}: {kind}: {blob.size:,} bytes, not {expected:,}")
-    plain = Blocks(
-        blob.name, form.size, form.chunk,
-        lambda index: form.open(index, blob.view(*form.place(index))),
-    )  # fmt: skip
-    plain.readers = blob.readers
-    return plain
+
+    def fetch(index: int) -> bytes:
+        return form.open(index, blob.view(*form.place(index)))
+
+    return Blocks(blob.name, form.size, form.chunk, fetch, below=blob)
 
 
 def _read_header(blob: Blob, key: Key) -> _Format:

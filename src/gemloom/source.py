@@ -53,8 +53,8 @@ def resolve(
 
     ``source`` is one of
 
-    - a path (``str`` or ``os.PathLike``): mapped, never read; of a split GGUF, the first file.
-      A mapped file must not be cut short while in use;
+    - a path (``str`` or ``os.PathLike``): mapped, never read, but for a pipe; of a split GGUF, the
+      first file. A mapped file must not be cut short while in use;
     - ``"hf:owner/repo"``, ``"hf:owner/repo:file.gguf"`` or ``"hf:owner/repo:Q4_K_M"``: a
       repository of the Hugging Face hub, kept in its cache. With no file named: the only
       model there, else the one in Q4_K_M, else the one in Q4_0;
@@ -92,7 +92,7 @@ def locate(source: object, *, forward: bool = False) -> list[Blob]:
     if isinstance(source, str):
         return _named(source, forward)
     if isinstance(source, os.PathLike):
-        return _files(os.fsdecode(source))
+        return _files(os.fsdecode(source), forward)
     if isinstance(source, list | tuple):
         return _parts(source, forward)
     if _is_buffer(source):
@@ -128,12 +128,12 @@ def _named(name: str, forward: bool) -> list[Blob]:
         blob = Blob(name, [_map(os.fspath(path)) for path in builtin.part_paths()])
         builtin.verify(blob)
         return [blob]
-    return _files(name)
+    return _files(name, forward)
 
 
 def _url(url: str, forward: bool) -> list[Blob]:
     if url.startswith(("file://", "local://")):
-        return _files(url.split("://", 1)[1])
+        return _files(url.split("://", 1)[1], forward)
     _split_names(urls.shown(url))  # a complaint about the name is not to show what is secret in it
     return [_at_url(name, forward) for name in _split_names(url)]
 
@@ -151,8 +151,29 @@ def _in_order(name: str, parts: Iterable[memoryview], forward: bool) -> Blob:
 # -- files ---------------------------------------------------------------------------
 
 
-def _files(name: str) -> list[Blob]:
-    return [Blob(path, [_map(path)]) for path in _split_names(name)]
+def _files(name: str, forward: bool) -> list[Blob]:
+    return [_file(path, forward) for path in _split_names(name)]
+
+
+def _file(path: str, forward: bool) -> Blob:
+    if forward and _is_pipe(path):
+        return Stream(path, _from_pipe(path))
+    return Blob(path, [_map(path)])
+
+
+def _is_pipe(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):  # told where it is opened
+        return False
+
+
+def _from_pipe(path: str) -> Iterator[memoryview]:
+    try:
+        with open(path, "rb") as file:
+            yield from _pieces(path, file)
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from error
 
 
 def _split_names(name: str) -> list[str]:
@@ -268,12 +289,12 @@ def _file_object(file: Any, forward: bool) -> Blob:
     name = _file_name(file)
     if isinstance(file, io.TextIOBase):
         raise OptionError(f"{name}: open in text mode; open it with 'rb'")
-    if not _is_plain_file(file):
-        return Stream(name, _pieces(name, file)) if forward else Blob(name, [_read(name, file)])
     try:
-        return Blob(name, [_map_file(name, file)])
+        if _is_plain_file(file) and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return Blob(name, [_map_file(name, file)])
     except (OSError, ValueError) as error:  # ValueError: closed
         raise SourceError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    return Stream(name, _pieces(name, file)) if forward else Blob(name, [_read(name, file)])
 
 
 def _is_plain_file(file: Any) -> bool:
