@@ -26,7 +26,7 @@ from gemloom.options import Options
 from gemloom.sampling import SamplingParams
 from gemloom.source import DEFAULT_MODEL
 
-COMMANDS = ("run", "chat", "serve", "inspect", "tokenize", "doctor")
+COMMANDS = ("run", "chat", "serve", "inspect", "tokenize", "doctor", "seal", "unseal")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,7 @@ def test_the_list_of_commands() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = ["numpy", "ggml", "gguf", "tokenizers", "jinja2", "huggingface_hub", "rich"]
+    heavy += ["fsspec", "aiohttp", "cryptography"]
     code = f"import sys, gemloom.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True)
     assert done.stdout.decode().strip() == "[]"

@@ -8,6 +8,8 @@ import itertools
 import json
 import logging
 import struct
+import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +29,7 @@ from command_line import call, fine
 from conftest import prompt
 from gemloom import gguf, sealed, source
 from gemloom.blob import Blob, Stream
+from gemloom.cli import progress
 from gemloom.errors import FormatError, GemloomError, OptionError, SourceError
 from gemloom.ggml.device import Tensor
 from test_gguf import blob, cut, part, places, plain, small
@@ -426,3 +429,22 @@ def test_a_full_disk(paths: tuple[Path, Path, Path]) -> None:
     with pytest.raises(SourceError, match="No space left on device; it was not written"):
         sealed.seal(source.resolve(given)[0], out, sealed.Key(KEY), full)
     assert not out.exists()
+
+
+def test_a_bar_shows_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress, "_LOOK_EVERY", 0.01)
+    for after, total, shown in ((0.0, 200, True), (0.0, None, True), (60.0, 200, False)):
+        monkeypatch.setattr(progress, "_BAR_AFTER", after)
+        monkeypatch.setattr("sys.stderr", Terminal())
+        with progress.bar("sealing\nit", total, lambda: 50):
+            time.sleep(0.15)
+        assert ("sealing it" in sys.stderr.getvalue()) is shown
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    with progress.bar("sealing", 200, lambda: 50):
+        time.sleep(0.05)
+    assert sys.stderr.getvalue() == ""

@@ -27,6 +27,7 @@ from conftest import prompt
 from gemloom import gguf, sealed, source, urls
 from gemloom.blob import Blocks, Stream
 from gemloom.cli.opening import names_model
+from gemloom.cli.serving import _default_name
 from gemloom.errors import FormatError, GemloomError, SourceError
 from shelf import Shelf
 from test_gguf import blob, cut, part, plain, small
@@ -367,6 +368,7 @@ def test_nothing_secret_is_shown(shelf: Shelf) -> None:
     with pytest.raises(SourceError) as caught:
         only.view(BLOCK, 100)
     shown += "".join(traceback.format_exception(caught.value))
+    shown += _default_name(secret % "m.gguf.sealed")
     for word in ("PASSWORD", "SIGNATURE", "FRAGMENT"):
         assert word not in shown
 

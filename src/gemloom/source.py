@@ -371,7 +371,7 @@ def _hub(name: str) -> list[Blob]:
     if match is None:
         raise OptionError(f"{name}: write hf:owner/repo or hf:owner/repo:file.gguf")
     repo, first = match["repo"], match["wanted"]
-    if first is None or not first.endswith(".gguf"):
+    if first is None or not first.endswith((".gguf", ".gguf.sealed")):
         first = _choose(repo, _ask_hub(name, partial(_hub_files, repo)), wanted=first)
     prefix = f"hf:{repo}:"
     blobs = []
