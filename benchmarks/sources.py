@@ -88,6 +88,7 @@ def load(job: Job) -> dict[str, Any]:
         model = gemloom.load(given, **options)
     seconds = perf_counter() - begin
     with model:
+        getattr(given, "close", lambda: None)()
         del given
         logits = model.logits([2], rows="last")
         own = {"after": anonymous(os.getpid()), "copied": model.memory()["copied"]}
