@@ -163,30 +163,43 @@ def test_where_bytes_are_wanted_in_any_order_parts_are_collected() -> None:
 # -- memory ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("types", KINDS)
-def test_a_part_is_let_go_of_before_the_next_is_asked_for(
-    types: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Stream, "first_look", 4096)
-    made: list[weakref.ref[np.ndarray]] = []
-    counts = []
+class Parts:
+    """Parts of a model, and how many of them are still held whenever the next is asked for."""
 
-    def alive() -> int:
-        return sum(part() is not None for part in made)
+    def __init__(self, types: str | None) -> None:
+        self.types = types
+        self.made: list[weakref.ref[np.ndarray]] = []
+        self.counts: list[int] = []
 
-    def parts() -> Iterator[np.ndarray]:
-        for item in in_parts(model(types), 8192):
-            counts.append(alive())
+    def alive(self) -> int:
+        return sum(part() is not None for part in self.made)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for item in in_parts(model(self.types), 8192):
+            self.counts.append(self.alive())
             part = np.frombuffer(item, np.uint8).copy()
-            made.append(weakref.ref(part))
+            self.made.append(weakref.ref(part))
             yield part
             del part
 
-    with load(parts()):
-        assert len(counts) > 50
+    async def __aiter__(self) -> AsyncIterator[np.ndarray]:
+        for item in self:
+            yield item
+            del item
+
+
+@pytest.mark.parametrize("types", KINDS)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_part_is_let_go_of_before_the_next_is_asked_for(
+    types: str | None, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stream, "first_look", 4096)
+    parts = Parts(types)
+    with load_async(parts) if asynchronous else load(iter(parts)):
+        assert len(parts.counts) > 50
         header = 8  # parts that the header takes; they wait until it has been read
-        assert max(counts[header:]) == 0
-        assert not alive()
+        assert max(parts.counts[header:]) == 0
+        assert parts.alive() == 0
 
 
 @pytest.mark.parametrize("size", [1 << 14, 1 << 18])

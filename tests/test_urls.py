@@ -177,6 +177,19 @@ def test_split_models_and_parts_at_urls(shelf: Shelf, memory: Any) -> None:
         load(["memory://part0"])
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_split_model_at_a_url(shelf: Shelf, ranges: bool) -> None:
+    """Without ranges these are two streams, whose tensors come in turn."""
+    weights = list(tiny.tensors(VARIANT).items())
+    for number, part_of_it in enumerate((weights[::2], weights[1::2])):
+        keys = tiny.metadata(VARIANT) if number == 0 else {}
+        keys |= {"split.no": number, "split.count": 2, "split.tensors.count": len(weights)}
+        name = f"/tiny-{number + 1:05}-of-00002.gguf"
+        shelf.files[name] = tiny.write(keys, dict(part_of_it))
+    shelf.ranges = ranges
+    gives_the_model(f"{shelf.url}/tiny-00001-of-00002.gguf")
+
+
 def test_a_sealed_model_at_a_url(shelf: Shelf, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf.sealed"
     sealed.seal(blob(MODEL), path, sealed.Key(bytes(32)), lambda done: None)

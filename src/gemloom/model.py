@@ -68,8 +68,8 @@ def load(source: Any = DEFAULT_MODEL, *, key: Any = None, **options: Any) -> Mod
 async def load_async(source: Any = DEFAULT_MODEL, *, key: Any = None, **options: Any) -> Model:
     """As ``load``, without holding up the event loop; ``source`` may be an asynchronous iterator.
 
-    Its parts are awaited in this loop, one after another. Cancelled, it stops at the next part,
-    and what was loaded until then is freed.
+    Its parts are awaited in this loop, one after another. Cancelled, it stops at the next part;
+    another source is loaded to its end. What was loaded is freed then.
     """
     loop = asyncio.get_running_loop()
     parts = AwaitedParts(source, loop) if hasattr(source, "__aiter__") else None

@@ -91,12 +91,12 @@ class Weights:
         """Copy in the order of the file, with as many readers as it bears: a stream has one."""
         infos.sort(key=lambda info: info.offset)
         readers = {info.blob.readers or self._device.threads for info in infos}
-        if readers <= {1}:  # here and not in a thread: what makes the parts may care
+        if 1 in readers:  # here and not in a thread: what makes the parts may care
             for info in infos:
                 self._copy(info, info.name in whole)
-            return
-        with ThreadPoolExecutor(max(readers)) as pool:
-            list(pool.map(lambda info: self._copy(info, info.name in whole), infos))
+        elif readers:
+            with ThreadPoolExecutor(max(readers)) as pool:
+                list(pool.map(lambda info: self._copy(info, info.name in whole), infos))
 
     def _copy(self, info: TensorInfo, whole: bool) -> None:
         tensor = self._tensors[info.name]
