@@ -20,7 +20,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import gemloom
@@ -103,6 +103,7 @@ def load(given: Any, **options: Any) -> gemloom.Model:
 def test_any_bytes_come_back(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, chunk: int, places: list[int]
 ) -> None:
+    assume(not data.startswith(sealed.MAGIC))  # such a one is refused
     folder = tmp_path_factory.mktemp("any")
     whole = sealed_bytes(data, folder / "a", chunk)
     key = sealed.Key(KEY)
