@@ -1,11 +1,13 @@
 """What tests of quantizing share: a model whose rows fit every type, and wishes for it."""
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 import tiny
-from gemloom import gguf, source
+from gemloom import gguf, quantize, source
 from gemloom.gguf import GGUF
 from gemloom.imatrix_file import Importance, ImportanceMatrix
 from gemloom.quantize import TensorRule, Wanted
@@ -19,6 +21,14 @@ def small() -> tiny.Variant:
 
 def opened(data: bytes) -> GGUF:
     return gguf.read(source.resolve(data))
+
+
+def in_type(data: bytes, kind: str) -> bytes:
+    """The same model with every matrix in one type."""
+    wanted = Wanted(RECIPES["F32"], [TensorRule.parse(f".={kind}")])
+    with TemporaryDirectory() as folder:
+        quantize.write(quantize.plan(opened(data), wanted), Path(folder, "m.gguf"), 1)
+        return Path(folder, "m.gguf").read_bytes()
 
 
 def uniform(kind: str) -> Wanted:

@@ -282,7 +282,7 @@ def test_an_invoked_adapter_acts_from_its_tokens_on(load: Load) -> None:
         gemloom.load(merged("e2b", {"a": (lora, 1.0)}), kv_type="f32", threads=1) as other,
     ):
         base.generate(head, max_tokens=1)
-        other._fingerprint, other.config = base._fingerprint, base.config
+        other.fingerprint, other.config = base.fingerprint, base.config
         other.load_state(base.save_state())
         assert_same(got[: len(head)], base.logits(head))
         expected = other.generate(ids, **greedy(other, FEW))

@@ -34,6 +34,7 @@ import ceilings  # noqa: E402
 import compare  # noqa: E402
 import scale  # noqa: E402
 import sides  # noqa: E402
+import sources  # noqa: E402
 import synthetic  # noqa: E402
 import work  # noqa: E402
 
@@ -366,6 +367,21 @@ def test_model_that_does_not_fit_is_left_out_and_said(
     monkeypatch.setattr(compare, "meminfo", lambda key: 1_000)
     assert compare.prepare("e2b-qat", tmp_path) is None
     assert "e2b-qat is left out" in capsys.readouterr().err
+
+
+# --- sources.py ---------------------------------------------------------------
+
+
+def test_every_source_that_is_measured_is_the_same_model(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny.gguf_bytes(tiny.VARIANTS["gemma3_scaled"]))
+    sealed, key = sources._sealed(path)
+    with sources._with_ranges(tmp_path) as ranges, sources._without_ranges(tmp_path) as plain:
+        jobs = sources.jobs(path, sealed, key, ranges, plain)
+        assert {job["given"] for job in jobs.values()} == set(sources.GIVEN)
+        told = [sources.load(job | {"threads": 1}) for job in jobs.values()]
+    assert len({answer["check"] for answer in told}) == 1
+    assert all(answer["seconds"] > 0 and answer["after"] > 1_000_000 for answer in told)
 
 
 # --- ceilings.py, scale.py ----------------------------------------------------

@@ -144,7 +144,7 @@ def test_any_cut_reads_as_the_whole(places: list[int]) -> None:
 
 def test_a_header_longer_than_the_first_read(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = small()
-    monkeypatch.setattr(gguf, "_FIRST_READ", 16)
+    monkeypatch.setattr(Blob, "first_look", 16)
     assert plain(gguf.read([blob(*cut(whole, [7, 19]))])) == plain(read(whole))
 
 

@@ -27,6 +27,7 @@ REPOSITORIES = {
     "split": ["Q4_K_M/m-Q4_K_M-00001-of-00002.gguf", "Q4_K_M/m-Q4_K_M-00002-of-00002.gguf", "a"],
     "choices": ["a-Q8_0.gguf", "b-BF16.gguf"],
     "twice": ["a-Q4_K_M.gguf", "b-Q4_K_M.gguf", "a-Q4_0.gguf"],
+    "sealed": ["m-Q4_0.gguf.sealed"],
     "drafter": ["gemma-4-E2B-it-assistant-Q8_0.gguf"],
 }  # fmt: skip
 
@@ -58,6 +59,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         ("hf:o/old", ["gemma-3-1b-it-q4_0.gguf"]),
         ("hf:o/split", REPOSITORIES["split"][:2]),
         ("hf:o/split:" + REPOSITORIES["split"][0], REPOSITORIES["split"][:2]),
+        ("hf:o/sealed:m-Q4_0.gguf.sealed", REPOSITORIES["sealed"]),
         ("hf:o/drafter:gemma-4-E2B-it-assistant-Q8_0.gguf", REPOSITORIES["drafter"]),
     ],
 )

@@ -223,7 +223,7 @@ def test_a_released_buffer() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [None, 5, {"a": b""}, {b""}, iter([b""]), object(), socket.socket, [5], [[b""]], []]
+    "given", [None, 5, {"a": b""}, {b""}, iter(["a"]), object(), socket.socket, [5], [[b""]], []]
 )
 def test_anything_else_is_named(given: object) -> None:
     kind, message = refusal(given)

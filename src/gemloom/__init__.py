@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gemloom.adapters.info import AdapterInfo
     from gemloom.engine import Stats
     from gemloom.generation import ChatCompletion, ChatRun, Completion, Run, Usage
-    from gemloom.model import Model, load
+    from gemloom.model import Model, load, load_async
     from gemloom.options import Options
     from gemloom.sampling import SamplingParams
     from gemloom.sequence import Piece
@@ -39,12 +39,13 @@ __all__ = [
     "Usage",
     "errors",
     "load",
+    "load_async",
 ]
 _HOMES = {
     "adapters.info": ("AdapterInfo",),
     "engine": ("Stats",),
     "generation": ("ChatCompletion", "ChatRun", "Completion", "Run", "Usage"),
-    "model": ("Model", "load"),
+    "model": ("Model", "load", "load_async"),
     "options": ("Options",),
     "sampling": ("SamplingParams",),
     "sequence": ("Piece",),

@@ -34,7 +34,6 @@ MAX_KEY = 65_535  # bytes, as the format says
 MAX_NAME = 63  # bytes of a tensor name that ggml can hold
 MAX_DIMS = 4
 MAX_ELEMENTS = 2**62
-_FIRST_READ = 32 << 20
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -115,6 +114,10 @@ class TensorInfo:
     def data(self) -> memoryview:
         """The tensor's bytes, in place where one buffer holds them all, else copied."""
         return self.blob.view(self.offset, self.nbytes)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The same bytes one buffer after the other, none of them copied."""
+        return self.blob.pieces(self.offset, self.nbytes)
 
 
 def nbytes(kind: GGMLQuantizationType, shape: Sequence[int]) -> int:
@@ -205,6 +208,14 @@ class GGUF:
     metadata: Metadata
     tensors: dict[str, TensorInfo]
 
+    def finish(self) -> None:
+        """No more tensors are wanted. FormatError where a stream does not end after its last."""
+        ends: dict[Blob, int] = {}
+        for info in self.tensors.values():
+            ends[info.blob] = max(ends.get(info.blob, 0), info.offset + info.nbytes)
+        for blob, end in ends.items():
+            blob.finish(end, self.metadata.integer("general.alignment", 32))
+
 
 def read(blobs: Sequence[Blob]) -> GGUF:
     """Read one file, or all parts of a split one in their order.
@@ -232,14 +243,15 @@ def read(blobs: Sequence[Blob]) -> GGUF:
 
 def parse(blob: Blob) -> GGUF:
     """Read one file. Raises FormatError for anything that is not one whole, valid GGUF."""
-    length = min(blob.size, max(_FIRST_READ, blob.parts[0].nbytes if blob.parts else 0))
+    length = max(blob.first_look, blob.parts[0].nbytes if blob.parts else 0)
     while True:
+        head = blob.head(length)
         try:
-            return _Reader(blob, blob.view(0, length)).file()
+            return _Reader(blob, head).file()
         except _EndOfHead as end:
-            if length == blob.size:
+            if head.nbytes < length:
                 raise FormatError(f"{blob.name}: truncated: the file ends in its {end}") from None
-            length = min(blob.size, 2 * length)
+            length *= 2
 
 
 def _check_unsplit(file: GGUF) -> None:
@@ -279,7 +291,7 @@ class _Reader:
         if bytes(self.head[:4]) != MAGIC:
             found = bytes(self.head[:4])
             what = f"its first bytes are {found!r}" if found else "it is empty"
-            order = "; are its parts in order?" if len(self.blob.parts) > 1 else ""
+            order = "; are its parts in order?" if self.blob.cut else ""
             raise FormatError(f"{self.blob.name}: not a GGUF file: {what}{order}")
         self.position = 4
         self._check_version(self._u32("header"))
@@ -394,7 +406,7 @@ class _Reader:
                 raise FormatError(
                     f"{self.blob.name}: tensor {name} starts at no multiple of {alignment}"
                 )
-            if info.offset + info.nbytes > self.blob.size:
+            if not self.blob.reaches(info.offset + info.nbytes):
                 raise FormatError(
                     f"{self.blob.name}: truncated: tensor {name} ends at byte "
                     f"{info.offset + info.nbytes:,}, the file at {self.blob.size:,}"

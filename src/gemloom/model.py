@@ -6,6 +6,7 @@ Threads and coroutines may share a model: each request gets a slot of its own, a
 
 from __future__ import annotations
 
+import asyncio
 import reprlib
 import weakref
 from bisect import bisect_left
@@ -23,6 +24,7 @@ from gemloom import conversation, gguf, state
 from gemloom.adapters.active import marks
 from gemloom.adapters.info import Scales
 from gemloom.adapters.registry import Adapters, Lease
+from gemloom.awaited import AwaitedParts
 from gemloom.cache import KVCache
 from gemloom.chat import Message, encode_chat
 from gemloom.config import Config, from_gguf
@@ -56,15 +58,43 @@ MAX_TAPS = 40  # more than a layer has
 MAX_NODES = 1 << 17  # of one graph; ggml's scheduler reserves some kilobytes for each
 
 
-def load(source: Any = DEFAULT_MODEL, **options: Any) -> Model:
+def load(source: Any = DEFAULT_MODEL, *, key: Any = None, **options: Any) -> Model:
     """Load a model.
 
-    ``source`` is a path, "hf:owner/repo[:file]", a built-in name, bytes or another buffer, a
-    list of paths or buffers that make up one file, or a binary file object. ``options`` are the
-    fields of ``Options``. Raises SourceError, FormatError, ConfigError, TensorError or
-    TokenizerError for a file that cannot be used, OptionError, DeviceError.
+    ``source`` is a path, "hf:owner/repo[:file]", a URL, a built-in name, bytes or another buffer,
+    a list of paths or buffers that make up one file, an iterator of such parts, or a binary file
+    object; ``source.resolve`` says more. ``key`` opens a sealed file: 32 bytes, their base64, or
+    the ``Path`` of a file that holds that; else the environment variable GEMLOOM_KEY does.
+    ``options`` are the fields of ``Options``. Raises SourceError, FormatError, ConfigError,
+    TensorError or TokenizerError for a file that cannot be used, OptionError, DeviceError.
     """
-    return Model(gguf.read(resolve(source)), from_options(options))
+    checked = from_options(options)  # wrong ones are told before anything is fetched
+    return Model(gguf.read(resolve(source, key=key, forward=True)), checked)
+
+
+async def load_async(source: Any = DEFAULT_MODEL, *, key: Any = None, **options: Any) -> Model:
+    """As ``load``, without holding up the event loop; ``source`` may be an asynchronous iterator.
+
+    Its parts are awaited in this loop, one after another. Cancelled, it stops at the next part;
+    another source is loaded to its end. What was loaded is freed then.
+    """
+    loop = asyncio.get_running_loop()
+    parts = AwaitedParts(source, loop) if hasattr(source, "__aiter__") else None
+    given = source if parts is None else parts
+    work = loop.run_in_executor(None, partial(load, given, key=key, **options))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        if parts is not None:
+            parts.stop()
+        work.add_done_callback(_discard)
+        raise
+
+
+def _discard(work: asyncio.Future[Model]) -> None:
+    """Close a model that nobody waits for any more."""
+    if not work.cancelled() and work.exception() is None:
+        work.result().close()
 
 
 class Model:
@@ -99,7 +129,7 @@ class Model:
             self._runner = Runner(self._device, self.config, self._weights, self._kv)
             stack.callback(self._runner.close)
             self._runner.reserve()
-            self.fingerprint = state.fingerprint(file, self.config)
+            self.fingerprint = state.fingerprint(file, self.config, self._weights.first_bytes)
             free = stack.pop_all()
         self._engine = Engine(self._runner, self._kv, options, self.context, free.close)
         self.adapters = Adapters(

@@ -1,10 +1,11 @@
 """Where weights come from: everything a caller may name or hand over becomes a list of Blobs.
 
-Not a parser: the bytes are looked at only for the four that begin every GGUF
-(``gguf.py`` reads the rest). Files are mapped, buffers used where they lie; only
-streams are read. GGUF has no checksum, so parts in the wrong order are noticed where
-the first is not first, or the header is cut wrongly, and not where two later parts
-were swapped: the built-in model alone is checked, by its SHA-256.
+Not a parser: the bytes are looked at only for the first few, which tell a GGUF and a sealed
+file (``gguf.py`` and ``sealed.py`` read the rest). Files are mapped, buffers used where they
+lie, URLs read where a tensor is wanted; only streams are read from end to end. GGUF has no
+checksum, so parts in the wrong order are noticed where the first is not first, or the header is
+cut wrongly, and not where two later parts were swapped: only the built-in model is checked, by
+its SHA-256, and sealed files, chunk by chunk.
 """
 
 import io
@@ -12,67 +13,95 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Sequence
-from errno import EACCES, ENOSPC, EROFS
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from gemloom import builtin
-from gemloom.blob import Blob, Origin
+from gemloom import builtin, hub, sealed, urls
+from gemloom.blob import Blob, Origin, Stream
 from gemloom.builtin import DEFAULT_MODEL
-from gemloom.errors import FormatError, OptionError, SourceError
+from gemloom.errors import FormatError, GemloomError, OptionError, SourceError
 from gemloom.gguf import MAGIC
+from gemloom.sealed import Key
 
-__all__ = ["DEFAULT_MODEL", "folder", "resolve"]
+__all__ = ["DEFAULT_MODEL", "folder", "locate", "resolve"]
 
 _PIECE = 8 << 20
-_SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_SPLIT = re.compile(
+    r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<kind>\.gguf(\.sealed)?)", re.DOTALL
+)
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<wanted>.+))?")
 _NO_MODEL = re.compile(r"(?<![a-z0-9])(mmproj|assistant|mtp|imatrix)(?![a-z0-9])", re.IGNORECASE)
+_BEGINNINGS = (MAGIC, sealed.MAGIC[:4])
 _PREFERRED = ("Q4_K_M", "Q4_0")
-_SECRET = re.compile(r"Bearer .*|hf_\w+")
-
-_T = TypeVar("_T")
 
 
-def resolve(source: object) -> list[Blob]:
+def resolve(
+    source: object,
+    *,
+    key: Key | str | bytes | os.PathLike[str] | None = None,
+    forward: bool = False,
+) -> list[Blob]:
     """The bytes that ``source`` names or is: one Blob, or one for each file of a split GGUF.
 
     ``source`` is one of
 
-    - a path (``str`` or ``os.PathLike``): mapped, never read; of a split GGUF, the first file.
-      A mapped file must not be cut short while in use;
+    - a path (``str`` or ``os.PathLike``): mapped, never read, but for a pipe; of a split GGUF, the
+      first file. A mapped file must not be cut short while in use;
     - ``"hf:owner/repo"``, ``"hf:owner/repo:file.gguf"`` or ``"hf:owner/repo:Q4_K_M"``: a
       repository of the Hugging Face hub, kept in its cache. With no file named: the only
       model there, else the one in Q4_K_M, else the one in Q4_0;
+    - a URL that fsspec knows (``"https://..."``, ``"s3://..."``): read by ranges, what is wanted
+      and when it is wanted; of a split GGUF, the first file;
     - a built-in name, ``"gemma-3-270m"`` (a file of that name: ``"./gemma-3-270m"``);
     - any object with the buffer protocol (``bytes``, ``bytearray``, ``mmap``, numpy array, ...),
       contiguous: used in place and kept alive. A ``bytearray`` cannot be resized meanwhile;
     - a list or tuple of paths and buffers: the parts of one file, cut anywhere, in order; or,
-      where every one of them begins as a GGUF, the files of a split GGUF;
+      where every one of them begins as a file of its own, the files of a split GGUF;
+    - an iterator of buffers: the parts of one file, cut anywhere, in order, as they arrive;
     - a binary file object: a real file is mapped from its position on, which does not move;
       any other (a pipe, a socket's ``makefile("rb")``, a decompressor) is read to its end.
 
-    Raises SourceError where the bytes cannot be had, FormatError for an empty file or damaged
-    built-in model, OptionError for a source of another kind.
+    Any of these may be a sealed file: ``key`` opens it, 32 bytes, their base64 or the path of a
+    file that holds that; by default, what the environment variable GEMLOOM_KEY holds.
+
+    With ``forward`` True, iterators, files that are no real ones and URLs without ranges become a
+    Stream, which gives its bytes in order, once; else they are read to their end here.
+
+    Raises SourceError where the bytes cannot be had or the key is another, FormatError for an
+    empty file or damaged built-in model, OptionError for a source or key of another kind, and for
+    a key where nothing is sealed: whoever gives one relies on its seal.
     """
+    given = None if key is None else sealed.read_key(key)  # a wrong one is told before all else
+    blobs = locate(source, forward=forward)
+    if given is None and not any(map(sealed.is_sealed, blobs)):
+        return blobs
+    opener = given or sealed.read_key()
+    return [_unsealed(blob, opener) for blob in blobs]
+
+
+def locate(source: object, *, forward: bool = False) -> list[Blob]:
+    """As ``resolve``, but a sealed file stays sealed."""
     if isinstance(source, str):
-        return _named(source)
+        return _named(source, forward)
     if isinstance(source, os.PathLike):
-        return _files(os.fsdecode(source))
+        return _files(os.fsdecode(source), forward)
     if isinstance(source, list | tuple):
-        return _parts(source)
+        return _parts(source, forward)
     if _is_buffer(source):
         buffer = _buffer(source)
         return [Blob(_buffer_name(source, buffer), [buffer])]
     if callable(getattr(source, "read", None)):
-        return [_file_object(source)]
+        return [_file_object(source, forward)]
+    if isinstance(source, Iterator):
+        name = f"<{type(source).__name__} of parts>"
+        return [_in_order(name, _arriving(name, source), forward)]
+    if hasattr(source, "__aiter__"):
+        raise OptionError("parts of an asynchronous iterator are for gemloom.load_async")
     raise OptionError(
-        f"a model source is a path, a name, bytes, a list of parts or a binary file, "
-        f"not {type(source).__name__}"
+        f"a model source is a path, a URL, a name, bytes, a list or an iterator of parts or "
+        f"a binary file, not {type(source).__name__}"
     )
 
 
@@ -101,33 +130,62 @@ def _hub_folder(name: str, wanted: Collection[str]) -> dict[str, Blob] | None:
     match = _HUB.fullmatch(name)
     if match is None or match["wanted"] is not None:
         return None
-    files = _ask_hub(name, partial(_hub_files, match["repo"]))
+    files = hub.files(name, match["repo"])
     found = {}
     for file in (file for file in wanted if file in files):
-        path = _ask_hub(f"{name}:{file}", partial(_download, match["repo"], file))
+        path = hub.download(f"{name}:{file}", match["repo"], file)
         found[file] = Blob(f"{name}:{file}", [_map(path)])
     return found or None
 
 
-def _named(name: str) -> list[Blob]:
+def _unsealed(blob: Blob, key: Key | None) -> Blob:
+    if not sealed.is_sealed(blob):
+        raise OptionError(f"{blob.name}: not sealed, so no key proves that it is what it should be")
+    if key is None:
+        raise SourceError(f"{blob.name}: sealed; give its key, or set {sealed.VARIABLE} to it")
+    return sealed.opened(blob, key)
+
+
+def _named(name: str, forward: bool) -> list[Blob]:
     if name.startswith("hf:"):
         return _hub(name)
+    if urls.is_url(name):
+        return _url(name, forward)
     if name == DEFAULT_MODEL:
         blob = Blob(name, [_map(os.fspath(path)) for path in builtin.part_paths()])
         builtin.verify(blob)
         return [blob]
-    return _files(name)
+    return _files(name, forward)
+
+
+def _url(url: str, forward: bool) -> list[Blob]:
+    if url.startswith(("file://", "local://")):
+        return _files(url.split("://", 1)[1], forward)
+    _split_names(urls.shown(url))  # a complaint about the name is not to show what is secret in it
+    return [_at_url(name, forward) for name in _split_names(url)]
+
+
+def _at_url(url: str, forward: bool) -> Blob:
+    found = urls.open_url(url)
+    return found if isinstance(found, Blob) else _in_order(urls.shown(url), found, forward)
+
+
+def _in_order(name: str, parts: Iterable[memoryview], forward: bool) -> Blob:
+    """Parts that come in order, as they come or, without ``forward``, when they have come."""
+    return Stream(name, iter(parts)) if forward else Blob(name, list(parts))
 
 
 # -- files ---------------------------------------------------------------------------
 
 
-def _files(name: str) -> list[Blob]:
-    return [_file(path, path) for path in _split_names(name)]
+def _files(name: str, forward: bool) -> list[Blob]:
+    return [_file(path, path, forward) for path in _split_names(name)]
 
 
-def _file(name: str, path: str) -> Blob:
-    """One whole file; of a pipe, all that comes."""
+def _file(name: str, path: str, forward: bool) -> Blob:
+    """One whole file; of a pipe, what comes."""
+    if forward and _is_pipe(path):
+        return Stream(name, _from_pipe(path))
     part = _map(path)
     try:
         status = os.stat(path)
@@ -138,16 +196,31 @@ def _file(name: str, path: str) -> Blob:
     return Blob(name, [part], origin)
 
 
+def _is_pipe(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):  # told where it is opened
+        return False
+
+
+def _from_pipe(path: str) -> Iterator[memoryview]:
+    try:
+        with open(path, "rb") as file:
+            yield from _pieces(path, file)
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from error
+
+
 def _split_names(name: str) -> list[str]:
     """Every file of the split GGUF whose first is ``name``; ``[name]`` where it is not split."""
     match = _SPLIT.fullmatch(name)
     if match is None or int(match["count"]) == 0:
         return [name]
-    stem, count = match["stem"], int(match["count"])
-    first = f"{stem}-00001-of-{count:05}.gguf"
-    if name != first:
-        raise SourceError(f"{name}: a later part of a split file; name its first part, {first}")
-    return [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+    stem, count, kind = match["stem"], int(match["count"]), match["kind"]
+    names = [f"{stem}-{number:05}-of-{count:05}{kind}" for number in range(1, count + 1)]
+    if name != names[0]:
+        raise SourceError(f"{name}: a later part of a split file; name its first part, {names[0]}")
+    return names
 
 
 def _map(path: str) -> memoryview:
@@ -209,14 +282,27 @@ def _buffer_name(source: object, buffer: memoryview) -> str:
     return f"<{type(source).__name__} of {buffer.nbytes:,} bytes>"
 
 
-def _parts(sources: Sequence[Any]) -> list[Blob]:
+def _parts(sources: Sequence[Any], forward: bool) -> list[Blob]:
     if not sources:
         raise OptionError("a model source cannot be an empty list")
+    if all(isinstance(source, str) and urls.is_url(source) for source in sources):
+        return _parts_at_urls(sources, forward)
     named = [_part(number, source) for number, source in enumerate(sources)]
-    if len(named) > 1 and all(bytes(part[:4]) == MAGIC for _, part in named):
+    if len(named) > 1 and all(bytes(part[:4]) in _BEGINNINGS for _, part in named):
         return [Blob(name, [part]) for name, part in named]
-    name = named[0][0] + (f" and {len(named) - 1} more parts" if len(named) > 1 else "")
-    return [Blob(name, [part for _, part in named])]
+    return [Blob(_with_more(named[0][0], len(named)), [part for _, part in named])]
+
+
+def _parts_at_urls(names: Sequence[str], forward: bool) -> list[Blob]:
+    blobs = [_at_url(name, forward=False) for name in names]
+    if all(bytes(blob.head(4)) in _BEGINNINGS for blob in blobs):
+        return blobs
+    pieces = (piece for blob in blobs for piece in blob.pieces(0, blob.size))
+    return [_in_order(_with_more(blobs[0].name, len(blobs)), pieces, forward)]
+
+
+def _with_more(first: str, count: int) -> str:
+    return first + (f" and {count - 1} more parts" if count > 1 else "")
 
 
 def _part(number: int, source: Any) -> tuple[str, memoryview]:
@@ -234,16 +320,16 @@ def _part(number: int, source: Any) -> tuple[str, memoryview]:
 # -- file objects --------------------------------------------------------------------
 
 
-def _file_object(file: Any) -> Blob:
+def _file_object(file: Any, forward: bool) -> Blob:
     name = _file_name(file)
     if isinstance(file, io.TextIOBase):
         raise OptionError(f"{name}: open in text mode; open it with 'rb'")
-    if not _is_plain_file(file):
-        return Blob(name, [_read(name, file)])
     try:
-        return Blob(name, [_map_file(name, file)])
+        if _is_plain_file(file) and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return Blob(name, [_map_file(name, file)])
     except (OSError, ValueError) as error:  # ValueError: closed
         raise SourceError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    return Stream(name, _pieces(name, file)) if forward else Blob(name, [_read(name, file)])
 
 
 def _is_plain_file(file: Any) -> bool:
@@ -262,23 +348,54 @@ def _file_name(file: object) -> str:
 def _read(name: str, file: Any) -> memoryview:
     """All that is left in a stream, in one growing buffer: at no time are there two copies."""
     data = bytearray()
+    for piece in _pieces(name, file):
+        data += piece
+    if not data:
+        raise FormatError(f"{name}: empty")
+    return memoryview(data)
+
+
+def _pieces(name: str, file: Any) -> Iterator[memoryview]:
+    """What is left in a stream, piece by piece."""
+    done = 0
     while True:
         try:
             piece = file.read(_PIECE)
         except Exception as error:  # whatever the stream is made of may raise its own
-            raise SourceError(
-                f"{name}: reading failed after {len(data):,} bytes: {error}"
-            ) from error
+            raise SourceError(f"{name}: reading failed after {done:,} bytes: {error}") from error
         if piece is None:
             raise SourceError(f"{name}: a non-blocking stream; make it blocking")
         if not isinstance(piece, bytes | bytearray | memoryview):
             raise OptionError(f"{name}: gives {type(piece).__name__}, not bytes; open it with 'rb'")
         if not piece:
-            break
-        data += piece
-    if not data:
-        raise FormatError(f"{name}: empty")
-    return memoryview(data)
+            return
+        done += len(piece)
+        yield memoryview(piece)
+        del piece
+
+
+def _arriving(name: str, parts: Iterator[Any]) -> Iterator[memoryview]:
+    """Parts from whoever makes them; none is held here while the next is asked for."""
+    number = done = 0
+    while True:
+        number += 1
+        try:
+            part = next(parts)
+        except StopIteration:
+            return
+        except GemloomError:
+            raise
+        except Exception as error:
+            raise SourceError(
+                f"{name}: part {number:,} did not come, after {done:,} bytes: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not _is_buffer(part):
+            raise OptionError(f"{name}: part {number:,} is of {type(part).__name__}, not of bytes")
+        buffer = _buffer(part)
+        done += buffer.nbytes
+        yield buffer
+        del part, buffer
 
 
 # -- the Hugging Face hub ------------------------------------------------------------
@@ -289,31 +406,14 @@ def _hub(name: str) -> list[Blob]:
     if match is None:
         raise OptionError(f"{name}: write hf:owner/repo or hf:owner/repo:file.gguf")
     repo, first = match["repo"], match["wanted"]
-    if first is None or not first.endswith(".gguf"):
-        first = _choose(repo, _ask_hub(name, partial(_hub_files, repo)), wanted=first)
+    if first is None or not first.endswith((".gguf", ".gguf.sealed")):
+        first = _choose(repo, hub.files(name, repo), wanted=first)
     prefix = f"hf:{repo}:"
     blobs = []
     for part in _split_names(prefix + first):
-        path = _ask_hub(part, partial(_download, repo, part.removeprefix(prefix)))
-        blobs.append(_file(part, path))
+        path = hub.download(part, repo, part.removeprefix(prefix))
+        blobs.append(_file(part, path, forward=False))
     return blobs
-
-
-def _download(repo: str, file: str) -> str:
-    import huggingface_hub
-
-    return huggingface_hub.hf_hub_download(repo, file)
-
-
-def _hub_files(repo: str) -> list[str]:
-    """Names of the repository's files; offline, of those in the cache."""
-    import huggingface_hub
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    if not HF_HUB_OFFLINE:
-        return huggingface_hub.list_repo_files(repo)
-    root = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-    return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
 
 
 def _choose(repo: str, files: list[str], wanted: str | None) -> str:
@@ -342,45 +442,3 @@ def _has_type(file: str, kind: str) -> bool:
     """Whether the name says this quantization: Q4_K is not in Q4_K_M, nor Q4_0 in IQ4_0."""
     pattern = rf"(?<![a-z0-9]){re.escape(kind)}(?![a-z0-9_])"
     return re.search(pattern, file, re.IGNORECASE) is not None
-
-
-def _ask_hub(name: str, question: Callable[[], _T]) -> _T:
-    """The hub's answer. Raises SourceError with one line that says what to do."""
-    try:
-        return question()
-    except Exception as error:  # errors of whichever HTTP library the hub package uses come through
-        reason = _hub_reason(error)
-    raise SourceError(f"{name}: {reason}")  # not "from": its text may quote the token
-
-
-def _hub_reason(error: BaseException) -> str:
-    from huggingface_hub import errors
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        if HF_HUB_OFFLINE:
-            return "not in the hub's cache, and HF_HUB_OFFLINE is set; unset it to download"
-        error = error.__cause__ or error
-    for kind, reason in (
-        (errors.GatedRepoError, "gated; accept its terms on its page, then set HF_TOKEN"),
-        (errors.RepositoryNotFoundError, "no such repository, or private; for that set HF_TOKEN"),
-        (errors.EntryNotFoundError, "no such file in the repository"),
-    ):
-        if isinstance(error, kind):
-            return reason
-    return _network_reason(error)
-
-
-def _network_reason(error: BaseException) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
-        return "the hub refuses the token; set HF_TOKEN to a valid one, or unset it"
-    if status is not None:
-        return f"the hub answered with HTTP status {status}; try again later"
-    if isinstance(error, OSError) and error.errno in (ENOSPC, EACCES, EROFS):
-        return f"{error.filename or 'the cache'}: {error.strerror}"
-    lines = _SECRET.sub("***", str(error)).strip().splitlines() or [""]
-    return (
-        f"no answer from the hub ({type(error).__name__}: {lines[0][:200]}); "
-        "check the network, or set HF_HUB_OFFLINE=1 to use the cache alone"
-    )

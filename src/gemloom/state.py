@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from hashlib import sha256
 
 import numpy as np
@@ -19,17 +20,17 @@ from gemloom.gguf import GGUF
 from gemloom.slots import Slot
 
 MAGIC = b"GEMLOOM-STATE-2\n"
-_SAMPLE = 256  # bytes hashed of each tensor
 _LENGTH = struct.Struct("<I")
 _MEANING = {"model": "model", "kv_type": "kv_type", "ring": "chunk or context"}
 
 
-def fingerprint(file: GGUF, config: Config) -> str:
-    """Tells models apart: config, and names, types, shapes and first bytes of all tensors."""
+def fingerprint(file: GGUF, config: Config, first_bytes: Mapping[str, bytes]) -> str:
+    """Tells models apart: config, and names, types, shapes and ``first_bytes`` of its tensors."""
     digest = sha256(repr(config).encode())
-    for info in sorted(file.tensors.values(), key=lambda info: info.name):
+    for name, first in sorted(first_bytes.items()):
+        info = file.tensors[name]
         digest.update(f"{info.name} {info.type} {info.shape} ".encode())
-        digest.update(info.blob.view(info.offset, min(_SAMPLE, info.nbytes)))
+        digest.update(first)
     return digest.hexdigest()
 
 

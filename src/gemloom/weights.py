@@ -1,28 +1,25 @@
 """A file's tensors as ggml tensors under their GGUF names; strict both ways.
 
-Bytes are used in place where one buffer holds them aligned, and copied, tensor by
-tensor, where not. Nothing is computed here but the widening of small f16/bf16 vectors.
+Bytes are used in place where one buffer holds them aligned; where not, and where our own kernels
+want another layout, ``filling.py`` copies and packs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
 from gemloom.errors import TensorError
-from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor, address, pages
+from gemloom.filling import FIRST_BYTES, Filling
+from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor, pages
 from gemloom.gguf import GGUF, TensorInfo, nbytes
 from gemloom.kernels import packed_file
 from gemloom.kernels.operations import I8, Packed
 from gemloom.kernels.packing import ALIGNMENT as PACKED_ALIGNMENT
-from gemloom.kernels.packing import Matrix, Plan, Progress
+from gemloom.kernels.packing import Plan, Progress
 from gemloom.options import Options
 
 F32 = GGMLQuantizationType.F32
@@ -59,37 +56,57 @@ class Weights:
 
         With ``options.mmap`` False everything is copied, and the file may go away afterwards;
         ``kernels`` decides which matrices are copied into another layout, and ``packed`` whether
-        that comes from a file or goes to one. ``progress`` is told how far packing is.
+        that comes from a file or goes to one. ``progress`` is told how far copying and packing are.
         Raises TensorError, before anything is allocated, for a tensor that is missing, extra,
         of another shape or of a type that cannot be used.
         """
         self.ignored = check(file, layout)
         self._arenas: dict[Any, Arena] = {}  # by buffer type; None: the CPU's own
         self._tensors: dict[str, Tensor] = {}
+        self.first_bytes: dict[str, bytes] = {}  # of each, as in the file; to tell models apart
         self.bytes_mapped = 0
         self.bytes_packed = 0  # of matrices in the layout of our own kernels, mapped or copied
         self._bytes_packed_here = 0
         self._device, self._layout, self._in_place = device, layout, options.mmap
         self._repack = options.kernels != "plain"
-        self._jobs: list[Callable[[], None]] = []
+        self._repacked: set[str] = set()  # in a layout of the CPU's own
         try:
-            self._fill(file)
-            self._pack(file, options, progress)
+            self._fill(file, options, progress)
         except BaseException:
             self.close()
             raise
         self.bytes, self.per_layer_bytes = planned_bytes(file, layout)
 
-    def _fill(self, file: GGUF) -> None:
-        for name, shape in self._layout.required.items():
-            info = file.tensors[name]
-            if not self._packs(info) or name in self._layout.sliced:
-                self._place(info, shape)
+    def _fill(self, file: GGUF, options: Options, progress: Progress | None) -> None:
+        copies = self._place_all(file)
         for arena in self._arenas.values():
             arena.allocate("the weights")
-        with ThreadPoolExecutor(self._device.threads) as pool:
-            list(pool.map(lambda job: job(), self._jobs))
-        self._jobs.clear()
+        filling = Filling(self._device.threads)
+        plan = self._plan(file)
+        home = self._home(plan, options, progress) if plan else None
+        if plan and home is None:
+            home = pages(plan.nbytes, "the packed weights")
+            self._bytes_packed_here = home.nbytes
+            for matrix in plan.matrices:
+                filling.pack(plan, matrix, home, copies.pop(matrix.info.name, None))
+        for name, tensor in copies.items():
+            filling.copy(file.tensors[name], tensor, whole=name in self._repacked)
+        filling.run(progress)
+        self._note_first_bytes(file, filling.first_bytes)
+        file.finish()
+        if plan and home is not None:
+            self._use_packed(plan, home)
+
+    def _place_all(self, file: GGUF) -> dict[str, Tensor]:
+        """Make tensors of all but what is only packed; gives those that do not use the file's."""
+        copies = {}
+        for name, shape in self._layout.required.items():
+            info = file.tensors[name]
+            if (not self._packs(info) or name in self._layout.sliced) and not self._place(
+                info, shape
+            ):
+                copies[name] = self._tensors[name]
+        return copies
 
     def _packs(self, info: TensorInfo) -> bool:
         """Whether our own kernels multiply with this tensor."""
@@ -97,45 +114,43 @@ class Weights:
         own = self._device.kernels
         return bool(own and whole and own.serves(info.type, info.shape[0]))
 
-    def _place(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
-        """Let a tensor use its bytes where they are, or have them copied."""
+    def _place(self, info: TensorInfo, shape: tuple[int, ...]) -> bool:
+        """Make a tensor; True where it uses its bytes where they are."""
         kind, better = _kind(info, shape), None
         if self._repack and info.name not in self._layout.sliced:
             better = self._device.repacked(kind, shape)
         self._tensors[info.name] = self._arena(better).tensor(info.name, kind, shape)
-        if better or not self._in_place or not self._map(info):
-            self._jobs.append(partial(self._copy, info))
+        if better:
+            self._repacked.add(info.name)
+        return not better and self._in_place and self._map(info)
 
-    def _pack(self, file: GGUF, options: Options, progress: Progress | None) -> None:
-        """Have the matrices of our own kernels in their layout: from a file, or made anew."""
+    def _plan(self, file: GGUF) -> Plan | None:
+        """Where the matrices of our own kernels are packed to; None where there are none."""
         own, wanted = self._device.kernels, self._layout.required.items()
         chosen = [(file.tensors[n], shape) for n, shape in wanted if self._packs(file.tensors[n])]
-        if not own or not chosen:
-            return
-        plan, threads, kept = Plan(own, chosen), self._device.threads, None
+        return Plan(own, chosen) if own and chosen else None
+
+    def _home(self, plan: Plan, options: Options, progress: Progress | None) -> memoryview | None:
+        """The packed matrices in a file that was there or is made now; None: no such file."""
+        kept, threads = None, self._device.threads
         if self._in_place and options.packed != "off":
             kept = packed_file.find(plan, threads)
         if kept is None and options.packed == "keep":
             kept = packed_file.keep(plan, threads, progress)
-        if kept is None:
-            made = pages(plan.nbytes, "the packed weights")
-            self._bytes_packed_here = made.nbytes
-            start = address(made)
-            plan.pack(lambda p: plan.pack_piece(p, start + p.start), threads, progress)
-        else:
+        if kept is not None:
             self.bytes_mapped += kept.nbytes
-        self.bytes_packed = plan.nbytes
-        for matrix, (_, shape) in zip(plan.matrices, chosen, strict=True):
-            self._use_packed(matrix, shape, made if kept is None else kept)
+        return kept
 
-    def _use_packed(self, matrix: Matrix, shape: tuple[int, ...], home: memoryview) -> None:
-        info, arena = matrix.info, self._arena("packed")
-        place = arena.tensor(info.name, I8, (matrix.nbytes,))
-        mapped = arena.map(place, home, matrix.start, PACKED_ALIGNMENT)
-        assert mapped, info
-        if info.name not in self._tensors:
-            self._tensors[info.name] = Tensor(place.pointer, info.type, shape, name=info.name)
-        self._tensors[info.name].packed = Packed(matrix.weight, place)
+    def _use_packed(self, plan: Plan, home: memoryview) -> None:
+        arena, self.bytes_packed = self._arena("packed"), plan.nbytes
+        for matrix in plan.matrices:
+            info, shape = matrix.info, self._layout.required[matrix.info.name]
+            place = arena.tensor(info.name, I8, (matrix.nbytes,))
+            mapped = arena.map(place, home, matrix.start, PACKED_ALIGNMENT)
+            assert mapped, info
+            if info.name not in self._tensors:
+                self._tensors[info.name] = Tensor(place.pointer, info.type, shape, name=info.name)
+            self._tensors[info.name].packed = Packed(matrix.weight, place)
 
     def _arena(self, kind: Any) -> Arena:
         if kind not in self._arenas:
@@ -144,11 +159,13 @@ class Weights:
             self._arenas[kind] = Arena(self._device, count, buffer_type, weights=True)
         return self._arenas[kind]
 
-    def _copy(self, info: TensorInfo) -> None:
-        tensor, data = self._tensors[info.name], info.data()
-        if tensor.type != info.type:
-            data = dequantize(np.frombuffer(data, np.uint8), info.type)
-        tensor.write(data)
+    def _note_first_bytes(self, file: GGUF, read: dict[str, bytes]) -> None:
+        """Of every tensor: what was read anyway, and where it lies for the others, not read now."""
+        for name in self._layout.required:
+            info = file.tensors[name]
+            length = min(FIRST_BYTES, info.nbytes)
+            first = read[name] if name in read else info.blob.view(info.offset, length)
+            self.first_bytes[name] = bytes(first)
 
     def _map(self, info: TensorInfo) -> bool:
         tensor = self._tensors[info.name]

@@ -24,6 +24,7 @@ from gemloom.cli.inspecting import inspect, tokenize
 from gemloom.cli.judging import compare, perplexity
 from gemloom.cli.quantizing import quantize
 from gemloom.cli.running import run
+from gemloom.cli.sealing import seal, unseal
 from gemloom.cli.serving import serve
 from gemloom.cli.terminal import fail
 from gemloom.errors import GemloomError, OptionError
@@ -108,7 +109,7 @@ def _top(
 
 for _command in (
     run, chat, serve, inspect, tokenize, doctor, bench,
-    convert, quantize, imatrix, perplexity, compare,
+    convert, quantize, imatrix, perplexity, compare, seal, unseal,
 ):  # fmt: skip
     app.command(cls=Command)(_command)
 _adapter = typer.Typer(

@@ -13,7 +13,7 @@ _Counts = list[int]
 
 @with_options
 def bench(
-    model: Annotated[str, typer.Argument(help="A file, hf:owner/repo, a built-in name.")],
+    model: Annotated[str, typer.Argument(help="A file, a URL, hf:owner/repo, a built-in name.")],
     *,
     prompt: Annotated[
         _Counts, typer.Option("--prompt", "-p", help="Tokens of a prompt; repeatable.")

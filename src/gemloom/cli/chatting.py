@@ -32,7 +32,7 @@ To begin a message with /, put a space before it."""
 def chat(
     model: Annotated[
         str | None,
-        typer.Argument(help="A file, hf:owner/repo, a built-in name.", show_default=False),
+        typer.Argument(help="A file, a URL, hf:owner/repo, a built-in name.", show_default=False),
     ] = None,
     *,
     system: Annotated[str | None, typer.Option(help="What the model is told at first.")] = None,

@@ -8,6 +8,7 @@ then has an option for every field. What a value may be is checked where it is u
 import inspect
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -66,6 +67,11 @@ class LoadOptions:
             "there, keep makes it for the next starts, off takes no notice of it.",
             default="auto",
         ),
+    ] = None
+
+    key_file: Annotated[
+        Path | None,
+        _option(metavar="FILE", help="The key of a sealed model.", default="GEMLOOM_KEY holds it"),
     ] = None
 
     def given(self) -> dict[str, Any]:
@@ -160,6 +166,7 @@ class SamplingOptions:
 
 def _given(group: LoadOptions | SamplingOptions) -> dict[str, Any]:
     values = {option.name: getattr(group, option.name) for option in fields(group)}
+    values.pop("key_file", None)  # opens the source, and is no option of the model
     return {name: value for name, value in values.items() if value is not None}
 
 

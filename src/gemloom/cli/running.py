@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 @with_options
 def run(
     first: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A file, hf:owner/repo, a built-in name.")
+        str | None,
+        typer.Argument(metavar="MODEL", help="A file, a URL, hf:owner/repo, a built-in name."),
     ] = None,
     second: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="The text; - reads it from stdin.")
@@ -37,9 +38,9 @@ def run(
 ) -> None:
     """Complete a prompt; the text is shown as it is made.
 
-    A single argument is the MODEL if it begins with hf:, ends in .gguf, is the
-    name of a built-in model or of a file that exists; else it is the PROMPT, for
-    the built-in model. Without a PROMPT it is read from stdin, less one newline
+    A single argument is the MODEL if it is a URL, begins with hf:, ends in .gguf,
+    is the name of a built-in model or of a file that exists; else it is the
+    PROMPT, for the built-in model. Without a PROMPT it is read from stdin, less one newline
     at its end. The model gets it as it is, without chat template; for
     conversations there is gemloom chat.
 

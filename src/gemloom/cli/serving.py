@@ -104,7 +104,7 @@ class ServerOptions:
 def serve(
     model: Annotated[
         str | None,
-        typer.Argument(help="A file, hf:owner/repo, a built-in name.", show_default=False),
+        typer.Argument(help="A file, a URL, hf:owner/repo, a built-in name.", show_default=False),
     ] = None,
     *,
     server: ServerOptions,
@@ -160,7 +160,9 @@ def _default_name(source: str) -> str:
     """The name of a file without folder and ending; other sources as they are called."""
     if source.startswith("hf:"):
         return source.removeprefix("hf:")
-    return Path(source).name.removesuffix(".gguf")
+    from gemloom.urls import shown  # a URL's query may be secret, and this name is told to all
+
+    return Path(shown(source)).name.removesuffix(".sealed").removesuffix(".gguf")
 
 
 def _keys(given: list[str], file: Path | None) -> tuple[str, ...]:

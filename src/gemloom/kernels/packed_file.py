@@ -84,7 +84,7 @@ def keep(plan: Plan, threads: int, progress: Progress | None) -> memoryview | No
     """
     origins = _origins(plan)
     if not origins:
-        _log.warning("the model is not from a file, so its packed weights are not kept")
+        _log.warning("the model is not from a plain file here, so its packed weights are not kept")
         return None
     path = origins[0].path + SUFFIX
     try:
@@ -275,7 +275,8 @@ def _write(
 
 def _write_piece(fd: int, plan: Plan, base: int, sums: dict[int, int], piece: Piece) -> None:
     packed = np.empty(piece.nbytes, np.uint8).data
-    plan.pack_piece(piece, address(packed))
+    rows = piece.rows()
+    plan.pack_piece(piece, address(rows), address(packed))
     sums[piece.start] = zlib.crc32(packed)
     _put(fd, packed, base + piece.start)
 

@@ -15,7 +15,6 @@ from math import prod
 
 import numpy as np
 
-from gemloom.ggml.device import address
 from gemloom.gguf import TensorInfo, nbytes
 from gemloom.kernels.library import GROUP, TYPES, Library, Weight
 
@@ -69,9 +68,10 @@ class Plan:
     @cached_property
     def pieces(self) -> list[Piece]:
         """Everything there is to pack, in the order of its places."""
-        return [piece for matrix in self.matrices for piece in self._cut(matrix)]
+        return [piece for matrix in self.matrices for piece in self.cut(matrix)]
 
-    def _cut(self, matrix: Matrix) -> Iterator[Piece]:
+    def cut(self, matrix: Matrix) -> Iterator[Piece]:
+        """The pieces of one matrix, in the order of its bytes, none of which is in two."""
         info, whole = matrix.info, matrix.weight
         k, m = int(whole.k), int(whole.m)
         row, group = nbytes(info.type, (k,)), self.own.packed_bytes(whole) // whole.groups
@@ -98,9 +98,9 @@ class Plan:
                 if progress:
                     progress(done, self.nbytes)
 
-    def pack_piece(self, piece: Piece, target: int) -> None:
-        """Pack one piece to the address ``target``."""
-        self.own.pack(piece.weight, address(piece.rows()), target, 0, piece.weight.groups)
+    def pack_piece(self, piece: Piece, source: int, target: int) -> None:
+        """Pack one piece, whose rows are at the address ``source``, to the address ``target``."""
+        self.own.pack(piece.weight, source, target, 0, piece.weight.groups)
 
     def layout(self) -> str:
         """A fingerprint of the layout itself: of what noise of these types is packed to.
