@@ -17,12 +17,11 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from gemloom.errors import TensorError
-from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor, address, pages
+from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor
 from gemloom.gguf import GGUF, TensorInfo, nbytes
 from gemloom.kernels import packed_file
 from gemloom.kernels.operations import I8, Packed
-from gemloom.kernels.packing import ALIGNMENT as PACKED_ALIGNMENT
-from gemloom.kernels.packing import Matrix, Plan, Progress
+from gemloom.kernels.packing import Matrix, Piece, Plan, Progress
 from gemloom.options import Options
 
 F32 = GGMLQuantizationType.F32
@@ -68,7 +67,6 @@ class Weights:
         self._tensors: dict[str, Tensor] = {}
         self.bytes_mapped = 0
         self.bytes_packed = 0  # of matrices in the layout of our own kernels, mapped or copied
-        self._bytes_packed_here = 0
         self._device, self._layout, self._in_place = device, layout, options.mmap
         self._repack = options.kernels != "plain"
         self._jobs: list[Callable[[], None]] = []
@@ -117,25 +115,28 @@ class Weights:
             kept = packed_file.find(plan, threads)
         if kept is None and options.packed == "keep":
             kept = packed_file.keep(plan, threads, progress)
-        if kept is None:
-            made = pages(plan.nbytes, "the packed weights")
-            self._bytes_packed_here = made.nbytes
-            start = address(made)
-            plan.pack(lambda p: plan.pack_piece(p, start + p.start), threads, progress)
-        else:
-            self.bytes_mapped += kept.nbytes
-        self.bytes_packed = plan.nbytes
         for matrix, (_, shape) in zip(plan.matrices, chosen, strict=True):
-            self._use_packed(matrix, shape, made if kept is None else kept)
+            self._use_packed(matrix, shape, kept)
+        if kept is None:
+            self._arenas["packed"].allocate("the packed weights")
+            plan.pack(partial(self._pack_piece, plan), threads, progress)
+        self.bytes_packed = plan.nbytes
+        self.bytes_mapped += len(kept or b"")
 
-    def _use_packed(self, matrix: Matrix, shape: tuple[int, ...], home: memoryview) -> None:
+    def _use_packed(self, matrix: Matrix, shape: tuple[int, ...], kept: memoryview | None) -> None:
         info, arena = matrix.info, self._arena("packed")
         place = arena.tensor(info.name, I8, (matrix.nbytes,))
-        mapped = arena.map(place, home, matrix.start, PACKED_ALIGNMENT)
-        assert mapped, info
+        if kept is not None:
+            mapped = arena.map(place, kept, matrix.start, ALIGNMENT)
+            assert mapped, info
         if info.name not in self._tensors:
             self._tensors[info.name] = Tensor(place.pointer, info.type, shape, name=info.name)
         self._tensors[info.name].packed = Packed(matrix.weight, place)
+
+    def _pack_piece(self, plan: Plan, piece: Piece) -> None:
+        packed = self._tensors[piece.matrix.info.name].packed
+        assert packed
+        plan.pack_piece(piece, packed.tensor.address + piece.start - piece.matrix.start)
 
     def _arena(self, kind: Any) -> Arena:
         if kind not in self._arenas:
@@ -165,13 +166,13 @@ class Weights:
     @property
     def bytes_copied(self) -> int:
         """Memory of tensors that could not be used in place."""
-        here = sum(arena.bytes_allocated for arena in self._arenas.values())
-        return here + self._bytes_packed_here
+        return sum(arena.bytes_allocated for arena in self._arenas.values())
 
     @property
     def bytes_repacked(self) -> int:
         """Of these, memory of matrices in a layout of the CPU's own."""
-        return sum(a.bytes_allocated for kind, a in self._arenas.items() if kind is not None)
+        others = (None, "packed")
+        return sum(a.bytes_allocated for kind, a in self._arenas.items() if kind not in others)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

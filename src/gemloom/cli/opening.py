@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 from gemloom.cli.options import LoadOptions
-from gemloom.cli.terminal import waiting
+from gemloom.cli.terminal import progress
 
 if TYPE_CHECKING:
     from gemloom.gguf import GGUF
@@ -32,11 +32,11 @@ def open_file(name: str) -> "GGUF":
 
 
 def open_model(name: str, load: LoadOptions) -> "Model":
-    """The model, with a spinner if it takes long."""
+    """The model, with a bar if it takes long."""
     from gemloom.model import Model
     from gemloom.options import Options
 
     options = Options(**load.given())  # wrong ones are told before a file is fetched
     file = open_file(name)
-    with waiting(f"loading {name}"):
-        return Model(file, options)
+    with progress(f"loading {name}") as advance:
+        return Model(file, options, advance)

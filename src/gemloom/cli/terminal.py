@@ -7,7 +7,7 @@ that a terminal would obey.
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,28 @@ def read_stdin() -> str:
         return data.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise RequestError(f"stdin: byte {error.start:,} is not UTF-8") from None
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """As ``waiting``, with a bar once the function it gives was told how much of it all is done."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.text import Text
+
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task(Text(one_line(what)).markup, total=None)
+    timer = threading.Timer(_SPINNER_AFTER, bar.start)
+    timer.start()
+    try:
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()
 
 
 @contextmanager

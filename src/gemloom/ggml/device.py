@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -170,32 +168,6 @@ def free_memory() -> int | None:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-
-
-def check_free(size: int, what: str) -> None:
-    """DeviceError where so many bytes are not free; ``what`` they are for is named in it."""
-    free = free_memory()
-    if free is not None and size > free:
-        raise DeviceError(
-            f"no memory for {what}: {size / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} free"
-        )
-
-
-def pages(size: int, what: str) -> memoryview:
-    """Memory of its own for much that is filled at once: in huge pages where the system has them.
-
-    Pages of 4 KiB, cleared one at a time when they are touched, take as long as what fills them.
-    DeviceError as ``check_free``.
-    """
-    check_free(size, what)
-    try:
-        made = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise DeviceError(f"no memory for {what}: {error.strerror}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux alone
-        with suppress(OSError):  # a kernel without them
-            made.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(made)
 
 
 def trim_memory() -> None:
@@ -393,7 +365,11 @@ class Arena:
         size = ggml.ggml_backend_alloc_ctx_tensors_from_buft_size(self._context, kind)
         if not size:
             return
-        check_free(size, what)
+        free = free_memory()
+        if free is not None and size > free:
+            raise DeviceError(
+                f"no memory for {what}: {size / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} free"
+            )
         buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, kind)
         if not buffer:
             raise DeviceError(

@@ -20,7 +20,7 @@ from gemloom.gguf import TensorInfo, nbytes
 from gemloom.kernels.library import GROUP, TYPES, Library, Weight
 
 ALIGNMENT = 64  # bytes: a cache line, and what AVX-512 loads at once
-_PIECE = 4 << 20  # bytes of the file that one thread packs at a time
+_PIECE = 2 << 20  # bytes of the file that one thread packs at a time
 
 Progress = Callable[[int, int], None]  # gets the bytes done and all there are
 
@@ -40,8 +40,8 @@ class Matrix:
 class Piece:
     """Some rows of a matrix, in whole groups: a matrix too, with a place of its own."""
 
+    matrix: Matrix
     weight: Weight
-    info: TensorInfo
     offset: int  # in the tensor's bytes
     length: int
     start: int
@@ -49,7 +49,8 @@ class Piece:
 
     def rows(self) -> memoryview:
         """Its bytes in the model file."""
-        return self.info.blob.view(self.info.offset + self.offset, self.length)
+        info = self.matrix.info
+        return info.blob.view(info.offset + self.offset, self.length)
 
 
 class Plan:
@@ -81,8 +82,8 @@ class Plan:
             for first in range(0, m, step):
                 weight = Weight(info.type, k, min(step, m - first))
                 yield Piece(
+                    matrix,
                     weight,
-                    info,
                     (index * m + first) * row,
                     int(weight.m) * row,
                     start + first // GROUP * group,
