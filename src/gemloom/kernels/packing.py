@@ -101,7 +101,8 @@ class Plan:
 
     def pack_piece(self, piece: Piece, target: int) -> None:
         """Pack one piece to the address ``target``."""
-        self.own.pack(piece.weight, address(piece.rows()), target, 0, piece.weight.groups)
+        rows = piece.rows()  # held: of a file that is cut there they are a copy
+        self.own.pack(piece.weight, address(rows), target, 0, piece.weight.groups)
 
     def layout(self) -> str:
         """A fingerprint of the layout itself: of what noise of these types is packed to.
