@@ -21,7 +21,7 @@ from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor
 from gemloom.gguf import GGUF, TensorInfo, nbytes
 from gemloom.kernels import packed_file
 from gemloom.kernels.operations import I8, Packed
-from gemloom.kernels.packing import Matrix, Piece, Plan, Progress
+from gemloom.kernels.packing import Matrix, Plan, Progress
 from gemloom.options import Options
 
 F32 = GGMLQuantizationType.F32
@@ -119,7 +119,7 @@ class Weights:
             self._use_packed(matrix, shape, kept)
         if kept is None:
             self._arenas["packed"].allocate("the packed weights")
-            plan.pack(partial(self._pack_piece, plan), threads, progress)
+            plan.pack(self._packed_address, threads, progress)
         self.bytes_packed = plan.nbytes
         self.bytes_mapped += len(kept or b"")
 
@@ -133,10 +133,10 @@ class Weights:
             self._tensors[info.name] = Tensor(place.pointer, info.type, shape, name=info.name)
         self._tensors[info.name].packed = Packed(matrix.weight, place)
 
-    def _pack_piece(self, plan: Plan, piece: Piece) -> None:
-        packed = self._tensors[piece.matrix.info.name].packed
+    def _packed_address(self, matrix: Matrix) -> int:
+        packed = self._tensors[matrix.info.name].packed
         assert packed
-        plan.pack_piece(piece, packed.tensor.address + piece.start - piece.matrix.start)
+        return packed.tensor.address
 
     def _arena(self, kind: Any) -> Arena:
         if kind not in self._arenas:

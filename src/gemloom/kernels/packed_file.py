@@ -263,7 +263,7 @@ def _write(
     if _free(fd) < len(header) + plan.nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     sums: dict[int, int] = {}
-    plan.pack(partial(_write_piece, fd, plan, len(header), sums), threads, progress)
+    plan.pack_apart(partial(_write_piece, fd, plan, len(header), sums), threads, progress)
     _put(fd, header, 0)
     end = len(header) + plan.nbytes
     os.ftruncate(fd, end)  # zeros after the last matrix

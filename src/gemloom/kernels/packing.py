@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -21,6 +22,7 @@ from gemloom.kernels.library import GROUP, TYPES, Library, Weight
 
 ALIGNMENT = 64  # bytes: a cache line, and what AVX-512 loads at once
 _PIECE = 2 << 20  # bytes of the file that one thread packs at a time
+_TOLD_EVERY = 0.1  # seconds
 
 Progress = Callable[[int, int], None]  # gets the bytes done and all there are
 
@@ -90,7 +92,31 @@ class Plan:
                     weight.groups * group,
                 )
 
-    def pack(self, put: Callable[[Piece], None], threads: int, progress: Progress | None) -> None:
+    def pack(
+        self, target: Callable[[Matrix], int], threads: int, progress: Progress | None
+    ) -> None:
+        """Pack every matrix to the address that ``target`` gives, by so many threads."""
+        rows = [piece.rows() for piece in self.pieces]  # held: where a file is cut they are copies
+        packings = self.own.packings(
+            [
+                (p.weight, address(r), target(p.matrix) + p.start - p.matrix.start)
+                for p, r in zip(self.pieces, rows, strict=True)
+            ]
+        )
+        ends = [0, *accumulate(piece.nbytes for piece in self.pieces)]
+        with ThreadPoolExecutor(threads) as pool:
+            running = {pool.submit(packings.run) for _ in range(threads)}
+            try:
+                while running:
+                    running = wait(running, _TOLD_EVERY).not_done
+                    if progress:
+                        progress(ends[packings.begun()], ends[-1])
+            finally:
+                packings.stop()
+
+    def pack_apart(
+        self, put: Callable[[Piece], None], threads: int, progress: Progress | None
+    ) -> None:
         """Have ``put`` called with every piece, by so many threads."""
         done = 0
         with ThreadPoolExecutor(threads) as pool:
@@ -101,7 +127,7 @@ class Plan:
 
     def pack_piece(self, piece: Piece, target: int) -> None:
         """Pack one piece to the address ``target``."""
-        rows = piece.rows()  # held: of a file that is cut there they are a copy
+        rows = piece.rows()
         self.own.pack(piece.weight, address(rows), target, 0, piece.weight.groups)
 
     def layout(self) -> str:
