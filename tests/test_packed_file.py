@@ -1,12 +1,14 @@
 """Packed weights kept in a file: the same logits, and whatever is wrong with it, packed again."""
 
 import errno
+import io
 import logging
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,10 +23,13 @@ import gemloom
 import tiny
 from conftest import prompt
 from gemloom import gguf, source
+from gemloom.cli import terminal as cli_terminal
 from gemloom.errors import OptionError
 from gemloom.kernels import packed_file
 from gemloom.kernels.library import supported
 from gemloom.kernels.packing import Plan
+from gemloom.model import Model
+from gemloom.options import Options
 from tiny import VARIANTS
 
 pytestmark = pytest.mark.skipif(not supported(), reason="no kernels for this processor")
@@ -135,7 +140,7 @@ def test_what_is_in_no_file_is_not_kept(caplog: pytest.LogCaptureFixture) -> Non
 @pytest.mark.parametrize("other", [{"mmap": False}, {"kernels": "ggml"}, {"kernels": "plain"}])
 def test_keeping_what_is_not_used_is_refused(other: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="keep"):
-        gemloom.Options(packed="keep", **other)
+        Options(packed="keep", **other)
 
 
 def test_a_package_without_kernels_takes_no_notice(
@@ -403,3 +408,38 @@ def test_a_folder_that_cannot_be_written(
     monkeypatch.setattr(os, "open", refuse)
     assert np.array_equal(logits(model, packed="keep"), logits(model, packed="off"))
     assert "cannot be written (Read-only file system)" in said(caplog)[0]
+
+
+# -- a bar -------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("packed", ["off", "keep"])
+def test_progress_goes_up_to_the_end(model: Path, packed: str) -> None:
+    told: list[tuple[int, int]] = []
+    options = Options(context=64, threads=1, packed=packed)
+    file = gguf.read(source.resolve(model))
+    with Model(file, options, lambda done, total: told.append((done, total))) as loaded:
+        packed_bytes = loaded.memory()["packed"]
+    assert told == sorted(told)
+    assert told[-1][0] == told[-1][1] == packed_bytes
+
+
+def test_the_bar_shows_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    with cli_terminal.progress("loading [red]m.gguf") as advance:
+        advance(1, 4)
+    assert not shown.getvalue()
+    monkeypatch.setattr(cli_terminal, "_SPINNER_AFTER", 0.0)
+    with cli_terminal.progress("loading [red]m.gguf") as advance:
+        time.sleep(0.2)
+        advance(1, 4)
+        time.sleep(0.3)
+    assert "loading [red]m.gguf" in shown.getvalue()
+    assert "25%" in shown.getvalue()

@@ -118,12 +118,12 @@ class Plan:
         self, put: Callable[[Piece], None], threads: int, progress: Progress | None
     ) -> None:
         """Have ``put`` called with every piece, by so many threads."""
-        done = 0
+        done, total = 0, sum(piece.nbytes for piece in self.pieces)
         with ThreadPoolExecutor(threads) as pool:
             for piece, _ in zip(self.pieces, pool.map(put, self.pieces), strict=True):
                 done += piece.nbytes
                 if progress:
-                    progress(done, self.nbytes)
+                    progress(done, total)
 
     def pack_piece(self, piece: Piece, target: int) -> None:
         """Pack one piece to the address ``target``."""
