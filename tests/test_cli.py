@@ -119,8 +119,8 @@ def test_every_load_option_arrives(model: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Options, "context_for", see)
     values = ["--context=300", "--kv-type=f32", "--chunk=7", "--keep=5", "--threads=1"]
-    kernels = ["--no-mmap", "--kernels=plain", "--packed=off"]
-    fine("run", model, "the", "-n", "1", *values, "--device=cpu", *kernels)
+    values += ["--device=cpu", "--no-mmap", "--kernels=plain", "--packed=off"]
+    fine("run", model, "the", "-n", "1", *values)
     wanted = Options(
         context=300, kv_type="f32", chunk=7, keep=5, threads=1, device="cpu", mmap=False,
         kernels="plain", packed="off",

@@ -11,6 +11,7 @@ import reprlib
 import weakref
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from functools import cached_property, partial
@@ -109,13 +110,13 @@ class Model:
         self.options = options
         self.config: Config = from_gguf(file)
         self.context = options.context_for(self.config)
-        self.tokenizer = Tokenizer(file.metadata)
         budget = node_budget(self.config, options.slots, MAX_TAPS * self.config.n_layer)
         if budget > MAX_NODES:
             n_layer = self.config.n_layer
             raise OptionError(f"slots {options.slots} are too many for {n_layer} layers")
         own = next(iter(supported()), None) if options.kernels == "auto" else None
-        with ExitStack() as stack:
+        with ThreadPoolExecutor(1) as aside, ExitStack() as stack:
+            tokenizer = aside.submit(Tokenizer, file.metadata)  # packing takes as long
             self._device = Device(options.device, options.threads, budget, own)
             stack.callback(self._device.close)
             layout = ARCHITECTURES[self.config.architecture].layout(self.config, file.tensors)
@@ -129,6 +130,7 @@ class Model:
             self._runner = Runner(self._device, self.config, self._weights, self._kv)
             stack.callback(self._runner.close)
             self._runner.reserve()
+            self.tokenizer = tokenizer.result()
             self.fingerprint = state.fingerprint(file, self.config, self._weights.first_bytes)
             free = stack.pop_all()
         self._engine = Engine(self._runner, self._kv, options, self.context, free.close)

@@ -14,7 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import TensorError
 from gemloom.filling import FIRST_BYTES, Filling
-from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor, pages
+from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor, address, pages
 from gemloom.gguf import GGUF, TensorInfo, nbytes
 from gemloom.kernels import packed_file
 from gemloom.kernels.operations import I8, Packed
@@ -87,8 +87,12 @@ class Weights:
         if plan and home is None:
             home = pages(plan.nbytes, "the packed weights")
             self._bytes_packed_here = home.nbytes
-            for matrix in plan.matrices:
-                filling.pack(plan, matrix, home, copies.pop(matrix.info.name, None))
+            if all(self._in_memory(matrix.info) for matrix in plan.matrices):
+                start = address(home)
+                plan.pack(lambda m: start + m.start, self._device.threads, progress)
+            else:
+                for matrix in plan.matrices:
+                    filling.pack(plan, matrix, home, copies.pop(matrix.info.name, None))
         for name, tensor in copies.items():
             filling.copy(file.tensors[name], tensor, whole=name in self._repacked)
         filling.run(progress)
@@ -96,6 +100,10 @@ class Weights:
         file.finish()
         if plan and home is not None:
             self._use_packed(plan, home)
+
+    @staticmethod
+    def _in_memory(info: TensorInfo) -> bool:
+        return info.blob.locate(info.offset, info.nbytes) is not None
 
     def _place_all(self, file: GGUF) -> dict[str, Tensor]:
         """Make tensors of all but what is only packed; gives those that do not use the file's."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gemloom.cli.options import LoadOptions
 from gemloom.cli.progress import bar
-from gemloom.cli.terminal import note, one_line, waiting
+from gemloom.cli.terminal import note, one_line, progress, waiting
 
 if TYPE_CHECKING:
     from gemloom.adapters.info import AdapterInfo
@@ -67,24 +67,28 @@ def summary(path: str, info: "AdapterInfo") -> str:
 
 
 def open_model(name: str, load: LoadOptions) -> "Model":
-    """The model, with a spinner if it takes long, or a bar where bytes have to come."""
+    """The model, with a bar if it takes long: of the bytes that come, or of what is packed."""
     from gemloom import gguf, source
     from gemloom.model import Model
     from gemloom.options import Options
 
     options = Options(**load.given())  # wrong ones are told before a file is fetched
     file = gguf.read(source.resolve(name, key=load.key_file, forward=True))
-    with _loading(file):
-        return Model(file, options)
+    if (coming := _coming(file)) is not None:
+        with coming:
+            return Model(file, options)
+    with progress(f"loading {file.name}") as show:
+        return Model(file, options, show)
 
 
-def _loading(file: "GGUF") -> AbstractContextManager[None]:
+def _coming(file: "GGUF") -> AbstractContextManager[None] | None:
+    """A bar for bytes that come from elsewhere; None where all are there."""
     from gemloom.blob import Blocks, Stream
 
     blobs = {info.blob for info in file.tensors.values()}
     coming = [blob for blob in blobs if isinstance(blob, Blocks | Stream)]
     if not coming:
-        return waiting(f"loading {file.name}")
+        return None
     known = all(isinstance(blob, Blocks) for blob in coming)
     total = sum(blob.size for blob in coming) if known else None
     return bar(f"loading {file.name}", total, lambda: sum(blob.fetched for blob in coming))

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gemloom.errors import RequestError
 
@@ -175,27 +175,35 @@ def waiting(what: str) -> Iterator[None]:
         status.stop()
 
 
-Show = Callable[[int, int, str], None]
+class Show(Protocol):
+    """Moves a bar."""
+
+    def __call__(self, done: int, of: int, words: str = "") -> None:
+        """So many are done, of so many; a few words beside it."""
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Show]:
-    """A bar on stderr while the block runs; on a terminal only.
-
-    The function it gives moves it: how many are done, of how many, and a few words beside it.
-    """
+    """As ``waiting``, with a bar once the function it gives was told how much is done."""
     if not sys.stderr.isatty():
-        yield lambda done, of, words: None
+        yield lambda done, of, words="": None
         return
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(escape(one_line(what)), total=None)
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task(escape(one_line(what)), total=None)
 
-        def show(done: int, of: int, words: str) -> None:
-            text = escape(one_line(f"{what}: {words}"))
-            bar.update(task, completed=done, total=of, description=text)
+    def show(done: int, of: int, words: str = "") -> None:
+        text = escape(one_line(f"{what}: {words}" if words else what))
+        bar.update(task, completed=done, total=of, description=text)
 
+    timer = threading.Timer(_SPINNER_AFTER, bar.start)
+    timer.start()
+    try:
         yield show
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()

@@ -72,6 +72,36 @@ class Stretches(ctypes.Structure):
         super().__init__(len(all), (Stretch * len(all))(*all))
 
 
+class Packing(ctypes.Structure):
+    """A matrix to pack, and the addresses from which and to which: struct Packing."""
+
+    _fields_ = [("weight", Weight), ("source", ctypes.c_void_p), ("target", ctypes.c_void_p)]
+
+
+class Packings:
+    """Matrices that several threads pack together, each of which calls ``run`` once.
+
+    That is all one call, so they do not have to wait for the interpreter in between.
+    """
+
+    def __init__(self, native: ctypes.CDLL, matrices: Sequence[tuple[Weight, int, int]]) -> None:
+        self._native, self.count = native, len(matrices)
+        self._matrices = (Packing * self.count)(*(Packing(*matrix) for matrix in matrices))
+        self._next = ctypes.c_int64(0)
+
+    def run(self) -> None:
+        """Pack until all are packed or being packed by other threads."""
+        self._native.gemloom_pack_all(self._matrices, self.count, ctypes.byref(self._next))
+
+    def begun(self) -> int:
+        """How many were begun, by any thread."""
+        return min(self._next.value, self.count)
+
+    def stop(self) -> None:
+        """Begin no more."""
+        self._next.value = self.count
+
+
 class Library:
     """The kernels in use, named ``name``."""
 
@@ -84,6 +114,8 @@ class Library:
         native.gemloom_pack.restype = None
         numbers = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         native.gemloom_pack.argtypes = [ctypes.POINTER(Weight), *numbers]
+        native.gemloom_pack_all.restype = None
+        native.gemloom_pack_all.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
 
     def use(self, offsets: Mapping[str, int]) -> None:
         """Learn where ggml's tensors have their data, ne, nb and src, in bytes."""
@@ -105,6 +137,10 @@ class Library:
     def pack(self, weight: Weight, source: int, target: int, first: int, last: int) -> None:
         """Pack groups ``first`` to ``last`` of the matrix at one address to another."""
         self._native.gemloom_pack(weight, source, target, first, last)
+
+    def packings(self, matrices: Sequence[tuple[Weight, int, int]]) -> Packings:
+        """Matrices, with the addresses they are at and go to, for several threads to pack."""
+        return Packings(self._native, matrices)
 
     def address(self, operation: str) -> int:
         """Where the function of a ggml operation is: quantize, product or expert_product."""

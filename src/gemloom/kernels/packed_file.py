@@ -44,8 +44,8 @@ _SAMPLE = 512  # bytes, three times for each tensor
 _WHY = (  # a line of the header is not as expected
     "was packed by another version",
     "belongs to another state of the model file",
-    "belongs to a model with other weights",
     "holds other tensors than are needed",
+    "belongs to a model with other weights",
 )
 
 _log = logging.getLogger("gemloom.kernels")
@@ -113,11 +113,11 @@ def _header(plan: Plan, origins: list[Origin]) -> bytes:
     lines = [
         plan.layout(),
         [(origin.size, origin.mtime_ns) for origin in origins],
-        _model_sample(plan),
         [
             (m.info.name, m.info.type.name, m.info.shape, m.info.offset, m.start, m.nbytes)
             for m in plan.matrices
         ],
+        _model_sample(plan),
     ]
     text = b"\n".join(json.dumps(line).encode() for line in lines)
     size = _pages(_START.size + len(text) + 1 + _DIGEST)
@@ -260,10 +260,10 @@ def _write(
 ) -> None:
     """Fill the file by all threads, and see it to the disk. OSError where that fails."""
     header = _header(plan, origins)
-    if shutil.disk_usage(fd).free < len(header) + plan.nbytes:
+    if _free(fd) < len(header) + plan.nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     sums: dict[int, int] = {}
-    plan.pack(partial(_write_piece, fd, plan, len(header), sums), threads, progress)
+    plan.pack_apart(partial(_write_piece, fd, plan, len(header), sums), threads, progress)
     _put(fd, header, 0)
     end = len(header) + plan.nbytes
     os.ftruncate(fd, end)  # zeros after the last matrix
@@ -271,6 +271,11 @@ def _write(
     _put(fd, _trailer(plan, payload, [sums[piece.start] for piece in plan.pieces]), end)
     os.fsync(fd)
     _stamp(fd, origins)
+
+
+def _free(fd: int) -> int:
+    """Bytes that are free on the file's disk."""
+    return shutil.disk_usage(fd).free
 
 
 def _write_piece(fd: int, plan: Plan, base: int, sums: dict[int, int], piece: Piece) -> None:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 import numpy as np
 
+from gemloom.ggml.device import address
 from gemloom.gguf import TensorInfo, nbytes
 from gemloom.kernels.library import GROUP, TYPES, Library, Weight
 
 ALIGNMENT = 64  # bytes: a cache line, and what AVX-512 loads at once
-_PIECE = 4 << 20  # bytes of the file that one thread packs at a time
+_PIECE = 2 << 20  # bytes of the file that one thread packs at a time
+_TOLD_EVERY = 0.1  # seconds
 
 Progress = Callable[[int, int], None]  # gets the bytes done and all there are
 
@@ -39,8 +42,8 @@ class Matrix:
 class Piece:
     """Some rows of a matrix, in whole groups: a matrix too, with a place of its own."""
 
+    matrix: Matrix
     weight: Weight
-    info: TensorInfo
     offset: int  # in the tensor's bytes
     length: int
     start: int
@@ -48,7 +51,8 @@ class Piece:
 
     def rows(self) -> memoryview:
         """Its bytes in the model file."""
-        return self.info.blob.view(self.info.offset + self.offset, self.length)
+        info = self.matrix.info
+        return info.blob.view(info.offset + self.offset, self.length)
 
 
 class Plan:
@@ -81,22 +85,46 @@ class Plan:
             for first in range(0, m, step):
                 weight = Weight(info.type, k, min(step, m - first))
                 yield Piece(
+                    matrix,
                     weight,
-                    info,
                     (index * m + first) * row,
                     int(weight.m) * row,
                     start + first // GROUP * group,
                     weight.groups * group,
                 )
 
-    def pack(self, put: Callable[[Piece], None], threads: int, progress: Progress | None) -> None:
+    def pack(
+        self, target: Callable[[Matrix], int], threads: int, progress: Progress | None
+    ) -> None:
+        """Pack every matrix to the address that ``target`` gives, by so many threads."""
+        rows = [piece.rows() for piece in self.pieces]  # held: where a file is cut they are copies
+        packings = self.own.packings(
+            [
+                (p.weight, address(r), target(p.matrix) + p.start - p.matrix.start)
+                for p, r in zip(self.pieces, rows, strict=True)
+            ]
+        )
+        ends = [0, *accumulate(piece.nbytes for piece in self.pieces)]
+        with ThreadPoolExecutor(threads) as pool:
+            running = {pool.submit(packings.run) for _ in range(threads)}
+            try:
+                while running:
+                    running = wait(running, _TOLD_EVERY).not_done
+                    if progress:
+                        progress(ends[packings.begun()], ends[-1])
+            finally:
+                packings.stop()
+
+    def pack_apart(
+        self, put: Callable[[Piece], None], threads: int, progress: Progress | None
+    ) -> None:
         """Have ``put`` called with every piece, by so many threads."""
-        done = 0
+        done, total = 0, sum(piece.nbytes for piece in self.pieces)
         with ThreadPoolExecutor(threads) as pool:
             for piece, _ in zip(self.pieces, pool.map(put, self.pieces), strict=True):
                 done += piece.nbytes
                 if progress:
-                    progress(done, self.nbytes)
+                    progress(done, total)
 
     def pack_piece(self, piece: Piece, source: int, target: int) -> None:
         """Pack one piece, whose rows are at the address ``source``, to the address ``target``."""

@@ -244,6 +244,20 @@ EXPORT void gemloom_pack(const Weight *w, const uint8_t *from, char *to, int64_t
     }
 }
 
+struct Packing {
+    Weight weight;
+    const uint8_t *from;
+    char *to;
+};
+
+// Packs whole matrices until `next` has counted them all; threads that call it share them.
+EXPORT void gemloom_pack_all(const Packing *matrices, int64_t count, std::atomic<int64_t> *next) {
+    for (int64_t i; (i = next->fetch_add(1)) < count;) {
+        const Packing &m = matrices[i];
+        gemloom_pack(&m.weight, m.from, m.to, 0, m.weight.groups());
+    }
+}
+
 // float [k, ...] to Activations [bytes, ...].
 EXPORT void gemloom_quantize(char *dst, int ith, int nth, void *) {
     const Tensor to{dst}, from = to.src(0);
