@@ -106,7 +106,7 @@ def jobs(path: Path, sealed: Path, key: str, ranges: str, plain: str) -> dict[st
         return {"given": given, "source": str(source), "options": {}, **more}
 
     return {
-        "path, mapped, not repacked": job("path", path, options={"repack": False}),
+        "path, mapped, plain kernels": job("path", path, options={"kernels": "plain"}),
         "path, mapped": job("path", path),
         "path, copied": job("path", path, options={"mmap": False}),
         "bytes": job("bytes", path),

@@ -32,7 +32,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Make a GGUF of the text model of a Gemma 3 or Gemma 4 checkpoint.
+    """Make a GGUF of a Gemma 3 or 4 checkpoint, of its text model.
 
     If it is stopped, the same command goes on where it was.
 

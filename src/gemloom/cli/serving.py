@@ -123,7 +123,7 @@ def serve(
       gemloom serve gemma-it.gguf
       gemloom serve gemma-it.gguf --slots 8 --context 16384 --name gemma
       gemloom serve gemma-it.gguf --host 0.0.0.0 --api-key-file keys.txt
-      gemloom serve gemma-it.gguf --adapter a=a.gguf --adapter law=law.gguf@0.8
+      gemloom serve it.gguf --adapter style=style.gguf --adapter law=law.gguf@0.8
     """
     source = model or default_model()
     settings = server.settings(source)
