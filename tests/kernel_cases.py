@@ -56,7 +56,7 @@ class Matrix:
 
 
 def activations(kind: str, n: int, k: int, seed: int = 0) -> Array:
-    """float32 [n, k]: normal; Student's t of 3 degrees; normal with 3 channels 40 times as large."""
+    """float32 [n, k]: normal; Student's t of 3 degrees; normal, 3 channels 40 times as large."""
     rng = np.random.default_rng([seed, n, k])
     if kind == "student":
         return rng.standard_t(3, (n, k)).astype(np.float32)
