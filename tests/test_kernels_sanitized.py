@@ -1,4 +1,4 @@
-"""The native operations under sanitizers: no step beyond memory, no undefined behaviour, no race."""
+"""The native operations under sanitizers: nothing beyond memory, nothing undefined, no race."""
 
 from __future__ import annotations
 
