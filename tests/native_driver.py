@@ -206,8 +206,9 @@ def _elements() -> Iterator[Case]:
         normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6)
         eps = (_bits(1e-6), 0, 0)
         size = np.abs(normed * weight) + np.abs(add)
-        yield Case("norm", normed, F32, (x,), eps, 2, 6e-7, size)
-        yield Case("norm", normed * weight, F32, (x, weight), eps, 2, 6e-7, size)
+        yield Case("norm", normed, F32, (x,), eps, 2, 6e-7, np.abs(normed))
+        scaled = normed * weight
+        yield Case("norm", scaled, F32, (x, weight), eps, 2, 6e-7, np.abs(scaled))
         right = (add + normed * weight) * scale
         yield Case("norm", right, F32, (x, weight, add, scale), eps, 3, 6e-7, size)
         argument = np.sqrt(8 / np.pi) * (x + 0.044715 * x.astype(np.float64) ** 3)

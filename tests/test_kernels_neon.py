@@ -28,10 +28,16 @@ pytestmark = [
 ]
 
 
-def test_neon(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The driver made for ARM."""
+    made = compiled(tmp_path_factory.mktemp("neon"), "aarch64", COMPILER)
+    assert made
+    return made
+
+
+def test_neon(driver: Path, tmp_path: Path) -> None:
     """Every case, held against numpy."""
-    driver = compiled(tmp_path, "aarch64", COMPILER)
-    assert driver
     cases = list(all_cases())
     results = run([EMULATOR, "-L", SYSTEM, str(driver)], tmp_path, 0, cases)
     assert results
@@ -40,9 +46,8 @@ def test_neon(tmp_path: Path) -> None:
     assert run([EMULATOR, "-L", SYSTEM, str(driver)], tmp_path, 1, cases[:1]) is None
 
 
-def test_an_old_processor_is_told_apart(tmp_path: Path) -> None:
+def test_an_old_processor_is_told_apart(driver: Path, tmp_path: Path) -> None:
     """The Cortex-A72 has no dot products: no kernels, and no illegal instruction."""
-    driver = compiled(tmp_path, "aarch64", COMPILER)
     old = [EMULATOR, "-cpu", "cortex-a72", "-L", SYSTEM, str(driver)]
     assert run(old, tmp_path, 0, list(all_cases())[:1]) is None
 

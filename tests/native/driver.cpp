@@ -9,6 +9,7 @@
 // just its size, so that a sanitizer sees any step beyond it. Exit status 3: no such kernels.
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
