@@ -4,11 +4,12 @@ REFERENCE := .venv-reference
 PIP := -m pip --disable-pip-version-check install
 PYTHON ?= python3
 
-.PHONY: help demo test test-reference lint types format bench bench-scale bench-serving quality clean
+.PHONY: help demo test test-reference test-neon lint types format bench bench-scale bench-serving quality clean
 help:
 	@echo "make demo            set up, and complete a sentence with the real Gemma 3 270M"
 	@echo "make test            set up, and run the tests"
 	@echo "make test-reference  compare live with transformers and torch (downloads both)"
+	@echo "make test-neon       the kernels for ARM (Debian: g++-aarch64-linux-gnu, qemu-user)"
 	@echo "make lint types      ruff; mypy --strict"
 	@echo "make format          ruff format"
 	@echo "make bench           beside llama.cpp, on synthetic models (20 GB of disk, most of an hour)"
@@ -22,6 +23,9 @@ test: $(VENV)/.dev $(VENV)/.demo
 
 test-reference: $(REFERENCE)/.reference $(REFERENCE)/.demo
 	$(REFERENCE)/bin/python -m pytest tests/reference
+
+test-neon: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest tests/test_kernels_neon.py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -28,13 +28,18 @@ Load = Callable[..., gemloom.Model]
 
 @pytest.fixture
 def load() -> Iterator[Load]:
-    """``load("e2b", chunk=7, forms={"untied": True}, context=128)``: a tiny model."""
+    """``load("e2b", chunk=7, forms={"untied": True}, context=128)``: a tiny model.
+
+    "e2b_wide" has rows that K-quants can hold.
+    """
     with ExitStack() as stack:
 
         def make(
             variant: str = "e2b", *, forms: dict[str, Any] | None = None, **options: Any
         ) -> gemloom.Model:
-            data = tiny.gguf_bytes(tiny.VARIANTS[variant], **(forms or {}))
+            made = tiny.VARIANTS[variant.removesuffix("_wide")]
+            made = made.wide() if variant.endswith("_wide") else made
+            data = tiny.gguf_bytes(made, **(forms or {}))
             options = {"kv_type": "f32", "context": 256, **options}
             return stack.enter_context(gemloom.load(data, **options))
 

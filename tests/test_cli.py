@@ -378,6 +378,7 @@ def test_doctor() -> None:
     assert facts["blas"] or "GGML_BLAS=ON" in facts["advice"]["command"]
     text = fine("doctor").stdout
     assert facts["ggml"] in text
+    assert (facts["kernels"] or ["none: not built"])[0] in text
     assert max(map(len, text.splitlines())) <= 80
 
 

@@ -21,6 +21,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
 
 import tiny_vocab
+from gemloom.ggml import quants
 
 Tensors = dict[str, np.ndarray]
 Metadata = dict[str, Any]
@@ -159,7 +160,7 @@ def gguf_bytes(
 ) -> bytes:
     """The model as one GGUF file.
 
-    ``types``: None for F32 throughout, "q8_0" or "q4_0" for the matrices, or a function
+    ``types``: None for F32 throughout, "q8_0", "q4_k" or another for the matrices, or a function
     of the tensor's name. ``forms`` are other layouts of the same file, by their names in
     ``FORMS``. Then the tensors of ``drop`` go, those of ``extra`` come or replace others,
     and ``edit(metadata, tensors)`` may change both, to make files that are wrong.
@@ -182,7 +183,7 @@ def write(keys: Metadata, weights: Tensors, type_of: TypeOf = lambda name: F32) 
     for key, value in keys.items():
         writer.add_key_value(key, value, _value_type(value))
     for name, value in weights.items():
-        writer.add_tensor(name, quantize(value, type_of(name)), raw_dtype=type_of(name))
+        writer.add_tensor(name, quantized(value, type_of(name)), raw_dtype=type_of(name))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tiny.gguf")
         writer.write_header_to_file(path)
@@ -190,6 +191,14 @@ def write(keys: Metadata, weights: Tensors, type_of: TypeOf = lambda name: F32) 
         writer.write_tensors_to_file()
         writer.close()
         return path.read_bytes()
+
+
+def quantized(weight: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """A tensor's bytes in a type; by ggml where the format's own package only reads it."""
+    if not kind.name.endswith("_K"):
+        return quantize(weight, kind)
+    rows = np.frombuffer(quants.quantize(weight.reshape(-1, weight.shape[-1]), kind), np.uint8)
+    return rows.reshape(*weight.shape[:-1], -1)
 
 
 def _value_type(value: Any) -> GGUFValueType:

@@ -54,6 +54,7 @@ def examine() -> dict[str, Any]:
 
     try:
         from gemloom.ggml import device
+        from gemloom.kernels.library import supported
     except (ImportError, OSError) as error:
         raise DeviceError(
             f"ggml cannot be loaded: {error}; pip install --force-reinstall ggml-python"
@@ -74,6 +75,7 @@ def examine() -> dict[str, Any]:
         "cpu_features": [name for name, used in features.items() if used],
         "cpu_features_unused": missing,
         "blas": blas,
+        "kernels": [library.name for library in supported()],
         "threads": device.usable_cores(),
         "model": {"name": builtin.DEFAULT_MODEL, "installed": bool(builtin.present())},
         "advice": advise(blas, missing, version("ggml-python")),
@@ -124,11 +126,20 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("ggml", f"{facts['ggml']}, ggml-python {facts['ggml_python']}"),
         *devices,
         ("BLAS", "yes" if facts["blas"] else "no"),
+        ("own kernels", _kernels(facts["kernels"])),
         ("threads", str(facts["threads"])),
         ("CPU features", " ".join(facts["cpu_features"]) or "none"),
         ("not used", " ".join(facts["cpu_features_unused"]) or "none"),
         (model["name"], there),
     ]
+
+
+def _kernels(names: list[str]) -> str:
+    """Which of our own kernels are used; ``names`` are all that this CPU runs, fastest first."""
+    if not names:
+        return "none: not built with this package, or not for this CPU; ggml's are used"
+    others = f" (it runs {', '.join(names[1:])} too)" if names[1:] else ""
+    return names[0] + others
 
 
 def _folded(command: str) -> str:

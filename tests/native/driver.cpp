@@ -1,0 +1,123 @@
+// Runs the native operations without Python or ggml: under sanitizers, or an emulator.
+//
+//     driver CASES RESULTS
+//
+// CASES are, one after the other and all in int64: which kernels (the i-th best), the operation,
+// threads, three numbers that it gets besides (struct Weight, or the floats and flags of others),
+// and then the tensors, the one to be written first: how many; ne[4] and nb[4] of each, how many
+// bytes it has, and these. RESULTS are the bytes of the tensors written. Each tensor has memory of
+// just its size, so that a sanitizer sees any step beyond it. Exit status 3: no such kernels.
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+extern "C" {
+const char *gemloom_supported(int i);
+void gemloom_use(int i, const int64_t offsets[4]);
+void gemloom_pack(const void *weight, const uint8_t *from, char *to, int64_t first, int64_t last);
+void gemloom_quantize(char *, int, int, void *);
+void gemloom_product(char *, int, int, void *);
+void gemloom_expert_product(char *, int, int, void *);
+void gemloom_attention(char *, int, int, void *);
+void gemloom_norm(char *, int, int, void *);
+void gemloom_gelu_mul(char *, int, int, void *);
+}
+
+namespace {
+
+using Operation = void (*)(char *, int, int, void *);
+enum { PACK, QUANTIZE, PRODUCT, EXPERT_PRODUCT, ATTENTION, NORM, GELU_MUL };
+const Operation operations[] = {nullptr,           gemloom_quantize, gemloom_product, gemloom_expert_product,
+                                gemloom_attention, gemloom_norm,     gemloom_gelu_mul};
+
+struct Tensor {
+    int64_t ne[4], nb[4];
+    const Tensor *src[4] = {};
+    char *data = nullptr;
+    int64_t bytes = 0;
+};
+
+// As library.cpp has it.
+struct Attention {
+    float scale;
+    int32_t halves;
+    float *parts;
+    std::atomic<int32_t> done;
+};
+
+void read(FILE *file, void *to, size_t size) {
+    if (fread(to, 1, size, file) == size) return;
+    fprintf(stderr, "the cases end within one\n");
+    exit(2);
+}
+
+float float_of(int64_t bits) {
+    const uint32_t low = static_cast<uint32_t>(bits);
+    float x;
+    memcpy(&x, &low, 4);
+    return x;
+}
+
+void read(FILE *file, Tensor &tensor) {
+    read(file, tensor.ne, sizeof tensor.ne);
+    read(file, tensor.nb, sizeof tensor.nb);
+    read(file, &tensor.bytes, sizeof tensor.bytes);
+    tensor.data = static_cast<char *>(malloc(tensor.bytes));
+    read(file, tensor.data, tensor.bytes);
+}
+
+void on_threads(Operation run, Tensor &to, int threads, void *data) {
+    std::vector<std::thread> others;
+    for (int i = 0; i < threads; i++) others.emplace_back(run, reinterpret_cast<char *>(&to), i, threads, data);
+    for (auto &thread : others) thread.join();
+}
+
+// Numbers: scale, whether cells are half floats, floats of the parts that threads share (0: none).
+void attend(Tensor &to, int threads, const int64_t (&numbers)[3]) {
+    std::vector<float> parts(numbers[2]);
+    Attention how{float_of(numbers[0]), static_cast<int32_t>(numbers[1]), numbers[2] ? parts.data() : nullptr, {0}};
+    for (int twice = 0; twice < 2; twice++) on_threads(gemloom_attention, to, threads, &how);
+}
+
+void run(int64_t operation, int threads, int64_t (&numbers)[3], std::vector<Tensor> &tensors) {
+    Tensor &to = tensors[0];
+    for (size_t i = 1; i < tensors.size(); i++) to.src[i - 1] = &tensors[i];
+    float eps = float_of(numbers[0]);
+    if (operation == PACK) {
+        const int64_t groups = (numbers[2] + 63) / 64;
+        auto *from = reinterpret_cast<const uint8_t *>(tensors[1].data);
+        for (int64_t i = 0; i < groups; i++) gemloom_pack(numbers, from, to.data, i, i + 1);
+    } else if (operation == ATTENTION) {
+        attend(to, threads, numbers);
+    } else {
+        on_threads(operations[operation], to, threads, operation == NORM ? static_cast<void *>(&eps) : numbers);
+    }
+}
+
+}  // namespace
+
+int main(int, char **arguments) {
+    FILE *cases = fopen(arguments[1], "rb"), *results = fopen(arguments[2], "wb");
+    if (!cases || !results) return 2;
+    const int64_t offsets[4] = {offsetof(Tensor, data), offsetof(Tensor, ne), offsetof(Tensor, nb), offsetof(Tensor, src)};
+    int64_t head[7];  // kernels, operation, threads, three numbers, tensors
+    while (fread(head, sizeof head, 1, cases) == 1) {
+        if (!gemloom_supported(static_cast<int>(head[0]))) return 3;
+        gemloom_use(static_cast<int>(head[0]), offsets);
+        std::vector<Tensor> tensors(head[6]);
+        for (Tensor &tensor : tensors) read(cases, tensor);
+        int64_t numbers[3] = {head[3], head[4], head[5]};
+        run(head[1], static_cast<int>(head[2]), numbers, tensors);
+        fwrite(tensors[0].data, 1, tensors[0].bytes, results);
+        for (Tensor &tensor : tensors) free(tensor.data);
+    }
+    printf("%s\n", gemloom_supported(0));
+    fclose(cases);
+    return fclose(results);
+}
