@@ -40,7 +40,10 @@ RESULTS = HERE / "results" / "quality.json"
 MODEL = "gemma-3-270m"
 HEAD = "token_embd.weight"  # the embeddings, and the head as well
 CALIBRATION = 32  # windows of the importance matrix
-IGNORE_IMPORTANCES = {Type[n] for n in ("Q1_0", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0")}
+_OF_THE_HEAD = "Q8_0 Q6_K Q5_1 Q5_K Q5_0 Q4_K Q4_0 IQ4_NL Q3_K Q2_K TQ2_0"
+_BOTH_WAYS = "Q4_K Q4_0 IQ4_XS Q3_K IQ3_S Q2_K"  # without importances and with them
+EMBEDDINGS = {Type[name] for name in _OF_THE_HEAD.split()}
+WITH_IMPORTANCES = {Type[name] for name in _BOTH_WAYS.split()}
 _BOOK = HERE / "data" / "alice.txt"
 _CUT = "CHAPTER VII."  # measured is what comes before, calibrated on what comes after
 
@@ -64,17 +67,16 @@ def cases() -> Iterator[Case]:
         kinds = {recipe.type, *(rule.type for rule in recipe.rules)}
         needed = recipes.NEEDS_IMATRIX | recipe.needs_imatrix | quants.NEEDS_IMPORTANCE
         yield Case("files", name, importance=bool(kinds & needed))
-    narrow = [kind for kind in quants.WRITABLE if bits(kind) < 16]
-    narrow.sort(key=bits, reverse=True)
+    narrow = sorted((kind for kind in quants.WRITABLE if bits(kind) < 16), key=bits, reverse=True)
     for kind in narrow:
-        if bits(kind) > 3.5 or kind in (Type.Q2_K, Type.TQ2_0):
+        if kind in EMBEDDINGS:
             yield Case("embeddings", kind.name)
-        if kind in (Type.Q4_0, Type.Q4_K, Type.IQ4_NL):
+        if kind in (Type.Q4_0, Type.Q4_K):
             yield Case("embeddings", kind.name, importance=True)
     for kind in narrow:
-        if kind not in recipes.NEEDS_IMATRIX | quants.NEEDS_IMPORTANCE:
+        if kind not in recipes.NEEDS_IMATRIX:
             yield Case("types", kind.name)
-        if bits(kind) < 5 and kind not in IGNORE_IMPORTANCES:
+        if kind in recipes.NEEDS_IMATRIX | WITH_IMPORTANCES:
             yield Case("types", kind.name, importance=True)
 
 
