@@ -134,7 +134,8 @@ def test_what_is_in_no_file_is_not_kept(caplog: pytest.LogCaptureFixture) -> Non
     data = tiny.gguf_bytes(VARIANTS["gemma3"], types="q8_0")
     with gemloom.load(data, context=64, threads=1, packed="keep") as loaded:
         assert loaded.memory()["packed"] > 0
-    assert said(caplog) == ["the model is not from a plain file here, so its packed weights are not kept"]
+    line = "the model is not from a plain file here, so its packed weights are not kept"
+    assert said(caplog) == [line]
 
 
 @pytest.mark.parametrize("other", [{"mmap": False}, {"kernels": "ggml"}, {"kernels": "plain"}])
