@@ -75,6 +75,7 @@ class Figure:
 
 
 Figures = dict[str, Figure]
+KEPT = " (packed file)"  # Gemloom with its packed weights mapped from a file it had kept
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -94,14 +95,20 @@ def measure(path: Path, sides: list[Side], options: argparse.Namespace, plan: Pl
         "context": context,
     }  # fmt: skip
     start = {"task": "start", "prompt": MEMORY_PROMPT, "context": MEMORY_CONTEXT}
+    mapped = start | {"packed": "auto"}  # the file that "keep" makes here
+    run(OURS, {"model": str(path), "threads": options.threads, **start, "packed": "keep"})
     for pair in range(options.pairs):
         for side in sides if pair % 2 == 0 else sides[::-1]:
-            for job in (speed, start):
+            for job in (speed, start, mapped) if side is OURS else (speed, start):
                 what = f"{path.stem}, pair {pair + 1} of {options.pairs}: {side.name} {job['task']}"
                 with err.status(what):
                     done = run(side, {"model": str(path), "threads": options.threads, **job})
-                take = _take_start if job is start else _take_speed
-                take(figures, side, done)
+                if job is speed:
+                    _take_speed(figures, side, done)
+                else:
+                    _take_start(figures, side, done, KEPT if job is mapped else "")
+                if job is start and side is not OURS:
+                    _take_start(figures, side, done, KEPT)
     return figures
 
 
@@ -119,12 +126,12 @@ def _take_speed(figures: Figures, side: Side, done: Done) -> None:
         _add(figures, f"decode at {n}", side, DECODED / seconds, "tokens/s", higher=True)
 
 
-def _take_start(figures: Figures, side: Side, done: Done) -> None:
+def _take_start(figures: Figures, side: Side, done: Done, how: str) -> None:
     load, first = done.answer["load"], done.answer["first"]
-    _add(figures, "load", side, load, "s")
-    _add(figures, "first token", side, first, "s")
-    _add(figures, "load to first token", side, load + first, "s")
-    _add(figures, "peak memory", side, done.peak / 2**20, "MiB")
+    _add(figures, f"load{how}", side, load, "s")
+    _add(figures, f"first token{how}", side, first, "s")
+    _add(figures, f"load to first token{how}", side, load + first, "s")
+    _add(figures, f"peak memory{how}", side, done.peak / 2**20, "MiB")
 
 
 def add_shares(figures: Figures, model: work.Work, limits: ceilings.Ceilings) -> None:

@@ -20,7 +20,8 @@ IMPORTED = perf_counter()
 
 
 def _open(job: dict) -> gemloom.Model:
-    return gemloom.load(job["model"], threads=job["threads"], context=job["context"])
+    packed = job.get("packed", "off")
+    return gemloom.load(job["model"], threads=job["threads"], context=job["context"], packed=packed)
 
 
 def _stream(
