@@ -5,7 +5,9 @@
 #include <cstdlib>
 #include <vector>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -183,13 +185,26 @@ bool has_dotprod() {
 }
 #endif
 
+#if defined(__x86_64__)
+// What __builtin_cpu_supports of some compilers has no name for. Whether the system keeps the
+// registers is for its "avx2" to say.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
+bool has_avx_vnni() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
 // Best first. HAVE_...: the sets that the compiler knew (build.py).
 std::vector<const Kernels *> find_supported() {
     std::vector<const Kernels *> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     (void)avx2;
 #endif
 #if defined(HAVE_AVX512_VNNI)
@@ -199,7 +214,7 @@ std::vector<const Kernels *> find_supported() {
     }
 #endif
 #if defined(HAVE_AVX_VNNI)
-    if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&kernels_avx_vnni);
+    if (avx2 && has_avx_vnni()) found.push_back(&kernels_avx_vnni);
 #endif
 #if defined(HAVE_AVX2)
     if (avx2) found.push_back(&kernels_avx2);
