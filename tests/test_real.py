@@ -62,9 +62,12 @@ def test_perplexity_is_llamas(model: gemloom.Model) -> None:
     assert abs(found.perplexity.error / LLAMA["error"] - 1) < 0.02
 
 
-def test_mean_squares_are_llamas(model: gemloom.Model) -> None:
-    """What an importance matrix is made of, over all columns of each of the matrices."""
-    *_, (_, matrix) = imatrix.collect(model, BOOK, Cut(512, windows=LLAMA["windows"]), "alice")
+def test_mean_squares_are_llamas() -> None:
+    """What an importance matrix is made of, over all columns of each of the matrices. With the
+    kernels that llama.cpp has: ours round less, which is up to 2 % of some."""
+    cut = Cut(512, windows=LLAMA["windows"])
+    with gemloom.load("gemma-3-270m", context=512, kernels="ggml") as theirs:
+        *_, (_, matrix) = imatrix.collect(theirs, BOOK, cut, "alice")
     assert matrix.entries.keys() == LLAMA["mean_squares"].keys()
     for name, entry in matrix.entries.items():
         assert abs(entry.means.mean() / LLAMA["mean_squares"][name] - 1) < 0.01, name
