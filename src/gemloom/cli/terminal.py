@@ -198,6 +198,8 @@ def progress(what: str) -> Iterator[Show]:
     def show(done: int, of: int, words: str = "") -> None:
         text = escape(one_line(f"{what}: {words}" if words else what))
         bar.update(task, completed=done, total=of, description=text)
+        if words:  # there is something to be read
+            bar.start()
 
     timer = threading.Timer(_SPINNER_AFTER, bar.start)
     timer.start()
