@@ -79,7 +79,11 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
 
 def imports(path: Path) -> Iterator[str]:
     """Every module a file imports at any depth, but for type checking only."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
