@@ -4,10 +4,11 @@ REFERENCE := .venv-reference
 PIP := -m pip --disable-pip-version-check install
 PYTHON ?= python3
 
-.PHONY: help demo test test-reference test-neon lint types format bench bench-scale bench-serving quality clean
+.PHONY: help demo test test-slow test-reference test-neon lint types format bench bench-scale bench-serving quality clean
 help:
 	@echo "make demo            set up, and complete a sentence with the real Gemma 3 270M"
 	@echo "make test            set up, and run the tests"
+	@echo "make test-slow       those that take more than ten seconds, sanitizers of the kernels among them"
 	@echo "make test-reference  compare live with transformers and torch (downloads both)"
 	@echo "make test-neon       the kernels for ARM (Debian: g++-aarch64-linux-gnu, qemu-user)"
 	@echo "make lint types      ruff; mypy --strict"
@@ -19,7 +20,10 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/gemloom run --temperature 0 --max-tokens 48 "The capital of France is"
 
 test: $(VENV)/.dev $(VENV)/.demo
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev $(VENV)/.demo
+	$(VENV)/bin/python -m pytest -m slow
 
 test-reference: $(REFERENCE)/.reference $(REFERENCE)/.demo
 	$(REFERENCE)/bin/python -m pytest tests/reference
