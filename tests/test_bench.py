@@ -44,9 +44,11 @@ def test_phases_add_up_to_the_time(model: gemloom.Model) -> None:
         whole = sum(test.phases.values()) * steps / 1e3
         if test.kind == "prompt":
             assert whole == pytest.approx(test.seconds[0], rel=1e-6)
-        assert whole > test.seconds[0] * (1 - 1e-6)  # of a decode, the difference of two runs
-        assert min(test.phases.values()) >= 0 and test.phases["compute"] > 0
-        assert 0 < test.python_share < 1
+            assert test.phases["compute"] > 0
+        # Of a decode it is the difference of two runs, which noise can make nothing.
+        assert whole > test.seconds[0] * (1 - 1e-6)
+        assert min(test.phases.values()) >= 0
+        assert 0 < test.python_share <= 1
 
 
 def test_json_holds_what_the_report_says(model: gemloom.Model) -> None:
