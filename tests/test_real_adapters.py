@@ -67,7 +67,7 @@ def test_all_its_matrices_and_back(model: gemloom.Model) -> None:
     plain, said = model.logits(ids), text(model)
     model.adapters.load("noise", random_lora(model, kinds=lambda name: name.startswith("blk.")))
     model.adapters.load("paris", saying(model, " Paris"))
-    choices: list[dict[str, float]] = [{}, {"noise": 0.02}, {"noise": 1.0, "paris": 1.0}]
+    choices: list[dict[str, float]] = [{}, {"noise": 0.1}, {"noise": 1.0, "paris": 1.0}]
     runs = [
         model.stream(QUESTION, temperature=0, max_tokens=16, adapters=adapters)
         for adapters in choices
