@@ -9,6 +9,7 @@ from typing import Any
 from gemloom.cli.picturing import Point, draw
 from gemloom.perplexity import Estimate
 
+NOTHING_LEFT = 5.0  # nats of KL divergence; what lost more is not drawn
 Found = dict[str, Any]
 _FILES = ("| type | MB | bits | perplexity | KL divergence | 99 % | same top, % | matrices are |",
           "|---|---|---|---|---|---|---|---|")  # fmt: skip
@@ -26,8 +27,8 @@ def show(results: dict[str, Any], picture: Path) -> None:
     _print("Files", _FILES, map(_file, _sorted(found, "files")))
     _print("Types", _TYPES, _pairs(found, "types"))
     _print("Embeddings", _TYPES, _pairs(found, "embeddings"))
-    files = [case for case in found if case["group"] == "files"]
-    draw(picture, [_point(case) for case in files if case["bits_per_weight"] < 16])
+    files = [case for case in found if case["group"] == "files" and case["bits_per_weight"] < 16]
+    draw(picture, [_point(case) for case in files if case["divergence"]["value"] < NOTHING_LEFT])
 
 
 def _sorted(found: list[Found], group: str) -> list[Found]:
