@@ -9,6 +9,7 @@ from typing import Any
 from gemloom.cli.picturing import Point, draw
 from gemloom.perplexity import Estimate
 
+NOTHING_LEFT = 5.0  # nats of KL divergence; what lost more is not drawn
 Found = dict[str, Any]
 _FILES = ("| type | MB | bits | perplexity | KL divergence | 99 % | same top, % | matrices are |",
           "|---|---|---|---|---|---|---|---|")  # fmt: skip
@@ -26,8 +27,8 @@ def show(results: dict[str, Any], picture: Path) -> None:
     _print("Files", _FILES, map(_file, _sorted(found, "files")))
     _print("Types", _TYPES, _pairs(found, "types"))
     _print("Embeddings", _TYPES, _pairs(found, "embeddings"))
-    files = [case for case in found if case["group"] == "files"]
-    draw(picture, [_point(case) for case in files if case["bits_per_weight"] < 16])
+    files = [case for case in found if case["group"] == "files" and case["bits_per_weight"] < 16]
+    draw(picture, [_point(case) for case in files if case["divergence"]["value"] < NOTHING_LEFT])
 
 
 def _sorted(found: list[Found], group: str) -> list[Found]:
@@ -42,7 +43,7 @@ def _print(title: str, head: Iterable[str], rows: Iterable[str]) -> None:
 def _file(case: Found) -> str:
     name = case["name"] + (" with importances" if case["importance"] else "")
     measured = (
-        _plain(case["perplexity"], 2),
+        _perplexity(case),
         _plain(case["divergence"], 4),
         f"{case['percentiles']['99']:.3f}",
         _plain(case["same_top"], 1, 100),
@@ -63,7 +64,7 @@ def _pairs(found: list[Found], group: str) -> Iterable[str]:
         measures = ["", "", ""]
         if plain:
             top = _plain(plain["same_top"], 1, 100)
-            measures = [_plain(plain["perplexity"], 2), _plain(plain["divergence"], 5), top]
+            measures = [_perplexity(plain), _plain(plain["divergence"], 5), top]
         yield _row(name, bits, *measures, _plain(weighted["divergence"], 5) if weighted else "")
 
 
@@ -73,6 +74,11 @@ def _bits(item: tuple[str, dict[bool, Found]]) -> tuple[float, str]:
 
 def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _perplexity(case: Found) -> str:
+    figure = case["perplexity"]
+    return _plain(figure, 2) if figure["value"] < 10_000 else f"{figure['value']:.0e}"
 
 
 def _plain(figure: dict[str, float], digits: int, times: float = 1) -> str:

@@ -5,7 +5,8 @@
 The source is Gemma 3 270M in F16, made of the demo's weights. The peer is a Python with
 llama-cpp-python (`make bench` sets one up), whose llama_model_quantize is what llama-quantize
 calls. Timed is each side's call, from an open process to a file that is there; ours is synced to
-the disk and read back too. Each round runs both, and who goes first changes.
+the disk and read back too. CPU is that of all threads, which a loaded machine changes less. Each
+round runs both, and who goes first changes.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ for line in sys.stdin:
     path, out, file_type, threads = line.split("|")
     params = L.llama_model_quantize_default_params()
     params.ftype, params.nthread = int(file_type), int(threads)
-    started = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     failed = L.llama_model_quantize(path.encode(), out.encode(), ctypes.byref(params))
-    print(-1 if failed else time.perf_counter() - started, flush=True)
+    print(-failed or time.perf_counter() - wall, time.process_time() - cpu, flush=True)
 """
 
 
@@ -48,8 +49,9 @@ def main() -> None:
     peer = subprocess.Popen(
         [args.peer, "-c", PEER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    print(f"{args.threads} threads, median of {args.rounds} rounds (fastest)")
-    print("| type | gemloom, s | llama.cpp, s | ratio | bytes |\n|---|---|---|---|---|")
+    print(f"{args.threads} threads, medians of {args.rounds} rounds, seconds")
+    print("| type | gemloom | llama.cpp | ratio | gemloom, CPU | llama.cpp, CPU | ratio | bytes |")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "f16.gguf")
         ours("gemma-3-270m", path, "F16", args.threads)
@@ -65,35 +67,42 @@ def compare(peer: subprocess.Popen[str], path: Path, kind: str, rounds: int, thr
         lambda: ours(str(path), outs[0], kind, threads),
         lambda: theirs(peer, path, outs[1], kind, threads),
     )
-    times: tuple[list[float], list[float]] = ([], [])
+    wall: tuple[list[float], list[float]] = ([], [])
+    cpu: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         for side in (0, 1) if number % 2 else (1, 0):
             taken = runs[side]()
             if number:  # the first round fills the page cache and ggml's tables
-                times[side].append(taken)
-    middle = [statistics.median(side) for side in times]
-    cells = [f"{m:.2f} ({min(side):.2f})" for m, side in zip(middle, times, strict=True)]
+                wall[side].append(taken[0])
+                cpu[side].append(taken[1])
     same = "same" if outs[0].read_bytes() == outs[1].read_bytes() else "other"
-    return f"| {kind} | {cells[0]} | {cells[1]} | {middle[0] / middle[1]:.2f} | {same} |"
+    return f"| {kind} | {_cells(wall)} | {_cells(cpu)} | {same} |"
 
 
-def ours(path: str, out: Path, kind: str, threads: int) -> float:
-    """Seconds that gemloom takes."""
-    started = time.perf_counter()
+def _cells(times: tuple[list[float], list[float]]) -> str:
+    middle = [statistics.median(side) for side in times]
+    return f"{middle[0]:.2f} | {middle[1]:.2f} | {middle[0] / middle[1]:.2f}"
+
+
+def ours(path: str, out: Path, kind: str, threads: int) -> tuple[float, float]:
+    """Seconds that gemloom takes, and those of all its threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
     plan = quantize.plan(gguf.read(source.resolve(path)), Wanted(recipe(kind), requantize=True))
     quantize.write(plan, out, threads)
-    return time.perf_counter() - started
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def theirs(peer: subprocess.Popen[str], path: Path, out: Path, kind: str, threads: int) -> float:
-    """Seconds that llama.cpp takes."""
+def theirs(
+    peer: subprocess.Popen[str], path: Path, out: Path, kind: str, threads: int
+) -> tuple[float, float]:
+    """The same of llama.cpp."""
     assert peer.stdin is not None
     assert peer.stdout is not None
     peer.stdin.write(f"{path}|{out}|{int(recipe(kind).file_type)}|{threads}\n")
     peer.stdin.flush()
-    taken = float(peer.stdout.readline())
-    assert taken > 0, f"llama.cpp cannot make {kind}"
-    return taken
+    wall, cpu = (float(text) for text in peer.stdout.readline().split())
+    assert wall > 0, f"llama.cpp cannot make {kind}"
+    return wall, cpu
 
 
 if __name__ == "__main__":

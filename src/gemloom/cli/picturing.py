@@ -39,7 +39,7 @@ def draw(path: Path, points: Sequence[Point]) -> None:
 
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
     ordered = sorted(points, key=lambda point: (point.divergence.value, point.nbytes))
     for i, (name, nbytes, kl, top) in enumerate(ordered):
@@ -50,6 +50,7 @@ def draw(path: Path, points: Sequence[Point]) -> None:
     for axes in (left, right):
         axes.set(xlabel="size, MB")
         axes.grid(alpha=0.3)
+        axes.margins(x=0.12)  # room for the labels
     image = BytesIO()
     figure.savefig(image, dpi=120, format="png")
     path.write_bytes(image.getvalue())
