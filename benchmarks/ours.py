@@ -96,7 +96,7 @@ def adapters(job: dict) -> dict:
             for name in sorted(many, reverse=turn % 2 == 0):
                 seed += job["requests"]
                 together[name].append(_together(model, job, seed, many[name]))
-            for name in ("same", "other", "other", "same") if turn else ():
+            for name in ("same", "other", "other", "same") * 4 if turn else ():
                 seed += 1
                 switch[name].append(_switch(model, seed, names[:2], other=name == "other"))
     for seconds in (*prompts.values(), *decodes.values(), *together.values()):

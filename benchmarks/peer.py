@@ -130,7 +130,7 @@ def adapters(job: dict) -> dict:
             for i in range(job["decode"]):
                 peer.evaluate(job["prompt"] + i, 1)
             decodes[name].append(perf_counter() - begin)
-        for name in ("same", "other", "other", "same") if turn else ():
+        for name in ("same", "other", "other", "same") * 4 if turn else ():
             peer.use(there[1] if name == "same" else there[0])
             peer.timed(0, 16)
             begin = perf_counter()

@@ -21,7 +21,7 @@ inline float one_of(const half *p) {
 
 // N rows of x meet all r rows of A: t[i][j] = s[i] * (x[i] . a[j]). Lanes run along k.
 template <int N, class T> void inner(const DeltaJob &job, int64_t at, float *t) {
-    constexpr int R = 4;  // rows of A at once
+    constexpr int R = N == 1 && Lanes::PANELS_AT_ONCE > 1 ? 8 : 4;  // rows of A at once: enough sums to hide their latency
     const int64_t whole = job.k / PANEL * PANEL;
     for (int64_t j = 0; j < job.r; j += R) {
         Lanes::Floats sums[N][R];
@@ -30,7 +30,10 @@ template <int N, class T> void inner(const DeltaJob &job, int64_t at, float *t) 
         for (int q = 0; q < R; q++) a[q] = static_cast<const T *>(job.a) + (j + q < job.r ? j + q : job.r - 1) * job.k;
         for (int64_t d = 0; d < whole; d += PANEL) {
             Lanes::Floats factors[R];
-            for (int q = 0; q < R; q++) factors[q] = wide(a[q] + d);
+            for (int q = 0; q < R; q++) {
+                __builtin_prefetch(a[q] + d + R * job.k);  // hardware does not follow into the next rows
+                factors[q] = wide(a[q] + d);
+            }
             for (int i = 0; i < N; i++) {
                 const Lanes::Floats x = Lanes::load(job.x[at + i] + d);
                 for (int q = 0; q < R; q++) sums[i][q] = Lanes::add(x, factors[q], sums[i][q]);
@@ -49,7 +52,7 @@ template <int N, class T> void inner(const DeltaJob &job, int64_t at, float *t) 
 // y[i] += sum over j of t[i][j] * b[j], columns `first` to `last`. Lanes run along m.
 template <int N, class T> void outer(const DeltaJob &job, int64_t at, const float *t) {
     const T *b = static_cast<const T *>(job.b);
-    constexpr int P = Lanes::PANELS_AT_ONCE;
+    constexpr int P = (N == 1 ? 2 : 1) * Lanes::PANELS_AT_ONCE;
     int64_t c = job.first;
     for (; c + P * PANEL <= job.last; c += P * PANEL) {
         Lanes::Floats sums[N][P];
@@ -58,7 +61,11 @@ template <int N, class T> void outer(const DeltaJob &job, int64_t at, const floa
         }
         for (int64_t j = 0; j < job.r; j++) {
             Lanes::Floats row[P];
-            for (int p = 0; p < P; p++) row[p] = wide(b + j * job.b_stride + c + p * PANEL);
+            const T *here = b + j * job.b_stride + c;
+            for (int p = 0; p < P; p++) {
+                __builtin_prefetch(here + (P + p) * PANEL);
+                row[p] = wide(here + p * PANEL);
+            }
             for (int i = 0; i < N; i++) {
                 const Lanes::Floats one = Lanes::floats(t[i * job.r + j]);
                 for (int p = 0; p < P; p++) sums[i][p] = Lanes::add(one, row[p], sums[i][p]);
