@@ -20,10 +20,12 @@ from gemloom.adapters.active import Stretch, Versioned, stretches
 from gemloom.adapters.delta import Delta
 from gemloom.adapters.loaded import Loaded
 from gemloom.cache import Extent, KVCache, Rows, Span
+from gemloom.candidates import COUNT, Candidates, candidates
 from gemloom.config import Config
 from gemloom.ggml.device import Device, Tensor
 from gemloom.ggml.graph import F16, I32, I64, SUMS, Graph, f16_mask
 from gemloom.models import ARCHITECTURES
+from gemloom.sampling import Floats, Ids
 from gemloom.sequence import Batch, Chunk
 from gemloom.weights import Weights
 
@@ -45,8 +47,18 @@ class _Key:
     parts: tuple[_Part, ...]
     taps: frozenset[str] = frozenset()
     head: bool = True
+    rank: bool = False
     adapters: tuple[Stretch, ...] = ()  # on all rows
     wanted_adapters: tuple[Stretch, ...] = ()  # on those wanted
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """The largest logits of each row, where the device finds them itself."""
+
+    ids: Tensor  # i32 [COUNT, rows]
+    values: Tensor  # f32 [1, COUNT, rows]
+    sums: Tensor  # f32 [1, rows], of all logits: not finite where one is not
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +70,7 @@ class _Plan:
     rows: Rows
     wanted: Rows | None
     logits: Tensor | None
+    ranked: _Ranked | None
 
 
 def node_budget(config: Config, parts: int, taps: int = 0, adapters: int = 0) -> int:
@@ -74,8 +87,9 @@ def node_budget(config: Config, parts: int, taps: int = 0, adapters: int = 0) ->
 class Runner:
     """Runs batches on one model. Not thread-safe: one caller at a time. ``close()`` frees it.
 
-    ``times`` are the seconds since it was made by phase of ``run``: build (and allocate), input,
-    compute, read.
+    ``ranks`` says that the device that makes the logits can find the largest of them as well, so
+    that ``rank`` saves reading them all. ``times`` are the seconds since it was made by phase of
+    ``run``: build (and allocate), input, compute, read.
     """
 
     def __init__(self, device: Device, config: Config, weights: Weights, kv: KVCache) -> None:
@@ -83,6 +97,7 @@ class Runner:
         self._device = device
         self._model = ARCHITECTURES[config.architecture](config, weights)
         self._plan: _Plan | None = None
+        self.ranks = False
         self.times = dict.fromkeys(("build", "input", "compute", "read"), 0.0)
 
     def reserve(self) -> None:
@@ -99,8 +114,43 @@ class Runner:
         K/V of every row are in the cache afterwards. With ``taps``, ``tapped()`` has their values;
         with ``head`` False that is all there is, and the logits are not computed.
         """
+        plan = self._compute(batch, self._key(batch, taps, head))
+        if plan.logits is None:
+            return np.empty((0, self.config.n_vocab), np.float32)
+        return self._read(plan.logits)
+
+    def rank(self, batch: Batch) -> list[Floats | Candidates]:
+        """As ``run``, but of each row only its largest logits are read, until somebody wants all.
+
+        A row with a logit that is not finite is given whole.
+        """
+        plan = self._compute(batch, replace(self._key(batch, (), head=True), rank=True))
+        if plan.ranked is None:
+            return []
         start = perf_counter()
-        key = self._key(batch, taps, head)
+        ids, values = plan.ranked.ids.numpy(), plan.ranked.values.numpy()[..., 0]
+        sound = np.isfinite(plan.ranked.sums.numpy()[:, 0])
+        values = self._model.softcap(values)
+        self._lap("read", start)
+        return [self._row(plan, i, ids[i], values[i], bool(sound[i])) for i in range(len(ids))]
+
+    def _row(
+        self, plan: _Plan, row: int, ids: Ids, values: Floats, sound: bool
+    ) -> Floats | Candidates:
+        assert plan.logits
+        read = partial(self._read, plan.logits, row)
+        return candidates(ids, values, self.config.n_vocab, read) if sound else read()
+
+    def _read(self, logits: Tensor, row: int | None = None) -> np.ndarray:
+        """All logits, float32 [rows, n_vocab], or those of one row, [n_vocab]."""
+        start = perf_counter()
+        values = self._model.softcap(logits.numpy() if row is None else logits.numpy_row(row))
+        self._lap("read", start)
+        return values
+
+    def _compute(self, batch: Batch, key: _Key) -> _Plan:
+        """Run the graph of ``key``, built if need be, on a batch."""
+        start = perf_counter()
         if self._plan is None or self._plan.key != key:
             self._forget()
             self._plan = self._build(key)
@@ -114,12 +164,8 @@ class Runner:
             self._write_scales(plan.wanted, key.wanted_adapters)
         start = self._lap("input", start)
         plan.graph.compute()
-        start = self._lap("compute", start)
-        if plan.logits is None:
-            return np.empty((0, self.config.n_vocab), np.float32)
-        logits = self._model.softcap(plan.logits.numpy())
-        self._lap("read", start)
-        return logits
+        self._lap("compute", start)
+        return plan
 
     def _lap(self, phase: str, start: float) -> float:
         """Book the time since ``start`` on a phase; gives the time now."""
@@ -221,10 +267,18 @@ class Runner:
             if all(part.wanted == part.count for part in parts):
                 wanted = rows
             logits = self._model.forward(g, rows, wanted, self.kv)
-            return _Plan(key, g, rows, wanted, g.output(logits) if logits and key.head else None)
+            logits = g.output(logits) if logits and key.head else None
+            ranked = self._ranked(g, logits) if logits and key.rank else None
+            return _Plan(key, g, rows, wanted, logits, ranked)
         except BaseException:
             g.close()
             raise
+
+    def _ranked(self, g: Graph, logits: Tensor) -> _Ranked:
+        n_vocab, n = logits.shape
+        ids = g.output(g.largest(logits, min(COUNT, n_vocab)))
+        values = g.get_experts(g.reshape(logits, 1, n_vocab, n), ids)
+        return _Ranked(ids, g.output(values), g.output(g.sum_rows(logits)))
 
     def _all_rows(self, g: Graph, key: _Key) -> Rows:
         parts = key.parts

@@ -113,6 +113,11 @@ class Tensor:
         """A copy as an array; the shape is reversed, slowest first, as numpy has it."""
         return np.frombuffer(self.read(), _NUMPY[self.type]).reshape(self.shape[::-1])
 
+    def numpy_row(self, row: int) -> np.ndarray[Any, Any]:
+        """A copy of one row of a matrix."""
+        size = self.strides[1]
+        return np.frombuffer(self.read(row * size, size), _NUMPY[self.type])
+
 
 def contiguous_strides(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Bytes from one element (block, for quantized types) or row to the next."""

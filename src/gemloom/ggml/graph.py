@@ -310,6 +310,11 @@ class Graph:
         result = ggml.ggml_argsort_top_k(self._context, x.pointer, k)
         return Tensor(result, I32, (k, *x.shape[1:]), contiguous_strides(I32, x.shape))
 
+    def largest(self, x: Tensor, k: int) -> Tensor:
+        """x [n, m] -> i32 [k, m]: where the k largest are, in any order, and any of equals."""
+        assert k <= x.shape[0], (x, k)
+        return Tensor(ggml.ggml_top_k(self._context, x.pointer, k), I32, (k, *x.shape[1:]))
+
     def _binary(self, op: Any, a: Tensor, b: Tensor) -> Tensor:
         wide = b.shape + (1,) * (len(a.shape) - len(b.shape))
         assert all(m % n == 0 for m, n in zip(a.shape, wide, strict=True)), (a, b)
