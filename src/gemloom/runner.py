@@ -98,6 +98,7 @@ class Runner:
         self._model = ARCHITECTURES[config.architecture](config, weights)
         self._plan: _Plan | None = None
         self.ranks = False
+        self._foreseen: dict[tuple[int, int, bool], np.ndarray] = {}  # masks of single rows
         self.times = dict.fromkeys(("build", "input", "compute", "read"), 0.0)
 
     def reserve(self) -> None:
@@ -163,7 +164,7 @@ class Runner:
             self._write_wanted(plan.wanted, batch)
             self._write_scales(plan.wanted, key.wanted_adapters)
         start = self._lap("input", start)
-        plan.graph.compute()
+        plan.graph.compute(partial(self._foresee, batch))
         self._lap("compute", start)
         return plan
 
@@ -322,9 +323,9 @@ class Runner:
         positions = [np.arange(chunk.start, chunk.end, dtype=np.int32) for chunk in batch]
         self._write(rows.tokens, [np.asarray(chunk.tokens, np.int32) for chunk in batch])
         self._write(rows.positions, positions)
+        slots = np.repeat([c.slot for c in batch], [len(c.tokens) for c in batch])
         for sliding, cells in ((False, rows.full_cells), (True, rows.sliding_cells)):
-            pairs = zip(batch, positions, strict=True)
-            self._write(cells, [self.kv.indices(c.slot, at, sliding) for c, at in pairs])
+            self._write(cells, [self.kv.indices(slots, np.concatenate(positions), sliding)])
         self._write_masks(rows, batch, positions)
 
     def _write_wanted(self, rows: Rows, batch: Batch) -> None:
@@ -344,9 +345,26 @@ class Runner:
     ) -> None:
         for span, chunk, at in zip(rows.spans, chunks, positions, strict=True):
             for sliding in (False, True):
-                cells = span.cells.of(sliding)
-                visible = self.kv.visible(at, chunk.end, cells, sliding)
-                self._write(span.mask(sliding), [f16_mask(visible)])
+                self._write(span.mask(sliding), [self._mask(at, chunk.end, sliding)])
+
+    def _mask(self, at: np.ndarray, end: int, sliding: bool) -> np.ndarray:
+        """f16 [rows, cells]: what rows at these positions see of a slot that holds ``end``."""
+        foreseen = self._foreseen.get((int(at[0]), end, sliding)) if len(at) == 1 else None
+        if foreseen is not None:
+            return foreseen
+        cells = self.kv.extent(end).of(sliding)
+        return f16_mask(self.kv.visible(at, end, cells, sliding))
+
+    def _foresee(self, batch: Batch) -> None:
+        """Make the masks of the next step, if all decode on: none depends on the tokens."""
+        self._foreseen = {
+            (chunk.end, chunk.end + 1, sliding): self._mask(
+                np.array([chunk.end]), chunk.end + 1, sliding
+            )
+            for chunk in batch
+            if chunk.wanted
+            for sliding in (False, True)
+        }
 
     @staticmethod
     def _write_scales(rows: Rows, there: Sequence[Stretch]) -> None:
@@ -355,10 +373,8 @@ class Runner:
 
     @staticmethod
     def _write(tensor: Tensor | None, arrays: Sequence[np.ndarray]) -> None:
-        if tensor is None or not tensor.allocated:
-            return  # an input that no node reads, such as a mask of a kind the model has not
-        dtype = {I32: np.int32, I64: np.int64, F16: np.float16}[tensor.type]
-        tensor.write(np.concatenate(arrays).astype(dtype, copy=False))
+        if tensor is not None and tensor.array is not None:  # else no node reads it
+            tensor.array[...] = np.concatenate(arrays)
 
 
 def _deltas(there: Sequence[Stretch]) -> tuple[Delta, ...]:

@@ -47,17 +47,19 @@ class Graph:
         self.kernels, self.threads = device.kernels, device.threads
         self._made: dict[tuple[str, int], Tensor] = {}
         self._kept: list[Any] = []
+        self._inputs: list[Tensor] = []
         self.names: list[str] = []
 
     # -- inputs, outputs, running ------------------------------------------------------------
 
     def input(self, name: str, kind: GGMLQuantizationType, *shape: int) -> Tensor:
-        """A tensor to be written before each ``compute()``."""
+        """A tensor whose ``array`` is to be written before each ``compute()``."""
         sizes = (ctypes.c_int64 * len(shape))(*shape)
         pointer = ggml.ggml_new_tensor(self._context, int(kind), len(shape), sizes)
         ggml.ggml_set_input(pointer)
         ggml.ggml_set_name(pointer, name.encode())
-        return Tensor(pointer, kind, shape, name=name)
+        self._inputs.append(Tensor(pointer, kind, shape, name=name))
+        return self._inputs[-1]
 
     def output(self, x: Tensor) -> Tensor:
         """Keep ``x`` so that it can be read after ``compute()``, and compute all it needs.
@@ -104,11 +106,21 @@ class Graph:
             raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
         self._device.current = self
         self._device.measure()
+        for tensor in self._inputs:
+            tensor.map()
 
-    def compute(self) -> None:
-        """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails."""
+    def compute(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails.
+
+        ``meanwhile`` is called while a device computes: after all was computed on the CPU.
+        """
         assert self._device.current is self
-        status = ggml.ggml_backend_sched_graph_compute(self._device.scheduler, self._graph)
+        scheduler = self._device.scheduler
+        status = ggml.ggml_backend_sched_graph_compute_async(scheduler, self._graph)
+        try:
+            meanwhile()
+        finally:
+            ggml.ggml_backend_sched_synchronize(scheduler)
         if status != ggml.GGML_STATUS_SUCCESS:
             reason = ggml.ggml_status_to_string(status).decode()
             raise DeviceError(f"the backend failed to compute: {reason}")
