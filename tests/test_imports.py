@@ -37,7 +37,7 @@ PURE = [
     "sampling", "candidates", "stopping", "slots", "sequence", "scheduler", "chat",
     "conversation", "router", "constraint", "tokenizer", "gguf", "blob", "config", "sealed",
     "urls", "server.protocol", "adapters.active", "adapters.info", "adapters.reading",
-    "adapters.checking", "recipes", "writing",
+    "adapters.checking", "recipes", "writing", "placement",
 ]  # fmt: skip
 ARROWS = {  # module: all it may import of this package; a name stands for what is below it too
     "errors": [],
@@ -64,10 +64,22 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "scheduler": ["sequence"],
     "generation": ["errors", "router", "sequence"],
     "ggml": ["errors", "ggml", "gguf"],
+    "placement": ["errors"],
+    "fitting": [
+        "cache",
+        "config",
+        "errors",
+        "ggml",
+        "gguf",
+        "kernels",
+        "options",
+        "placement",
+        "weights",
+    ],
     "kernels": ["blob", "ggml", "gguf", "kernels"],
     "writing": ["errors", "gguf", "source"],
     "filling": ["ggml", "gguf", "kernels"],
-    "weights": ["errors", "filling", "ggml", "gguf", "kernels", "options"],
+    "weights": ["errors", "filling", "ggml", "gguf", "kernels", "options", "placement"],
     "adapters": [
         "adapters",
         "blob",
@@ -77,6 +89,7 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
         "gguf",
         "kernels",
         "models",
+        "placement",
         "source",
         "weights",
         "writing",
@@ -98,7 +111,7 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
         "writing",
     ],
     "linear": ["adapters", "ggml", "kernels"],
-    "cache": ["adapters", "config", "errors", "ggml", "kernels"],
+    "cache": ["adapters", "config", "errors", "ggml", "kernels", "placement"],
     "models": ["cache", "config", "errors", "ggml", "linear", "models", "weights"],
     "runner": [
         "adapters",
@@ -112,6 +125,7 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
         "weights",
     ],
     "options": ["config", "errors"],
+    "loading": ["awaited", "gguf", "model", "options", "source"],
     "perplexity": ["errors", "model", "tokenizer"],
     "imatrix": ["errors", "ggml", "imatrix_file", "model", "perplexity"],
     "server": [

@@ -7,7 +7,8 @@ cells and masks are inputs, so nothing about them is baked into a graph.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +29,8 @@ from gemloom.models import ARCHITECTURES
 from gemloom.sampling import Floats, Ids
 from gemloom.sequence import Batch, Chunk
 from gemloom.weights import Weights
+
+_log = logging.getLogger("gemloom.runner")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Runner:
         self.ranks = False
         self._foreseen: dict[tuple[int, int, bool], np.ndarray] = {}  # masks of single rows
         self.times = dict.fromkeys(("build", "input", "compute", "read"), 0.0)
+        self._warned: set[str] = set()
 
     def reserve(self) -> None:
         """Take the compute memory of the largest prefill step now, rather than in a request."""
@@ -157,6 +161,8 @@ class Runner:
             self._plan = self._build(key)
         plan = self._plan
         plan.graph.allocate()
+        if plan.graph.fallbacks:
+            self._warn(plan.graph.fallbacks)
         start = self._lap("build", start)
         self._write_rows(plan.rows, batch)
         self._write_scales(plan.rows, key.adapters)
@@ -167,6 +173,17 @@ class Runner:
         plan.graph.compute(partial(self._foresee, batch))
         self._lap("compute", start)
         return plan
+
+    def _warn(self, lacking: Mapping[str, int]) -> None:
+        """Say once of each operation that it is slower than it might be."""
+        if new := sorted(set(lacking) - self._warned):
+            self._warned.update(new)
+            _log.warning("not on the device, so on the CPU: %s", ", ".join(new))
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Operations of the graph that is kept which its devices lack, and how many each."""
+        return dict(self._plan.graph.fallbacks) if self._plan else {}
 
     def _lap(self, phase: str, start: float) -> float:
         """Book the time since ``start`` on a phase; gives the time now."""
