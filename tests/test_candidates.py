@@ -16,6 +16,7 @@ from conftest import Load, endless, prompt
 from gemloom import candidates, sampling
 from gemloom.candidates import Candidates
 from gemloom.errors import GemloomError
+from gemloom.ggml.backends import devices
 from gemloom.models.decoder import Decoder
 from gemloom.sampling import History, SamplingParams
 
@@ -231,3 +232,23 @@ def test_a_logit_that_is_not_a_number_ends_the_request(ranking: Any) -> None:
     with pytest.raises(GemloomError, match="logit of token 7 is nan"):
         model.generate(prompt(4, n_vocab=7), max_tokens=2)
     assert read == [0]
+
+
+GPUS = [info.name.lower() for info in devices() if info.kind == "gpu"]
+
+
+@pytest.mark.skipif(not GPUS, reason="ggml has no device here but the CPU")
+def test_a_device_ranks_as_the_host_does(load: Load) -> None:
+    """The same logits, from the same device, read whole or as candidates."""
+    model = load("gemma3", threads=1, device=GPUS[0], slots=len(KINDS))
+    done = []
+    for ranks in (True, False):
+        if ranks:
+            assert model._runner.ranks
+        model._runner.ranks = ranks
+        runs = [
+            model.stream(prompt(9 + 5 * i, seed=i), seed=i, max_tokens=12, **kind)
+            for i, kind in enumerate(KINDS)
+        ]
+        done.append([run.completion().tokens for run in runs])
+    assert done[0] == done[1]

@@ -24,7 +24,7 @@ from gemloom.cache import Extent, KVCache, Rows, Span
 from gemloom.candidates import COUNT, Candidates, candidates
 from gemloom.config import Config
 from gemloom.ggml.device import Device, Tensor
-from gemloom.ggml.graph import F16, I32, I64, SUMS, Graph, f16_mask
+from gemloom.ggml.graph import F16, I32, I64, SUMS, Graph, f16_mask, finds_largest
 from gemloom.models import ARCHITECTURES
 from gemloom.sampling import Floats, Ids
 from gemloom.sequence import Batch, Chunk
@@ -100,7 +100,8 @@ class Runner:
         self._device = device
         self._model = ARCHITECTURES[config.architecture](config, weights)
         self._plan: _Plan | None = None
-        self.ranks = False
+        head, count = weights.placement.head, min(COUNT, config.n_vocab)
+        self.ranks = finds_largest(device, head, config.n_vocab, count)
         self._foreseen: dict[tuple[int, int, bool], np.ndarray] = {}  # masks of single rows
         self.times = dict.fromkeys(("build", "input", "compute", "read"), 0.0)
         self._warned: set[str] = set()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from math import prod
 from typing import Any, TypeVar
 
@@ -450,3 +450,11 @@ class Graph:
 def f16_mask(visible: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """bool [n, cells] -> f16 mask for ``attention``: 0 where visible, minus infinity elsewhere."""
     return np.where(visible, np.float16(0), np.float16(-np.inf))
+
+
+def finds_largest(device: Device, index: int, n: int, k: int) -> bool:
+    """Whether a device that is not the host's CPU finds the k largest of n numbers itself."""
+    if index == device.host:
+        return False
+    with closing(Graph(device, 8)) as g:
+        return device.supports(index, g.largest(g.input("x", F32, n, 1), k).pointer)
