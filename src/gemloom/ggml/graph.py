@@ -7,7 +7,9 @@ A shape that does not fit is a bug of ours (AssertionError): ggml itself would a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
 from math import prod
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import DeviceError
 from gemloom.ggml.device import Device, Tensor, contiguous_strides
+from gemloom.ggml.pinning import Marks, pin
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 I32, I64 = GGMLQuantizationType.I32, GGMLQuantizationType.I64
@@ -47,17 +50,22 @@ class Graph:
         self.kernels, self.threads = device.kernels, device.threads
         self._made: dict[tuple[str, int], Tensor] = {}
         self._kept: list[Any] = []
+        self._inputs: list[Tensor] = []
         self.names: list[str] = []
+        self._marks = None if device.on_host else Marks(self._context, 0)
+        self._split = False
+        self.fallbacks: Counter[str] = Counter()  # nodes that a device lacks, by operation
 
     # -- inputs, outputs, running ------------------------------------------------------------
 
     def input(self, name: str, kind: GGMLQuantizationType, *shape: int) -> Tensor:
-        """A tensor to be written before each ``compute()``."""
+        """A tensor whose ``array`` is to be written before each ``compute()``."""
         sizes = (ctypes.c_int64 * len(shape))(*shape)
         pointer = ggml.ggml_new_tensor(self._context, int(kind), len(shape), sizes)
         ggml.ggml_set_input(pointer)
         ggml.ggml_set_name(pointer, name.encode())
-        return Tensor(pointer, kind, shape, name=name)
+        self._inputs.append(Tensor(pointer, kind, shape, name=name))
+        return self._inputs[-1]
 
     def output(self, x: Tensor) -> Tensor:
         """Keep ``x`` so that it can be read after ``compute()``, and compute all it needs.
@@ -71,6 +79,19 @@ class Graph:
     def expand(self, x: Tensor) -> None:
         """Put ``x`` and what it needs into the graph here, before whatever comes later."""
         ggml.ggml_build_forward_expand(self._graph, x.pointer)
+
+    def at(self, index: int) -> None:
+        """What is made from now on runs on this device (``Device.found``), while it can."""
+        if self._marks:
+            self._marks.at(index)
+
+    @contextmanager
+    def on(self, index: int) -> Iterator[None]:
+        """As ``at``, for a while."""
+        before = self._marks.now if self._marks else 0
+        self.at(index)
+        yield
+        self.at(before)
 
     def name(self, x: Tensor, name: str) -> Tensor:
         """Name an intermediate, so that it can be tapped; returns it."""
@@ -88,8 +109,7 @@ class Graph:
 
     def reserve(self) -> None:
         """Let the scheduler take the memory this graph needs. DeviceError if there is none."""
-        self._device.current = None
-        ggml.ggml_backend_sched_reset(self._device.scheduler)
+        self._reset()
         if not ggml.ggml_backend_sched_reserve(self._device.scheduler, self._graph):
             raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
         self._device.measure()
@@ -98,20 +118,39 @@ class Graph:
         """Give every tensor memory, taking it from the graph that had it before."""
         if self._device.current is self:
             return
-        self._device.current = None
-        ggml.ggml_backend_sched_reset(self._device.scheduler)
+        self._reset()
         if not ggml.ggml_backend_sched_alloc_graph(self._device.scheduler, self._graph):
             raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
         self._device.current = self
         self._device.measure()
+        for tensor in self._inputs:
+            tensor.map()
 
-    def compute(self) -> None:
-        """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails."""
+    def _reset(self) -> None:
+        """Make the scheduler forget the graph before. It changes this one: once is all."""
+        self._device.current = None
+        ggml.ggml_backend_sched_reset(self._device.scheduler)
+        if self._marks:
+            assert not self._split, "a graph over several devices has memory once"
+            self._split = True
+            self.fallbacks = pin(self._device, self._graph, self._marks)
+
+    def compute(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails.
+
+        ``meanwhile`` is called while a device computes: after all was computed on the CPU.
+        """
         assert self._device.current is self
-        status = ggml.ggml_backend_sched_graph_compute(self._device.scheduler, self._graph)
+        scheduler = self._device.scheduler
+        status = ggml.ggml_backend_sched_graph_compute_async(scheduler, self._graph)
+        try:
+            meanwhile()
+        finally:
+            ggml.ggml_backend_sched_synchronize(scheduler)
         if status != ggml.GGML_STATUS_SUCCESS:
             reason = ggml.ggml_status_to_string(status).decode()
             raise DeviceError(f"the backend failed to compute: {reason}")
+        self._device.check()
 
     def close(self) -> None:
         """Free the graph and its tensors."""
@@ -310,6 +349,11 @@ class Graph:
         result = ggml.ggml_argsort_top_k(self._context, x.pointer, k)
         return Tensor(result, I32, (k, *x.shape[1:]), contiguous_strides(I32, x.shape))
 
+    def largest(self, x: Tensor, k: int) -> Tensor:
+        """x [n, m] -> i32 [k, m]: where the k largest are, in any order, and any of equals."""
+        assert k <= x.shape[0], (x, k)
+        return Tensor(ggml.ggml_top_k(self._context, x.pointer, k), I32, (k, *x.shape[1:]))
+
     def _binary(self, op: Any, a: Tensor, b: Tensor) -> Tensor:
         wide = b.shape + (1,) * (len(a.shape) - len(b.shape))
         assert all(m % n == 0 for m, n in zip(a.shape, wide, strict=True)), (a, b)
@@ -406,3 +450,11 @@ class Graph:
 def f16_mask(visible: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """bool [n, cells] -> f16 mask for ``attention``: 0 where visible, minus infinity elsewhere."""
     return np.where(visible, np.float16(0), np.float16(-np.inf))
+
+
+def finds_largest(device: Device, index: int, n: int, k: int) -> bool:
+    """Whether a device that is not the host's CPU finds the k largest of n numbers itself."""
+    if index == device.host:
+        return False
+    with closing(Graph(device, 8)) as g:
+        return device.supports(index, g.largest(g.input("x", F32, n, 1), k).pointer)
