@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
-import numpy as np
 from compare import err
 from gguf.constants import GGMLQuantizationType as Type
 from machine import describe
@@ -33,7 +33,7 @@ from gemloom.ggml import quants
 from gemloom.ggml.device import usable_cores
 from gemloom.gguf import GGUF
 from gemloom.imatrix_file import ImportanceMatrix
-from gemloom.perplexity import Comparison, Cut, compare, cut, read_tokens
+from gemloom.perplexity import Comparison, Cut, Recorded, compare
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.json"
@@ -80,34 +80,14 @@ def cases() -> Iterator[Case]:
             yield Case("types", kind.name, importance=True)
 
 
-class Recorded:
-    """The base's logits, computed once and read back for every case. Stands in for its Model."""
-
-    def __init__(self, path: Path, folder: Path, text: str, how: Cut, threads: int) -> None:
-        with gemloom.load(path, context=how.size, threads=threads) as model:
-            self.name, self.tokenizer, self.config = "base", model.tokenizer, model.config
-            windows = cut(read_tokens(model.tokenizer, text), how, model.tokenizer.bos)
-            self._place = {tuple(window): i for i, window in enumerate(windows)}
-            shape = (len(windows), len(how.scored), model.config.n_vocab)
-            self._logits = np.memmap(folder / "base-logits", np.float32, "w+", shape=shape)
-            for i, window in enumerate(windows):
-                with err.status(f"the base: window {i + 1} of {len(windows)}"):
-                    parts = list(model.logits_in_parts(window, how.scored))
-                self._logits[i] = np.concatenate(parts)
-
-    def logits_in_parts(self, ids: Sequence[int], rows: Sequence[int]) -> Iterator[np.ndarray]:
-        """As ``Model.logits_in_parts``, a row at a time."""
-        yield from self._logits[self._place[tuple(ids)]][:, None]
-
-
 class Bench:
     """The text, the base and what is made of it; everything lies in a folder and is made once."""
 
-    def __init__(self, folder: Path, windows: int, threads: int) -> None:
+    def __init__(self, folder: Path, windows: int, threads: int, logits: IO[bytes]) -> None:
         self.folder, self.threads, self.how = folder, threads, Cut(windows=windows)
         self.text, _, rest = _BOOK.read_text(encoding="utf-8").partition(_CUT)
         self.calibration = _CUT + rest
-        folder.mkdir(parents=True, exist_ok=True)
+        self._logits = logits
 
     @cached_property
     def base_path(self) -> Path:
@@ -123,7 +103,9 @@ class Bench:
 
     @cached_property
     def recorded(self) -> Recorded:
-        return Recorded(self.base_path, self.folder, self.text, self.how, self.threads)
+        """The base's logits, computed once for all cases."""
+        with gemloom.load(self.base_path, context=self.how.size, threads=self.threads) as model:
+            return Recorded(model, self.text, self.how, self._logits)
 
     @cached_property
     def importances(self) -> ImportanceMatrix:
@@ -153,7 +135,7 @@ class Bench:
     def measure(self, path: Path | str) -> Comparison:
         """A model held against the base."""
         with gemloom.load(path, context=self.how.size, threads=self.threads) as model:
-            return compare(self.recorded, model, self.text, self.how)  # type: ignore[arg-type]
+            return compare(self.recorded, model, self.text, self.how)
 
 
 def _layers(name: str) -> bool:
@@ -177,7 +159,12 @@ def facts(case: Case, path: Path) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> None:
     """Every case that has no result yet."""
-    bench = Bench(options.cache, options.windows, options.threads)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=options.cache) as logits:  # of the base
+        _measure(Bench(options.cache, options.windows, options.threads, logits), options)
+
+
+def _measure(bench: Bench, options: argparse.Namespace) -> None:
     found = _earlier(options)
     wanted = [case for case in cases() if case.group in options.groups]
     if "package" not in found["cases"]:

@@ -376,23 +376,38 @@ def test_doctor() -> None:
     assert facts["threads"] >= 1
     assert any(device["kind"] == "cpu" for device in facts["devices"])
     assert facts["model"]["name"] == DEFAULT_MODEL
-    assert facts["blas"] or "GGML_BLAS=ON" in facts["advice"]["command"]
+    assert not (facts["kernels"] and "BLAS" in json.dumps(facts["advice"]))
     text = fine("doctor").stdout
     assert facts["ggml"] in text
     assert (facts["kernels"] or ["none: not built"])[0] in text
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_the_advice_fits_what_is_missing() -> None:
-    assert advise(blas=True, missing=[], release="1.2") is None
-    native = advise(blas=True, missing=["avx2"], release="1.2")
-    assert native
-    assert "avx2" in native["because"][0]
-    assert "CMAKE_ARGS" not in native["command"]
-    both = advise(blas=False, missing=["avx2"], release="1.2")
-    assert both
-    assert len(both["because"]) == 2
-    assert both["command"].endswith("--no-binary ggml-python ggml-python==1.2")
+AVX2 = {"avx2", "fma", "f16c", "fpu"}
+
+
+@pytest.mark.parametrize("blas", [True, False])
+def test_nothing_is_advised_that_our_own_kernels_do_not_need(blas: bool) -> None:
+    assert advise(["avx2"], AVX2, [], blas) == []
+    (rebuilt,) = advise(["avx2"], AVX2, ["avx512", "fma"], blas)
+    assert "avx512, fma unused" in rebuilt.because
+    assert re.fullmatch(r"pip install .* ggml-python ggml-python==[\d.]+", rebuilt.command)
+
+
+@pytest.mark.parametrize("blas", [True, False])
+def test_kernels_that_could_run_are_to_be_built(blas: bool) -> None:
+    for flags in (AVX2, {"asimddp"}):
+        (build,) = advise([], flags, ["avx2"], blas)
+        assert build.command == "python -m gemloom.kernels.build"
+
+
+def test_without_kernels_of_our_own_ggml_is_rebuilt() -> None:
+    for flags in ({"avx"}, set[str]()):
+        (with_blas,) = advise([], flags, ["avx"], blas=False)
+        assert with_blas.command.startswith('CMAKE_ARGS="-DGGML_BLAS=ON ')
+        (native,) = advise([], flags, ["avx"], blas=True)
+        assert native.command.startswith("pip install ") and "avx unused" in native.because
+        assert advise([], flags, [], blas=True) == []
 
 
 def test_unused_features() -> None:

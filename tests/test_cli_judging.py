@@ -2,7 +2,11 @@
 
 import json
 import re
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -77,6 +81,34 @@ def test_compare_is_the_librarys(folder: Path) -> None:
     assert same["bytes"] == done["base"]["bytes"] == weights
 
 
+def test_the_base_is_computed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For three models, of which none is loaded beside another."""
+    loaded: list[str] = []
+    real = gemloom.Model.logits_in_parts
+
+    def watched(model: gemloom.Model, *given: Any) -> Any:
+        if model.name not in loaded[-1:]:
+            loaded.append(model.name)
+        return real(model, *given)
+
+    monkeypatch.setattr(gemloom.Model, "logits_in_parts", watched)
+    names = [folder / f"{name}.gguf" for name in ("base", "other", "base", "other")]
+    fine("compare", *names, folder / "fox.txt", *SMALL, "--chunks", "2")
+    assert len(loaded) == 4
+
+
+def test_a_disk_that_is_full(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # what it found before
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Mock(free=4096))
+    names = [folder / "base.gguf", folder / "other.gguf", folder / "other.gguf"]
+    failed = call("compare", *names, folder / "fox.txt", *SMALL)
+    assert (failed.exit_code, failed.stdout) == (1, "")
+    assert f"{tmp_path} has 4.0 KiB free: fewer --chunks" in failed.stderr
+    assert not list(tmp_path.iterdir())
+    fine("compare", *names[:2], folder / "fox.txt", *SMALL)  # one model needs no disk
+
+
 def test_compare_for_people(folder: Path) -> None:
     names = (folder / "base.gguf", folder / "other.gguf")
     lines = fine("compare", *names, folder / "fox.txt", *SMALL).stdout.splitlines()
@@ -121,7 +153,24 @@ def test_imatrix_is_the_librarys(folder: Path, tmp_path: Path) -> None:
     for name, entry in expected.entries.items():
         assert np.array_equal(found.entries[name].sums, entry.sums)
     count = expected.chunks
+    assert done.stdout == ""
     assert f"{count} of {count} windows, {len(found.entries)} matrices" in done.stderr
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_imatrix_for_programs(folder: Path, tmp_path: Path, resumed: bool) -> None:
+    """Also where all windows were there already."""
+    out = tmp_path / "fox.gguf"
+    arguments = ("imatrix", folder / "base.gguf", folder / "fox.txt", out, *SMALL)
+    if resumed:
+        fine(*arguments)
+    done = fine(*arguments, "--json", *(["--resume"] if resumed else []))
+    found = imatrix_file.read(out)
+    assert json.loads(done.stdout) == {
+        "file": str(out), "windows": found.chunks, "of": found.chunks, "context": 32,
+        "datasets": ["fox.txt"], "matrices": len(found.entries), "experts_unmet": 0,
+    }  # fmt: skip
+    assert done.stderr == ""
 
 
 def test_interrupted_and_gone_on_with(

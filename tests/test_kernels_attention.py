@@ -150,9 +150,20 @@ def test_what_no_row_sees_does_not_matter(library: Library) -> None:
     seen = visible("causal", 3, 96)
     seen[:, :32], seen[:, 40] = False, False
     right = attend(library, q, k, v, seen)
-    k[40], v[40] = 1e4, -6e4
+    k[40], v[40] = 1e30, -3e38  # of which any weight but 0 would be seen
     k[:32], v[:32] = np.nan, np.nan
     assert np.array_equal(attend(library, q, k, v, seen), right)
+
+
+@libraries
+@cell_types
+@pytest.mark.parametrize("what", ["k", "v"])
+def test_what_is_no_number_is_handed_on(library: Library, cells: type, what: str) -> None:
+    """A cell that holds no number makes none of every row that sees it, rather than an answer."""
+    q, k, v = case(40, 2, 1, 64, 96, cells)
+    seen = visible("causal", 40, 96)
+    (k if what == "k" else v)[90] = np.nan
+    assert np.isnan(attend(library, q, k, v, seen)[seen[:, 90]]).all()
 
 
 @libraries

@@ -1,5 +1,6 @@
 """Perplexity and comparisons: the counting, the arithmetic, and what the errors promise."""
 
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from gemloom.perplexity import (
     Cut,
     Distribution,
     Perplexity,
+    Recorded,
     compare,
     cut,
     exponential,
@@ -225,6 +227,22 @@ def test_comparison_is_that_of_plain_numpy(load: Load) -> None:
     assert found.log_ratio.value == pytest.approx(np.log(right_p / right_q).mean(), rel=1e-3)
     for figure, model in ((found.base_perplexity, one), (found.perplexity, two)):
         assert figure == perplexity(model, TEXT, CUT).perplexity
+
+
+@pytest.mark.parametrize("how", [CUT, Cut(context=32, stride=8), Cut(context=32, windows=2)])
+def test_a_recorded_base_is_the_model(load: Load, how: Cut) -> None:
+    """To the bit, for any number of models, when it is closed; and only for what was recorded."""
+    with load() as base, TemporaryFile() as file:
+        right = [compare(base, model, TEXT, how) for model in (other(load), load())]
+        told: list[tuple[int, int]] = []
+        recorded = Recorded(base, TEXT, how, file, lambda *counts: told.append(counts))
+        size = Recorded.nbytes(base, TEXT, how)
+        base.close()
+        assert [compare(recorded, model, TEXT, how) for model in (other(load), load())] == right
+        assert size == file.seek(0, 2)
+        with pytest.raises(RequestError, match="recorded of another text"):
+            compare(recorded, load(), TEXT, Cut(context=16))
+    assert told == [(n, right[0].windows) for n in range(1, right[0].windows + 1)]
 
 
 def test_other_words(load: Load) -> None:

@@ -123,6 +123,7 @@ class KVCache:
             index: Arena(device, 2 * len(self._specs), where=index) for index in set(self._where)
         }
         self._stores = {spec.index: self._store(spec, KV_TYPES[kv_type]) for spec in self._specs}
+        self._ends = [0] * slots  # of the positions that may have left something in a slot's cells
         for arena in self._arenas.values():
             arena.allocate(f"the K/V cells of {slots} x {context:,} positions")
 
@@ -165,7 +166,24 @@ class KVCache:
         age = positions[:, None] - held[None, :]
         return (held >= 0)[None, :] & (age >= 0) & (age < self.window)
 
-    # -- state -------------------------------------------------------------------------------
+    # -- what a slot holds -------------------------------------------------------------------
+
+    def mark(self, slot: int, end: int) -> None:
+        """Take note that positions before ``end`` are being written to a slot."""
+        self._ends[slot] = max(self._ends[slot], end)
+
+    def clear(self, slot: int, start: int) -> None:
+        """Clear what another sequence left in a slot, of positions from ``start`` on.
+
+        No row sees it. But where that sequence's activations overflowed it is no number, and such
+        times a hidden cell's weight of 0 is no number either.
+        """
+        end, self._ends[slot] = self._ends[slot], min(self._ends[slot], start)
+        for spec in self._specs:
+            first = max(start, end - self.cells.of(spec.sliding))
+            for row, n in self._rows(slot, first, end, spec.sliding):
+                for store in self._stores[spec.index]:
+                    store.clear(row * store.strides[1], n * store.strides[1])
 
     def _used(self, spec: LayerSpec, count: int) -> int:
         return min(count, self.cells.of(spec.sliding))
@@ -187,6 +205,7 @@ class KVCache:
 
     def restore(self, slot: int, count: int, data: memoryview) -> None:
         """Put back what ``export`` gave."""
+        self.mark(slot, count)
         for spec in self._specs:
             for store in self._stores[spec.index]:
                 size = self._used(spec, count) * store.strides[1]
@@ -209,6 +228,7 @@ class KVCache:
 
     def restore_window(self, slot: int, end: int, data: bytes) -> None:
         """Put back what ``window_before`` gave for the same ``end``, from this slot or another."""
+        self.mark(slot, end)
         view = memoryview(data)
         for store in self._sliding():
             for row, n in self._window_rows(slot, end):
@@ -217,6 +237,7 @@ class KVCache:
 
     def copy_full(self, source: int, to: int, count: int) -> None:
         """Copy the first ``count`` cells of every full layer from one slot to another."""
+        self.mark(to, count)
         for spec in self._specs:
             if not spec.sliding:
                 for store in self._stores[spec.index]:
@@ -229,11 +250,15 @@ class KVCache:
 
     def _window_rows(self, slot: int, end: int) -> list[tuple[int, int]]:
         """Where the window before ``end`` lies in a sliding store: (first row, rows), in order."""
-        ring = self.cells.sliding
-        start = max(0, end - min(self.window, ring))
-        first, n = start % ring, end - start
-        head = min(n, ring - first)
-        rows = [(slot * ring + first, head), (slot * ring, n - head)]
+        start = max(0, end - min(self.window, self.cells.sliding))
+        return self._rows(slot, start, end, sliding=True)
+
+    def _rows(self, slot: int, start: int, end: int, sliding: bool) -> list[tuple[int, int]]:
+        """Where a store has positions ``start`` to ``end``: (first row, rows), in order."""
+        cells = self.cells.of(sliding)
+        first, n = start % cells, max(0, end - start)
+        head = min(n, cells - first)
+        rows = [(slot * cells + first, head), (slot * cells, n - head)]
         return [(row, n) for row, n in rows if n]
 
     # -- graph -------------------------------------------------------------------------------

@@ -297,6 +297,7 @@ class Engine:
     def _acquire(self, tokens: abc.Sequence[int], at_work: Marks) -> Slot:
         """A free slot whose cells hold as many of the first ``tokens`` as can be found."""
         slot, prefix = self.slots.acquire(tokens, at_work)
+        self._kv.clear(slot.index, prefix.length if slot is prefix.slot else 0)
         window = prefix.window
         if slot is not prefix.slot and prefix.length:
             self._kv.copy_full(prefix.slot.index, slot.index, prefix.length)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -147,7 +147,7 @@ class Distribution:
         return float(gap.sum(dtype=np.float64)) / self._total + other._log_total - self._log_total
 
 
-def _predictions(model: Model, window: list[int], how: Cut) -> Iterator[Distribution]:
+def _predictions(model: Model | Recorded, window: list[int], how: Cut) -> Iterator[Distribution]:
     """What a model expects after each scored row of a window; 64 MiB of logits at a time."""
     for logits in model.logits_in_parts(window, how.scored):
         yield from map(Distribution, logits)
@@ -197,6 +197,48 @@ def perplexity(
 
 
 # --- two models ---------------------------------------------------------------
+
+
+class Recorded:
+    """A model's logits of a text, kept in a file: in its place, ``compare`` takes them as a base.
+
+    So it is computed once for any number of models, and need not be loaded beside them. ``file``
+    is written and read, ``nbytes`` at most; ``done`` is called after each window: how many there
+    were, and of how many. Raises as ``perplexity``, and OSError where the file cannot grow.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        text: str,
+        how: Cut,
+        file: IO[bytes],
+        done: Callable[[int, int], None] = lambda count, of: None,
+    ) -> None:
+        self.name, self.tokenizer, self.config = model.name, model.tokenizer, model.config
+        self._file, self._row = file, 4 * model.config.n_vocab
+        windows = cut(read_tokens(model.tokenizer, text), how, model.tokenizer.bos)
+        self._starts: dict[tuple[int, ...], int] = {}  # in the file, by a window's tokens
+        for count, window in enumerate(windows, 1):
+            self._starts[tuple(window)] = file.tell()
+            for logits in model.logits_in_parts(window, how.scored):
+                file.write(np.ascontiguousarray(logits, np.float32).data)
+            done(count, len(windows))
+
+    @staticmethod
+    def nbytes(model: Model, text: str, how: Cut) -> int:
+        """How large the file of a text will be."""
+        windows = cut(read_tokens(model.tokenizer, text), how, model.tokenizer.bos)
+        return 4 * model.config.n_vocab * len(how.scored) * len(windows)
+
+    def logits_in_parts(self, ids: Sequence[int], rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """As ``Model.logits_in_parts`` of a window that was recorded, a row at a time."""
+        start = self._starts.get(tuple(ids))
+        if start is None:
+            raise RequestError(f"{self.name} was recorded of another text, or of other windows")
+        for i in range(len(rows)):
+            self._file.seek(start + i * self._row)
+            yield np.frombuffer(self._file.read(self._row), np.float32)[None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +298,7 @@ class _Pairs:
 
 
 def compare(
-    base: Model,
+    base: Model | Recorded,
     model: Model,
     text: str,
     how: Cut = Cut(),

@@ -171,6 +171,8 @@ class Runner:
             self._write_wanted(plan.wanted, batch)
             self._write_scales(plan.wanted, key.wanted_adapters)
         start = self._lap("input", start)
+        for chunk in batch:
+            self.kv.mark(chunk.slot, chunk.end)
         plan.graph.compute(partial(self._foresee, batch))
         self._lap("compute", start)
         return plan

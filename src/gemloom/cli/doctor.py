@@ -1,6 +1,8 @@
 """``gemloom doctor``: what this machine has, what ggml makes of it, and what would be faster."""
 
 import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +17,7 @@ _FLAGS = {  # ggml's name for what decides the speed -> the kernel's name for it
     "avx": "avx", "avx2": "avx2", "fma": "fma", "f16c": "f16c", "avx512": "avx512f",
     "avx512_vnni": "avx512_vnni", "dotprod": "asimddp", "matmul_int8": "i8mm",
 }  # fmt: skip
+_KERNELS_NEED = ({"avx2", "fma", "f16c"}, {"asimddp"})  # one of these sets, by the kernel's names
 
 
 def doctor(
@@ -36,16 +39,10 @@ def doctor(
     for label, value in _lines(facts):
         rows.add_row(label, one_line(value))
     render(rows)
-    if facts["advice"]:
-        _print_advice(facts["advice"])
-
-
-def _print_advice(advice: dict[str, Any]) -> None:
-    typer.echo("\nIt may be faster (gemloom bench tells):")
-    for reason in advice["because"]:
-        typer.echo(f"- {reason}")
-    typer.echo(f"This builds ggml for this machine; it needs {advice['needs']}:\n")
-    typer.echo(_folded(advice["command"]))
+    for advice in facts["advice"]:
+        typer.echo(f"\nIt may be faster (gemloom bench tells): {advice['because']}.")
+        typer.echo(f"This builds it for this machine; it needs {advice['needs']}:\n")
+        typer.echo(_folded(advice["command"]))
 
 
 def examine() -> dict[str, Any]:
@@ -61,7 +58,9 @@ def examine() -> dict[str, Any]:
         ) from error
     features = backends.cpu_features()
     devices = backends.devices()
-    missing = [name for name in unused(_cpu_flags(), features) if name]
+    flags, kernels = _cpu_flags(), [library.name for library in supported()]
+    missing = unused(flags, features)
+
     blas = any(info.kind == "accel" for info in devices)
     return {
         "gemloom": __version__,
@@ -75,10 +74,10 @@ def examine() -> dict[str, Any]:
         "cpu_features": [name for name, used in features.items() if used],
         "cpu_features_unused": missing,
         "blas": blas,
-        "kernels": [library.name for library in supported()],
+        "kernels": kernels,
         "threads": device.usable_cores(),
         "model": {"name": builtin.DEFAULT_MODEL, "installed": bool(builtin.present())},
-        "advice": advise(blas, missing, version("ggml-python")),
+        "advice": [asdict(advice) for advice in advise(kernels, flags, missing, blas)],
     }
 
 
@@ -87,21 +86,44 @@ def unused(flags: set[str], features: dict[str, bool]) -> list[str]:
     return [name for name, flag in _FLAGS.items() if flag in flags and not features.get(name)]
 
 
-def advise(blas: bool, missing: list[str], release: str) -> dict[str, Any] | None:
-    """The one command that would make it faster, why, and what it needs; None if there is none."""
-    because = [] if blas else ["ggml was built without BLAS: faster prompts on some CPUs"]
-    if missing:
-        because.append(f"ggml was not built for this CPU ({', '.join(missing)} unused)")
-    if not because:
-        return None
-    flags = "" if blas else 'CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS" '
-    needs = "a C++ compiler" if blas else "libopenblas-dev or its like"
-    return {
-        "because": because,
-        "needs": needs,
-        "command": f"{flags}pip install --force-reinstall --no-deps --no-cache-dir "
-        f"--no-binary ggml-python ggml-python=={release}",
-    }
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One command that would make it faster, why, and what it needs."""
+
+    because: str
+    needs: str
+    command: str
+
+
+def advise(
+    kernels: Sequence[str], flags: set[str], missing: Sequence[str], blas: bool
+) -> list[Advice]:
+    """What would help: nothing where our own kernels do what it would be for.
+
+    ``kernels`` are ours that run here, ``flags`` the kernel's names of what the CPU has,
+    ``missing`` what of it ggml does not use.
+    """
+    if not kernels and any(needed <= flags for needed in _KERNELS_NEED):
+        because = "our own kernels were not built: faster prompts and answers"
+        return [Advice(because, "a C++ compiler", "python -m gemloom.kernels.build")]
+    unused = f"ggml was not built for this CPU ({', '.join(missing)} unused)"
+    if kernels:
+        others = f"{unused}: faster where weights are of types that our own kernels do not take"
+        return [Advice(others, "a C++ compiler", _rebuild())] if missing else []
+    if not blas:
+        because = "ggml was built without BLAS, and no kernels of our own run here: faster prompts"
+        options = "-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS"
+        return [Advice(because, "libopenblas-dev or its like", _rebuild(options))]
+    return [Advice(unused, "a C++ compiler", _rebuild())] if missing else []
+
+
+def _rebuild(options: str = "") -> str:
+    """The command that builds ggml for this machine, as it always is from its source."""
+    before = f'CMAKE_ARGS="{options}" ' if options else ""
+    return (
+        f"{before}pip install --force-reinstall --no-deps --no-cache-dir "
+        f"--no-binary ggml-python ggml-python=={version('ggml-python')}"
+    )
 
 
 def _cpu_flags() -> set[str]:

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gemloom.cli.opening import open_model
 from gemloom.cli.options import LoadOptions
-from gemloom.cli.terminal import note, progress, read_text
+from gemloom.cli.terminal import note, print_json, progress, read_text
 from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def imatrix(
     threads: Annotated[
         int | None, typer.Option("--threads", "-t", help="Threads.", show_default="one a core")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make an importance matrix for a quantizer.
 
@@ -43,7 +44,7 @@ def imatrix(
     Examples:
       gemloom imatrix gemma-f16.gguf book.txt gemma.imatrix.gguf
       gemloom imatrix gemma-f16.gguf book.txt gemma.imatrix.gguf --resume
-      gemloom imatrix gemma-f16.gguf book.txt gemma.imatrix.dat --chunks 100
+      gemloom imatrix gemma-f16.gguf book.txt gemma.imatrix.dat --chunks 100 --json
     """
     from gemloom.perplexity import Cut
 
@@ -52,7 +53,13 @@ def imatrix(
     if not out.parent.is_dir():
         raise OptionError(f"{out}: there is no folder {out.parent}")
     with open_model(model, LoadOptions(context=context, threads=threads)) as opened:
-        _collect(opened, words, how, out, earlier, Path(text).name)
+        matrix, of = _collect(opened, words, how, out, earlier, Path(text).name)
+    if as_json:
+        print_json(_facts(matrix, of, out))
+    elif matrix is earlier:
+        note(f"{out}: all windows are there already")
+    else:
+        _tell(matrix, of, out)
 
 
 def _earlier(out: Path) -> "ImportanceMatrix | None":
@@ -66,12 +73,15 @@ def _earlier(out: Path) -> "ImportanceMatrix | None":
 
 def _collect(
     model: "Model", words: str, how: "Cut", out: Path, earlier: "ImportanceMatrix | None", name: str
-) -> None:
-    """Compute and write; whatever ends it early, what was computed is written first."""
+) -> tuple["ImportanceMatrix", int]:
+    """Compute and write; gives what is written, and how many windows the text has.
+
+    Whatever ends it early, what was computed is written first, and told.
+    """
     from gemloom.imatrix import collect
     from gemloom.imatrix_file import write
 
-    of, latest, written, saved = 0, earlier, earlier, monotonic()
+    of, latest, written, saved, whole = 0, earlier, earlier, monotonic(), False
     try:
         with progress(Path(model.name).name) as show:
             for of, latest in collect(model, words, how, name, earlier):
@@ -79,17 +89,27 @@ def _collect(
                 if monotonic() - saved > SAVE_EVERY:
                     write(out, latest)
                     written, saved = latest, monotonic()
-        if latest is earlier:
-            note(f"{out}: all windows are there already")
+        whole = True
     finally:
         if latest is not None and latest is not written:
             write(out, latest)
-        if latest is not None and latest is not earlier:
+        if latest is not None and latest is not earlier and not whole:
             _tell(latest, of, out)
+    assert latest
+    return latest, of or latest.chunks
+
+
+def _facts(matrix: "ImportanceMatrix", of: int, out: Path) -> dict[str, Any]:
+    """What was written; JSON can hold it."""
+    return {
+        "file": str(out), "windows": matrix.chunks, "of": of, "context": matrix.chunk_size,
+        "datasets": list(matrix.datasets), "matrices": len(matrix.entries),
+        "experts_unmet": sum(int((entry.counts == 0).sum()) for entry in matrix.entries.values()),
+    }  # fmt: skip
 
 
 def _tell(matrix: "ImportanceMatrix", of: int, out: Path) -> None:
     """How much there is, and of whom nothing is known."""
-    unmet = sum(int((entry.counts == 0).sum()) for entry in matrix.entries.values())
+    unmet = _facts(matrix, of, out)["experts_unmet"]
     seen = f"{out}: {matrix.chunks:,} of {of:,} windows, {len(matrix.entries):,} matrices"
     note(f"{seen}; {unmet:,} experts met nothing: give a longer text" if unmet else seen)

@@ -92,6 +92,12 @@ class Tensor:
         ggml.ggml_backend_tensor_get(self.pointer, address, offset, length)
         return out
 
+    def clear(self, offset: int, length: int) -> None:
+        """Set ``length`` bytes from byte ``offset`` on to 0."""
+        if offset + length > self.nbytes or not self.allocated:
+            raise AssertionError(f"{self}: cannot clear {length} bytes at {offset}")
+        ggml.ggml_backend_tensor_memset(self.pointer, 0, offset, length)
+
     def numpy(self) -> np.ndarray[Any, Any]:
         """A copy as an array; the shape is reversed, slowest first, as numpy has it."""
         return np.frombuffer(self.read(), _NUMPY[self.type]).reshape(self.shape[::-1])

@@ -15,11 +15,15 @@ namespace gemloom {
 namespace {
 
 constexpr int CELLS = 32;
-constexpr float HIDDEN = -1e30f;  // finite: minus infinity less itself would be no number
+// Scores that are finite, since minus infinity less itself is no number: of a cell that a row does not
+// see, and of a row that has seen none yet.
+constexpr float HIDDEN = -1e30f, UNSEEN = -1e29f;
 
-// e^x for x <= 0, never less than 4e-38: 2^whole * 2^rest, the latter by its Taylor series in ln 2.
+// e^x for x <= 0, and exactly 0 below -88.03: 2^whole * 2^rest, the latter by its Taylor series in
+// ln 2. At -127 rest is 0, and a power of -127 takes all bits from 1.
 inline Lanes::Floats exponential(Lanes::Floats x) {
-    const Lanes::Floats scaled = Lanes::mul(Lanes::max(x, Lanes::floats(-86.0f)), Lanes::floats(1.44269504f));
+    // In this order x86 hands on what is no number.
+    const Lanes::Floats scaled = Lanes::max(Lanes::floats(-127.0f), Lanes::mul(x, Lanes::floats(1.44269504f)));
     const Lanes::Ints whole = Lanes::rounded(scaled);
     const Lanes::Floats rest = Lanes::add(Lanes::floats(whole), Lanes::floats(-1.0f), scaled);
     Lanes::Floats y = Lanes::floats(1.54035304e-4f);
@@ -121,7 +125,7 @@ template <int WIDTH> struct Attention {
     }
 
     static void clear(int64_t size, Part &part) {
-        for (float &x : part.largest) x = HIDDEN;
+        for (float &x : part.largest) x = UNSEEN;
         for (float &x : part.total) x = 0.0f;
         for (int64_t i = 0; i < size * WIDTH; i++) part.sums[i] = 0.0f;
     }
