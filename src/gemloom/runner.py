@@ -118,8 +118,13 @@ class Runner:
         if plan.logits is None:
             return np.empty((0, self.config.n_vocab), np.float32)
         logits = self._model.softcap(plan.logits.numpy())
+        self.check()
         self._lap("read", start)
         return logits
+
+    def check(self) -> None:
+        """LostError where a device went away: what was read from it then is no result."""
+        self._device.check()
 
     def _lap(self, phase: str, start: float) -> float:
         """Book the time since ``start`` on a phase; gives the time now."""
