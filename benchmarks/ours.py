@@ -130,7 +130,8 @@ def version(job: dict) -> dict:
     """What is measured."""
     from importlib.metadata import version as of
 
-    from gemloom.ggml.device import Device, cpu_features, ggml_version
+    from gemloom.ggml.backends import cpu_features, ggml_version
+    from gemloom.ggml.device import Device
 
     device = Device()
     try:

@@ -119,13 +119,14 @@ def test_every_load_option_arrives(model: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Options, "context_for", see)
     values = ["--context=300", "--kv-type=f32", "--chunk=7", "--keep=5", "--threads=1"]
-    values += ["--device=cpu", "--no-mmap", "--kernels=plain", "--packed=off"]
+    values += ["--device=CPU,cpu0", "--gpu-layers=0", "--tensor-split=3,1"]
+    values += ["--no-mmap", "--kernels=plain", "--packed=off"]
     fine("run", model, "the", "-n", "1", *values)
     wanted = Options(
-        context=300, kv_type="f32", chunk=7, keep=5, threads=1, device="cpu", mmap=False,
-        kernels="plain", packed="off",
+        context=300, kv_type="f32", chunk=7, keep=5, threads=1, device=["CPU", "cpu0"],
+        gpu_layers=0, tensor_split=[3, 1], mmap=False, kernels="plain", packed="off",
     )  # fmt: skip
-    assert seen == [wanted]
+    assert seen and all(options == wanted for options in seen)
     names = {field.name for field in fields(LoadOptions)} - {"key_file"}  # it is of the source
     changed = {f.name for f in fields(Options) if getattr(wanted, f.name) != f.default}
     assert names == changed

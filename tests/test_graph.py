@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from gemloom.ggml.device import Arena, Device, Tensor
+from gemloom.ggml.arena import Arena
+from gemloom.ggml.device import Device, Tensor
 from gemloom.ggml.graph import F16, F32, I32, I64, Graph, f16_mask
 
 RNG = np.random.RandomState(0)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from conftest import Load
-from gemloom.ggml.device import trim_memory
+from gemloom.ggml.memory import trim_memory
 from serving import serving, until
 
 CLIENTS, REQUESTS = 64, 2_000

@@ -28,7 +28,8 @@ from conftest import prompt
 from gemloom import gguf, source
 from gemloom.blob import Blob, Stream
 from gemloom.errors import FormatError, GemloomError, OptionError, SourceError
-from gemloom.ggml.device import Arena, Device
+from gemloom.ggml.arena import Arena
+from gemloom.ggml.device import Device
 from gemloom.kernels import packing
 from gemloom.kernels.library import supported
 from quantizing import in_type

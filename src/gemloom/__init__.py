@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from gemloom.adapters.info import AdapterInfo
     from gemloom.engine import Stats
     from gemloom.generation import ChatCompletion, ChatRun, Completion, Run, Usage
-    from gemloom.model import Model, load, load_async
+    from gemloom.loading import load, load_async
+    from gemloom.model import Model
     from gemloom.options import Options
     from gemloom.sampling import SamplingParams
     from gemloom.sequence import Piece
@@ -45,7 +46,8 @@ _HOMES = {
     "adapters.info": ("AdapterInfo",),
     "engine": ("Stats",),
     "generation": ("ChatCompletion", "ChatRun", "Completion", "Run", "Usage"),
-    "model": ("Model", "load", "load_async"),
+    "loading": ("load", "load_async"),
+    "model": ("Model",),
     "options": ("Options",),
     "sampling": ("SamplingParams",),
     "sequence": ("Piece",),

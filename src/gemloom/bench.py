@@ -23,7 +23,7 @@ import numpy as np
 
 from gemloom.errors import OptionError
 from gemloom.generation import Run
-from gemloom.ggml.device import cpu_features, devices, ggml_version
+from gemloom.ggml.backends import cpu_features, devices, ggml_version
 from gemloom.model import Model
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def bench(
         model.name,
         model.config.architecture,
         model.context,
-        model.options.kv_type,
+        model.kv_type,
         model.options.chunk,
         _machine(model),
         model.memory(),

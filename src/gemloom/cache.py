@@ -18,9 +18,11 @@ from gguf.constants import GGMLQuantizationType
 
 from gemloom.adapters.delta import Delta
 from gemloom.config import Config, LayerSpec
-from gemloom.ggml.device import Arena, Device, Tensor, contiguous_strides
+from gemloom.ggml.arena import Arena
+from gemloom.ggml.device import Device, Tensor, contiguous_strides
 from gemloom.ggml.graph import Graph
 from gemloom.kernels.operations import attention, serves_attention
+from gemloom.placement import Placement
 
 KV_TYPES = {
     "f32": GGMLQuantizationType.F32,
@@ -90,10 +92,15 @@ def slot_cells(config: Config, context: int, chunk: int) -> Extent:
     return Extent(full, min(full, ring))
 
 
+def layer_cell_bytes(spec: LayerSpec, kv_type: str) -> int:
+    """Bytes that one cell takes in a layer, K and V; 0 where it reads another's."""
+    size = spec.head_dim * spec.n_kv if spec.owns_kv else 0
+    return 2 * contiguous_strides(KV_TYPES[kv_type], (size, 1))[1]
+
+
 def cell_bytes(config: Config, kv_type: str, sliding: bool) -> int:
     """Bytes that one cell takes in all layers of a kind together, K and V."""
-    sizes = [s.head_dim * s.n_kv for s in config.layers if s.owns_kv and s.sliding == sliding]
-    return sum(2 * contiguous_strides(KV_TYPES[kv_type], (size, 1))[1] for size in sizes)
+    return sum(layer_cell_bytes(s, kv_type) for s in config.layers if s.sliding == sliding)
 
 
 class _Store(NamedTuple):
@@ -105,20 +112,26 @@ class KVCache:
     """All stores. ``close()`` frees them. DeviceError where there is no memory for them."""
 
     def __init__(
-        self, device: Device, config: Config, slots: int, context: int, chunk: int, kv_type: str
+        self, device: Device, config: Config, slots: int, chunk: int, placement: Placement
     ) -> None:
+        context, kv_type = placement.choice.context, placement.choice.kv_type
         self.slots, self.window, self.chunk, self.kv_type = slots, config.window, chunk, kv_type
         self.cells = slot_cells(config, context, chunk)
         self._specs = [spec for spec in config.layers if spec.owns_kv]
-        self._arena = Arena(device, 2 * len(self._specs))
+        self._where = [placement.layers[spec.kv_owner] for spec in config.layers]
+        self._arenas = {
+            index: Arena(device, 2 * len(self._specs), where=index) for index in set(self._where)
+        }
         self._stores = {spec.index: self._store(spec, KV_TYPES[kv_type]) for spec in self._specs}
-        self._arena.allocate(f"the K/V cells of {slots} x {context:,} positions")
+        for arena in self._arenas.values():
+            arena.allocate(f"the K/V cells of {slots} x {context:,} positions")
 
     def _store(self, spec: LayerSpec, kind: GGMLQuantizationType) -> _Store:
+        arena = self._arenas[self._where[spec.index]]
         shape = (spec.head_dim * spec.n_kv, self.cells.of(spec.sliding) * self.slots)
         return _Store(
-            self._arena.tensor(f"cache.{spec.index}.k", kind, shape),
-            self._arena.tensor(f"cache.{spec.index}.v", kind, shape),
+            arena.tensor(f"cache.{spec.index}.k", kind, shape),
+            arena.tensor(f"cache.{spec.index}.v", kind, shape),
         )
 
     def nbytes(self, sliding: bool) -> int:
@@ -128,7 +141,8 @@ class KVCache:
 
     def close(self) -> None:
         """Free the cells."""
-        self._arena.close()
+        for arena in self._arenas.values():
+            arena.close()
 
     # -- numbers for the inputs of a graph ---------------------------------------------------
 
@@ -229,29 +243,38 @@ class KVCache:
         store, size = self._stores[spec.index], spec.head_dim * spec.n_kv
         cells = rows.sliding_cells if spec.sliding else rows.full_cells
         assert cells is not None
-        g.set_rows(store.k, g.reshape(k, size, rows.count), cells)
-        g.set_rows(store.v, g.reshape(v, size, rows.count), cells)
+        with g.on(self._where[spec.index]):
+            g.set_rows(store.k, g.reshape(k, size, rows.count), cells)
+            g.set_rows(store.v, g.reshape(v, size, rows.count), cells)
 
     def attend(self, g: Graph, spec: LayerSpec, rows: Rows, q: Tensor, scale: float) -> Tensor:
-        """q [head_dim, n_head, n] -> [head_dim * n_head, n]: each span over its own cells."""
-        parts = []
+        """q [head_dim, n_head, n] -> [head_dim * n_head, n]: each span over its own cells.
+
+        That is done where the cells are, which take longer to move than q.
+        """
+        with g.on(self._where[spec.index]):
+            return reduce(g.concat, self._attend(g, spec, rows, q, scale))
+
+    def _attend(
+        self, g: Graph, spec: LayerSpec, rows: Rows, q: Tensor, scale: float
+    ) -> Iterator[Tensor]:
         for span in rows.spans:
             part = g.slice(q, 2, span.first, span.first + span.count)
             (k, v), mask = self._read(g, spec, span), span.mask(spec.sliding)
             if serves_attention(g, k):
-                parts.append(attention(g, part, k, v, mask, scale))
+                yield attention(g, part, k, v, mask, scale)
             else:
-                parts.append(g.attention(g.swap(part), k, v, mask, scale))
-        return reduce(g.concat, parts)
+                yield g.attention(g.swap(part), k, v, mask, scale)
 
     def move(self, g: Graph, spec: LayerSpec, rotate: Rotate, source: Tensor, to: Tensor) -> None:
         """Copy cells i32 ``source`` [n] to i64 ``to`` [n], K through ``rotate`` [hd, KV, n]."""
         store, size = self._stores[spec.index], spec.head_dim * spec.n_kv
         n = source.shape[0]
-        k = rotate(g.reshape(g.get_rows(store.k, source), spec.head_dim, spec.n_kv, n))
-        v = g.get_rows(store.v, source)
-        g.set_rows(store.k, g.reshape(k, size, n), to)
-        g.set_rows(store.v, v, to)
+        with g.on(self._where[spec.index]):
+            k = rotate(g.reshape(g.get_rows(store.k, source), spec.head_dim, spec.n_kv, n))
+            v = g.get_rows(store.v, source)
+            g.set_rows(store.k, g.reshape(k, size, n), to)
+            g.set_rows(store.v, v, to)
 
     def _read(self, g: Graph, spec: LayerSpec, span: Span) -> tuple[Tensor, Tensor]:
         """K and V of a span's slot, [head_dim, cells, n_kv], in place."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ class _Share:
     info: TensorInfo
     offset: int  # in the tensor's bytes
     length: int
-    copy: Tensor | None  # gets them as they are, or widened
+    copies: Sequence[Tensor]  # get them as they are, or widened
     pieces: Sequence[Piece] = ()  # are packed of them
 
     @property
@@ -46,21 +48,23 @@ class _Share:
 class Filling:
     """What is to be made of a file: told with ``copy`` and ``pack``, then done by ``run``."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, in_turn: bool = False) -> None:
+        """``in_turn``: one copy at a time, as the drivers of devices want it."""
         self.first_bytes: dict[str, bytes] = {}  # of every tensor that was read, as in the file
         self._threads = threads
         self._shares: list[_Share] = []
         self._plan: Plan | None = None
         self._start = 0  # address that the plan's places count from
+        self._writing = Lock() if in_turn else nullcontext()
 
-    def copy(self, info: TensorInfo, tensor: Tensor, whole: bool) -> None:
-        """Write a tensor's bytes to ``tensor``; all at once where ``whole``."""
-        step = info.nbytes if whole or tensor.type != info.type else _SHARE
+    def copy(self, info: TensorInfo, tensors: Sequence[Tensor], whole: bool) -> None:
+        """Write a tensor's bytes to each of ``tensors``; all at once where ``whole``."""
+        step = info.nbytes if whole or tensors[0].type != info.type else _SHARE
         for first in range(0, info.nbytes, step):
-            self._shares.append(_Share(info, first, min(step, info.nbytes - first), tensor))
+            self._shares.append(_Share(info, first, min(step, info.nbytes - first), tensors))
 
-    def pack(self, plan: Plan, matrix: Matrix, home: memoryview, copy: Tensor | None) -> None:
-        """Pack a matrix to its place in ``home``, and write its bytes to ``copy`` too if given."""
+    def pack(self, plan: Plan, matrix: Matrix, home: memoryview, copies: Sequence[Tensor]) -> None:
+        """Pack a matrix to its place in ``home``, and write its bytes to ``copies`` too."""
         self._plan, self._start = plan, address(home)
         info, pieces = matrix.info, list(plan.cut(matrix))
         # A stream is read by one thread; so that all pack, each gets a piece of what it read.
@@ -68,7 +72,7 @@ class Filling:
         for first in range(0, len(pieces), count):
             some = pieces[first : first + count]
             length = sum(piece.length for piece in some)
-            self._shares.append(_Share(info, some[0].offset, length, copy, some))
+            self._shares.append(_Share(info, some[0].offset, length, copies, some))
 
     def run(self, progress: Progress | None) -> None:
         """Do it all, with as many readers as the file bears. ``progress`` gets bytes read."""
@@ -88,8 +92,9 @@ class Filling:
         data = share.read()
         if share.offset == 0:
             self.first_bytes[share.info.name] = bytes(data[:FIRST_BYTES])
-        if share.copy is not None:
-            _write(share.copy, share.info.type, data, share.offset)
+        for tensor in share.copies:
+            with self._writing:
+                _write(tensor, share.info.type, data, share.offset)
         # The address, so that no other thread holds a stream's part when the next is asked for.
         source = address(data) - share.offset
         list(apply(lambda piece: self._pack(piece, source + piece.offset), share.pieces))

@@ -1,4 +1,4 @@
-"""The public face: load a model, generate, stream, chat, look inside.
+"""The public face: generate, stream, chat, look inside. Loading one is in ``loading.py``.
 
 Threads and coroutines may share a model: each request gets a slot of its own, and one thread
 (``engine.py``) computes for all of them together.
@@ -6,13 +6,13 @@ Threads and coroutines may share a model: each request gets a slot of its own, a
 
 from __future__ import annotations
 
-import asyncio
 import reprlib
 import weakref
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import astuple
 from difflib import get_close_matches
 from functools import cached_property, partial
 from operator import index
@@ -25,27 +25,28 @@ from gemloom import conversation, gguf, state
 from gemloom.adapters.active import marks
 from gemloom.adapters.info import Scales
 from gemloom.adapters.registry import Adapters, Lease
-from gemloom.awaited import AwaitedParts
 from gemloom.cache import KVCache
 from gemloom.chat import Message, encode_chat
 from gemloom.config import Config, from_gguf
 from gemloom.engine import Engine, Stats
 from gemloom.errors import ContextError, OptionError, RequestError
+from gemloom.fitting import place
 from gemloom.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
-from gemloom.ggml.device import Device, trim_memory
 from gemloom.ggml.graph import SUMS
+from gemloom.ggml.memory import trim_memory
 from gemloom.kernels.library import supported
 from gemloom.kernels.packing import Progress
 from gemloom.models import ARCHITECTURES
-from gemloom.options import Options, from_options
+from gemloom.options import Options
+from gemloom.placement import Placement
 from gemloom.router import Plain, Router
 from gemloom.runner import Runner, node_budget
 from gemloom.sampling import SamplingParams, check_vocabulary
 from gemloom.sampling import from_options as sampling_params
 from gemloom.sequence import Chunk, Constraint
 from gemloom.sequence import Sequence as Request
+from gemloom.signals import undisturbed
 from gemloom.slots import Slot
-from gemloom.source import DEFAULT_MODEL, resolve
 from gemloom.tokenizer import Tokenizer
 from gemloom.weights import Weights
 
@@ -59,87 +60,66 @@ MAX_TAPS = 40  # more than a layer has
 MAX_NODES = 1 << 17  # of one graph; ggml's scheduler reserves some kilobytes for each
 
 
-def load(source: Any = DEFAULT_MODEL, *, key: Any = None, **options: Any) -> Model:
-    """Load a model.
-
-    ``source`` is a path, "hf:owner/repo[:file]", a URL, a built-in name, bytes or another buffer,
-    a list of paths or buffers that make up one file, an iterator of such parts, or a binary file
-    object; ``source.resolve`` says more. ``key`` opens a sealed file: 32 bytes, their base64, or
-    the ``Path`` of a file that holds that; else the environment variable GEMLOOM_KEY does.
-    ``options`` are the fields of ``Options``. Raises SourceError, FormatError, ConfigError,
-    TensorError or TokenizerError for a file that cannot be used, OptionError, DeviceError.
-    """
-    checked = from_options(options)  # wrong ones are told before anything is fetched
-    return Model(gguf.read(resolve(source, key=key, forward=True)), checked)
-
-
-async def load_async(source: Any = DEFAULT_MODEL, *, key: Any = None, **options: Any) -> Model:
-    """As ``load``, without holding up the event loop; ``source`` may be an asynchronous iterator.
-
-    Its parts are awaited in this loop, one after another. Cancelled, it stops at the next part;
-    another source is loaded to its end. What was loaded is freed then.
-    """
-    loop = asyncio.get_running_loop()
-    parts = AwaitedParts(source, loop) if hasattr(source, "__aiter__") else None
-    given = source if parts is None else parts
-    work = loop.run_in_executor(None, partial(load, given, key=key, **options))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        if parts is not None:
-            parts.stop()
-        work.add_done_callback(_discard)
-        raise
-
-
-def _discard(work: asyncio.Future[Model]) -> None:
-    """Close a model that nobody waits for any more."""
-    if not work.cancelled() and work.exception() is None:
-        work.result().close()
-
-
 class Model:
-    """A loaded model. Made by ``load()``; free with ``close()`` or ``with``.
+    """A loaded model. Made by ``gemloom.load()``; free with ``close()`` or ``with``.
 
     ``adapters`` are the LoRA adapters that requests can name (``registry.Adapters``).
     """
 
-    def __init__(self, file: gguf.GGUF, options: Options, progress: Progress | None = None) -> None:
-        """``progress`` is told how many bytes of the weights are packed, and of how many."""
+    def __init__(
+        self,
+        file: gguf.GGUF,
+        options: Options,
+        progress: Progress | None = None,
+        planned: Callable[[Placement], None] | None = None,
+    ) -> None:
+        """``progress`` is told how many bytes of the weights are packed, and of how many.
+
+        ``planned`` is told where everything will go, before anything is loaded.
+        """
         self.name = file.name
         self.options = options
         self.config: Config = from_gguf(file)
-        self.context = options.context_for(self.config)
+        options.context_for(self.config)  # told before any device is opened
         budget = node_budget(self.config, options.slots, MAX_TAPS * self.config.n_layer)
         if budget > MAX_NODES:
             n_layer = self.config.n_layer
             raise OptionError(f"slots {options.slots} are too many for {n_layer} layers")
         own = next(iter(supported()), None) if options.kernels == "auto" else None
-        with ThreadPoolExecutor(1) as aside, ExitStack() as stack:
+        with self._safely(), ThreadPoolExecutor(1) as aside, ExitStack() as stack:
             tokenizer = aside.submit(Tokenizer, file.metadata)  # packing takes as long
-            self._device = Device(options.device, options.threads, budget, own)
-            stack.callback(self._device.close)
             layout = ARCHITECTURES[self.config.architecture].layout(self.config, file.tensors)
-            self._weights = Weights(self._device, file, layout, options, progress)
+            self._device, self.placement = place(file, self.config, layout, options, budget, own)
+            stack.callback(self._device.close)
+            self.context, self.kv_type = astuple(self.placement.choice)
+            if planned:
+                planned(self.placement)
+            self._weights = Weights(self._device, file, layout, options, self.placement, progress)
             stack.callback(self._weights.close)
             self._kv = KVCache(
-                self._device, self.config, options.slots, self.context, options.chunk,
-                options.kv_type,
-            )  # fmt: skip
+                self._device, self.config, options.slots, options.chunk, self.placement
+            )
             stack.callback(self._kv.close)
             self._runner = Runner(self._device, self.config, self._weights, self._kv)
             stack.callback(self._runner.close)
             self._runner.reserve()
             self.tokenizer = tokenizer.result()
             self.fingerprint = state.fingerprint(file, self.config, self._weights.first_bytes)
+            self._runner.check()
             free = stack.pop_all()
         self._engine = Engine(self._runner, self._kv, options, self.context, free.close)
         self.adapters = Adapters(
-            self._device, self.config, layout.required, self._engine, self._runner.discard
-        )
+            self._device, self.placement, self.config, layout.required, self._engine,
+            self._runner.discard,
+        )  # fmt: skip
         free.callback(self.adapters.close)
         self._close = weakref.finalize(self, self._engine.close)
         trim_memory()  # the tokenizer was made from much that is not needed any more
+
+    def _safely(self) -> AbstractContextManager[None]:
+        """Around what speaks to workers in the caller's own thread."""
+        workers = any(name.startswith("rpc:") for name in self.options.devices)
+        return undisturbed() if workers else nullcontext()
 
     # -- text --------------------------------------------------------------------------------
 
@@ -400,6 +380,11 @@ class Model:
         return self._device.names
 
     @property
+    def fallbacks(self) -> dict[str, int]:
+        """Operations of the last step that a device lacks, and how many ran on the CPU instead."""
+        return self._runner.fallbacks
+
+    @property
     def threads(self) -> int:
         """Threads it computes with."""
         return self._device.threads
@@ -415,6 +400,7 @@ class Model:
             "compute": self._device.compute_bytes,
             "mapped": self._weights.bytes_mapped,
             "copied": self._weights.bytes_copied,
+            "on_devices": self._weights.bytes_on_devices,
             "repacked": self._weights.bytes_repacked,
             "packed": self._weights.bytes_packed,
         }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any
 
 from gemloom.config import Config
@@ -19,11 +21,15 @@ PACKED = ("auto", "keep", "off")
 class Options:
     """How a model is loaded. OptionError for a value outside its range."""
 
-    device: str = "auto"  # "auto" or "cpu"
+    device: str | Sequence[str] = "auto"  # every GPU; "cpu"; or ggml's names, preferred first
+    gpu_layers: int | None = None  # so many of the last ones go to devices; None: all that fit
+    tensor_split: Sequence[float] | None = None  # the devices' shares of them; None: by free memory
     threads: int | None = None  # None: one a usable core
-    context: int | None = None  # positions a sequence may fill; None: 8,192 or what the model can
+    context: int | None = (
+        None  # positions a sequence may fill; None: 8,192, or what model and memory bear
+    )
     slots: int = 1  # sequences that may be under way at once, each with K/V cells of its own
-    kv_type: str = "f16"  # of the K/V cells: "f32", "f16" or "q8_0"
+    kv_type: str | None = None  # of the K/V cells: "f32", "f16" or "q8_0"; None: f16 if it fits
     mmap: bool = True  # use the file's bytes in place; False copies them into memory
     queue: int = 64  # requests that may wait for a slot
     chunk: int = 512  # most rows of one prefill step
@@ -43,10 +49,10 @@ class Options:
         for name, low, high in (
             ("threads", 1, 512), ("context", 1, 2**24), ("slots", 1, 256),
             ("queue", 1, 2**16), ("chunk", 1, 8192), ("budget", 1, 8192),
-            ("snapshots", 0, 2**20), ("keep", 0, 2**24),
+            ("snapshots", 0, 2**20), ("keep", 0, 2**24), ("gpu_layers", 0, 2**16),
         ):  # fmt: skip
             value = getattr(self, name)
-            optional = name in ("threads", "context", "keep")
+            optional = name in ("threads", "context", "keep", "gpu_layers")
             if value is None and optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -56,10 +62,35 @@ class Options:
                 raise OptionError(f"{name} must be True or False, is {getattr(self, name)!r}")
         for name, known in (("kv_type", KV_TYPES), ("kernels", KERNELS), ("packed", PACKED)):
             value = getattr(self, name)
+            if value is None and name == "kv_type":
+                continue
             if not isinstance(value, str) or value not in known:
                 raise OptionError(f"{name} must be one of {', '.join(known)}, is {value!r}")
         if self.packed == "keep" and not (self.mmap and self.kernels == "auto"):
             raise OptionError('packed "keep" needs mmap and kernels "auto", which use what is kept')
+
+        self._check_devices()
+
+    def _check_devices(self) -> None:
+        names = self.devices
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise OptionError(f"device must be a name or several, is {reprlib.repr(self.device)}")
+        if "auto" in names and len(names) > 1:
+            raise OptionError("device: auto goes with no other name")
+        if len(set(names)) < len(names):
+            raise OptionError(f"device names one twice: {', '.join(names)}")
+        shares = self.tensor_split
+        if shares is not None and not _are_shares(shares):
+            raise OptionError(
+                "tensor_split must be numbers from 0 on with a sum above 0, is "
+                f"{reprlib.repr(shares)}"
+            )
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The names in ``device``, as ggml's in lower case."""
+        names = (self.device,) if isinstance(self.device, str) else tuple(self.device)
+        return tuple(name.lower() if isinstance(name, str) else name for name in names)
 
     def context_for(self, config: Config) -> int:
         """Positions a sequence may fill in this model. OptionError where it cannot have so many."""
@@ -73,6 +104,15 @@ class Options:
                 f"in a context of {context:,} to shift"
             )
         return context
+
+
+def _are_shares(values: Any) -> bool:
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        return False
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(numbers) < len(values) or not all(isfinite(v) and v >= 0 for v in numbers):
+        return False
+    return sum(numbers) > 0
 
 
 def from_options(options: Mapping[str, Any]) -> Options:

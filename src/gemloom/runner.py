@@ -7,7 +7,8 @@ cells and masks are inputs, so nothing about them is baked into a graph.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,8 @@ from gemloom.ggml.graph import F16, I32, I64, SUMS, Graph, f16_mask
 from gemloom.models import ARCHITECTURES
 from gemloom.sequence import Batch, Chunk
 from gemloom.weights import Weights
+
+_log = logging.getLogger("gemloom.runner")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class Runner:
         self._model = ARCHITECTURES[config.architecture](config, weights)
         self._plan: _Plan | None = None
         self.times = dict.fromkeys(("build", "input", "compute", "read"), 0.0)
+        self._warned: set[str] = set()
 
     def reserve(self) -> None:
         """Take the compute memory of the largest prefill step now, rather than in a request."""
@@ -106,6 +110,8 @@ class Runner:
             self._plan = self._build(key)
         plan = self._plan
         plan.graph.allocate()
+        if plan.graph.fallbacks:
+            self._warn(plan.graph.fallbacks)
         start = self._lap("build", start)
         self._write_rows(plan.rows, batch)
         self._write_scales(plan.rows, key.adapters)
@@ -125,6 +131,17 @@ class Runner:
     def check(self) -> None:
         """LostError where a device went away: what was read from it then is no result."""
         self._device.check()
+
+    def _warn(self, lacking: Mapping[str, int]) -> None:
+        """Say once of each operation that it is slower than it might be."""
+        if new := sorted(set(lacking) - self._warned):
+            self._warned.update(new)
+            _log.warning("not on the device, so on the CPU: %s", ", ".join(new))
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Operations of the graph that is kept which its devices lack, and how many each."""
+        return dict(self._plan.graph.fallbacks) if self._plan else {}
 
     def _lap(self, phase: str, start: float) -> float:
         """Book the time since ``start`` on a phase; gives the time now."""

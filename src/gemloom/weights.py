@@ -14,13 +14,16 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import TensorError
 from gemloom.filling import FIRST_BYTES, Filling
-from gemloom.ggml.device import ALIGNMENT, Arena, Device, Tensor, address, pages
+from gemloom.ggml.arena import ALIGNMENT, Arena, Repacking
+from gemloom.ggml.device import Device, Tensor, address
+from gemloom.ggml.memory import pages
 from gemloom.gguf import GGUF, TensorInfo, nbytes
 from gemloom.kernels import packed_file
 from gemloom.kernels.operations import I8, Packed
 from gemloom.kernels.packing import ALIGNMENT as PACKED_ALIGNMENT
 from gemloom.kernels.packing import Plan, Progress
 from gemloom.options import Options
+from gemloom.placement import Placement
 
 F32 = GGMLQuantizationType.F32
 _FLOATS = {F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
@@ -50,24 +53,28 @@ class Weights:
         file: GGUF,
         layout: Layout,
         options: Options,
+        placement: Placement,
         progress: Progress | None = None,
     ) -> None:
         """Check the file against ``layout`` and give every tensor its bytes.
 
         With ``options.mmap`` False everything is copied, and the file may go away afterwards;
         ``kernels`` decides which matrices are copied into another layout, and ``packed`` whether
-        that comes from a file or goes to one. ``progress`` is told how far copying and packing are.
+        that comes from a file or goes to one. ``placement`` says which devices hold what.
+        ``progress`` is told how far copying and packing are.
         Raises TensorError, before anything is allocated, for a tensor that is missing, extra,
         of another shape or of a type that cannot be used.
         """
         self.ignored = check(file, layout)
-        self._arenas: dict[Any, Arena] = {}  # by buffer type; None: the CPU's own
+        self._arenas: dict[tuple[str, Any], Arena] = {}  # by what for: "own", a device ...
         self._tensors: dict[str, Tensor] = {}
+        self._there: dict[tuple[str, int], Tensor] = {}  # by name and device, where not the host's
         self.first_bytes: dict[str, bytes] = {}  # of each, as in the file; to tell models apart
         self.bytes_mapped = 0
         self.bytes_packed = 0  # of matrices in the layout of our own kernels, mapped or copied
         self._bytes_packed_here = 0
         self._device, self._layout, self._in_place = device, layout, options.mmap
+        self.placement, self._repacking = placement, Repacking(device)
         self._repack = options.kernels != "plain"
         self._repacked: set[str] = set()  # in a layout of the CPU's own
         try:
@@ -81,7 +88,7 @@ class Weights:
         copies = self._place_all(file)
         for arena in self._arenas.values():
             arena.allocate("the weights")
-        filling = Filling(self._device.threads)
+        filling = Filling(self._device.threads, in_turn=not self._device.on_host)
         plan = self._plan(file)
         home = self._home(plan, options, progress) if plan else None
         if plan and home is None:
@@ -92,9 +99,9 @@ class Weights:
                 plan.pack(lambda m: start + m.start, self._device.threads, progress)
             else:
                 for matrix in plan.matrices:
-                    filling.pack(plan, matrix, home, copies.pop(matrix.info.name, None))
-        for name, tensor in copies.items():
-            filling.copy(file.tensors[name], tensor, whole=name in self._repacked)
+                    filling.pack(plan, matrix, home, copies.pop(matrix.info.name, ()))
+        for name, tensors in copies.items():
+            filling.copy(file.tensors[name], tensors, whole=name in self._repacked)
         filling.run(progress)
         self._note_first_bytes(file, filling.first_bytes)
         file.finish()
@@ -105,15 +112,30 @@ class Weights:
     def _in_memory(info: TensorInfo) -> bool:
         return info.blob.locate(info.offset, info.nbytes) is not None
 
-    def _place_all(self, file: GGUF) -> dict[str, Tensor]:
+    def _place_all(self, file: GGUF) -> dict[str, list[Tensor]]:
         """Make tensors of all but what is only packed; gives those that do not use the file's."""
         copies = {}
         for name, shape in self._layout.required.items():
             info = file.tensors[name]
-            if (not self._packs(info) or name in self._layout.sliced) and not self._place(
-                info, shape
-            ):
-                copies[name] = self._tensors[name]
+            if self._packs(info) and name not in self._layout.sliced:
+                continue
+            if made := self._place_everywhere(info, shape):
+                copies[name] = made
+        return copies
+
+    def _place_everywhere(self, info: TensorInfo, shape: tuple[int, ...]) -> list[Tensor]:
+        """Make a tensor on every device that holds it; gives those whose bytes must be copied."""
+        copies = []
+        for index in self.placement.places(info.name):
+            if index == self._device.host:
+                if not self._place(info, shape):
+                    copies.append(self._tensors[info.name])
+            else:
+                arena = self._arena("device", index)
+                tensor = arena.tensor(info.name, _kind(info, shape), shape)
+                self._there[info.name, index] = tensor
+                self._tensors.setdefault(info.name, tensor)
+                copies.append(tensor)
         return copies
 
     def _packs(self, info: TensorInfo) -> bool:
@@ -125,9 +147,10 @@ class Weights:
     def _place(self, info: TensorInfo, shape: tuple[int, ...]) -> bool:
         """Make a tensor; True where it uses its bytes where they are."""
         kind, better = _kind(info, shape), None
-        if self._repack and info.name not in self._layout.sliced:
-            better = self._device.repacked(kind, shape)
-        self._tensors[info.name] = self._arena(better).tensor(info.name, kind, shape)
+        if self._repack and self._device.on_host and info.name not in self._layout.sliced:
+            better = self._repacking.buffer_type(kind, shape)
+        arena = self._arena("repacked", better) if better else self._arena("own")
+        self._tensors[info.name] = arena.tensor(info.name, kind, shape)
         if better:
             self._repacked.add(info.name)
         return not better and self._in_place and self._map(info)
@@ -160,12 +183,18 @@ class Weights:
                 self._tensors[info.name] = Tensor(place.pointer, info.type, shape, name=info.name)
             self._tensors[info.name].packed = Packed(matrix.weight, place)
 
-    def _arena(self, kind: Any) -> Arena:
-        if kind not in self._arenas:
-            count = len(self._layout.required)
-            buffer_type = None if kind == "packed" else kind
-            self._arenas[kind] = Arena(self._device, count, buffer_type, weights=True)
-        return self._arenas[kind]
+    def _arena(self, use: str, which: Any = None) -> Arena:
+        """For tensors of one use: on the device or of the buffer type ``which``."""
+        if (use, which) not in self._arenas:
+            self._arenas[use, which] = Arena(
+                self._device, len(self._layout.required),
+                buffer_type=which if use == "repacked" else None,
+                where=which if use == "device" else None, weights=True,
+            )  # fmt: skip
+        return self._arenas[use, which]
+
+    def _bytes(self, use: str) -> int:
+        return sum(arena.bytes_allocated for (of, _), arena in self._arenas.items() if of == use)
 
     def _note_first_bytes(self, file: GGUF, read: dict[str, bytes]) -> None:
         """Of every tensor: what was read anyway, and where it lies for the others, not read now."""
@@ -182,7 +211,7 @@ class Weights:
         # Rows of the per-layer table are copied out by get_rows, which takes any address.
         alignment = 4 if info.name == PER_LAYER_TABLE else ALIGNMENT
         place = info.blob.locate(info.offset, info.nbytes)
-        if place is None or not self._arenas[None].map(tensor, *place, alignment):
+        if place is None or not self._arena("own").map(tensor, *place, alignment):
             return False
         self.bytes_mapped += info.nbytes
         return True
@@ -190,13 +219,17 @@ class Weights:
     @property
     def bytes_copied(self) -> int:
         """Memory of tensors that could not be used in place."""
-        here = sum(arena.bytes_allocated for arena in self._arenas.values())
-        return here + self._bytes_packed_here
+        return self._bytes("own") + self._bytes("repacked") + self._bytes_packed_here
 
     @property
     def bytes_repacked(self) -> int:
         """Of these, memory of matrices in a layout of the CPU's own."""
-        return sum(a.bytes_allocated for kind, a in self._arenas.items() if kind is not None)
+        return self._bytes("repacked")
+
+    @property
+    def bytes_on_devices(self) -> int:
+        """Memory of the devices besides the CPU."""
+        return self._bytes("device")
 
     @property
     def matrices(self) -> list[str]:
@@ -205,6 +238,10 @@ class Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def on(self, name: str, index: int) -> Tensor:
+        """The tensor of that name as a device has it: its own copy, or the only one there is."""
+        return self._there.get((name, index)) or self._tensors[name]
 
     def get(self, name: str) -> Tensor | None:
         """The tensor of that name, or None."""
@@ -226,13 +263,18 @@ class Weights:
         self._tensors.clear()
 
 
-def planned_bytes(file: GGUF, layout: Layout) -> tuple[int, int]:
-    """Memory of the weights, and of the per-layer table apart; a missing tensor has none."""
-    sizes = {
+def tensor_bytes(file: GGUF, layout: Layout) -> dict[str, int]:
+    """Memory of each tensor; a missing one has none."""
+    return {
         name: nbytes(_kind(file.tensors[name], shape), shape)
         for name, shape in layout.required.items()
         if name in file.tensors
     }
+
+
+def planned_bytes(file: GGUF, layout: Layout) -> tuple[int, int]:
+    """Memory of the weights, and of the per-layer table apart."""
+    sizes = tensor_bytes(file, layout)
     table = sizes.pop(PER_LAYER_TABLE, 0)
     return sum(sizes.values()), table
 

@@ -32,9 +32,15 @@ class Delta:
         self, g: Graph, name: str, x: Tensor, y: Tensor, part: tuple[int, int] | None
     ) -> None:
         """y [m, n] += s B A x, of x [k, n]."""
-        if pair := self.adapter.pairs.get(name):
-            columns = g.slice(pair.b, 0, *part) if part else pair.b
-            self._add(g, columns, g.mul_mat(pair.a, self._rows(g, x)), y)
+        if (pair := self.adapter.pairs.get(name)) is None:
+            return
+        z = g.mul_mat(pair.a, self._rows(g, x))
+        if self.adapter.upright:
+            self._add(g, g.slice(pair.b, 0, *part) if part else pair.b, z, y)
+        else:
+            b = g.slice(pair.b, 1, *part) if part else pair.b
+            z = g.mul(z, g.reshape(self._scale(g, (1, self.count, 1)), 1, self.count))
+            g.add_into(self._rows(g, y), g.mul_mat(b, z))
 
     def stretch(self, name: str, part: tuple[int, int] | None) -> Stretch | None:
         """What our own kernels need to add it to a product; None where it has nothing to add."""

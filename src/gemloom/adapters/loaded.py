@@ -2,7 +2,7 @@
 
 For ggml all are f32: factors of f16 were no faster there, and the activations that meet them
 would be cut to f16, whose range Gemma's feed-forward parts can leave. Our own kernels take f16 as
-it is in the file, half the bytes to read.
+it is in the file, half the bytes to read. They lie where the product with their matrix runs.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemloom.adapters.lora import Lora, Pair
-from gemloom.ggml.device import Arena, Device, Tensor
+from gemloom.ggml.arena import Arena
+from gemloom.ggml.device import Device, Tensor
 from gemloom.ggml.graph import F16, F32
+from gemloom.placement import TABLES, Placement
 
-_TABLES = ("token_embd.weight", "per_layer_token_embd.weight")  # read by row
 _SLICE = 1 << 18  # elements that are converted at once: they stay in a core's cache
 
 
@@ -23,8 +24,9 @@ _SLICE = 1 << 18  # elements that are converted at once: they stay in a core's c
 class Factors:
     """Of one matrix W [k, m]: a [k, r] and b, f32 or f16; their product is to be scaled.
 
-    b is [m, r], so that sums run along m; but [r, m] of a table, of which rows are picked. Of an
-    expert matrix [k, m, n_expert] they are [k, r, n_expert] and [r, m, n_expert].
+    b is [m, r], so that sums run along m; but [r, m] of a table, of which rows are picked, and
+    where there are devices, which are as fast with that. Of an expert matrix [k, m, n_expert] they
+    are [k, r, n_expert] and [r, m, n_expert].
     """
 
     a: Tensor
@@ -35,47 +37,58 @@ class Factors:
 class Loaded:
     """A version of an adapter, ready to be computed with. ``close()`` frees it."""
 
-    def __init__(self, device: Device, name: str, version: int, lora: Lora) -> None:
+    def __init__(
+        self, device: Device, placement: Placement, name: str, version: int, lora: Lora
+    ) -> None:
         """Copy the factors. DeviceError where there is no memory for them."""
         self.name, self.version, self.invocation = name, version, lora.invocation
         self.rank = max(pair.rank for pair in lora.pairs.values())
-        self._arena = Arena(device, 2 * len(lora.pairs), weights=True)
+        self._own, self.upright = device.kernels is not None, device.on_host
+        self._where = {matrix: placement.product(matrix) for matrix in lora.pairs}
+        self._arenas = {
+            index: Arena(device, 2 * len(lora.pairs), weights=True, where=index)
+            for index in set(self._where.values())
+        }
         try:
-            own = device.kernels is not None
-            self.pairs = {m: self._factors(m, pair, own) for m, pair in lora.pairs.items()}
-            self._arena.allocate(f"the adapter {name}")
+            self.pairs = {
+                matrix: self._factors(matrix, pair) for matrix, pair in lora.pairs.items()
+            }
+            for arena in self._arenas.values():
+                arena.allocate(f"the adapter {name}")
             copier = _Copier(max(max(*p.a.shape, *p.b.shape) for p in lora.pairs.values()))
             for matrix, pair in lora.pairs.items():
                 factors = self.pairs[matrix]
                 copier.copy(pair.a, factors.a, pair.scale / factors.scale)
-                copier.copy(_turned(matrix, pair), factors.b)
+                copier.copy(self._turned(matrix, pair), factors.b)
         except BaseException:
             self.close()
             raise
 
-    def _factors(self, name: str, pair: Pair, own: bool) -> Factors:
-        product = own and name not in _TABLES and pair.a.ndim == 2
+    def _factors(self, name: str, pair: Pair) -> Factors:
+        arena = self._arenas[self._where[name]]
+        product = self._own and name not in TABLES and pair.a.ndim == 2
         kind = F16 if product and pair.a.dtype == pair.b.dtype == np.float16 else F32
 
         def tensor(which: str, array: np.ndarray) -> Tensor:
-            return self._arena.tensor(f"{name}.{which}", kind, array.shape[::-1])
+            return arena.tensor(f"{name}.{which}", kind, array.shape[::-1])
 
         scale = pair.scale if kind == F16 and pair.scale else 1.0
-        return Factors(tensor("a", pair.a), tensor("b", _turned(name, pair)), scale)
+        return Factors(tensor("a", pair.a), tensor("b", self._turned(name, pair)), scale)
+
+    def _turned(self, name: str, pair: Pair) -> np.ndarray:
+        """B as it is to lie in memory, slowest dimension first."""
+        as_it_is = name in TABLES or pair.b.ndim == 3 or not self.upright
+        return pair.b if as_it_is else pair.b.T
 
     @property
     def nbytes(self) -> int:
         """Memory it takes."""
-        return self._arena.bytes_allocated
+        return sum(arena.bytes_allocated for arena in self._arenas.values())
 
     def close(self) -> None:
         """Free it; no graph with it may be computed any more."""
-        self._arena.close()
-
-
-def _turned(name: str, pair: Pair) -> np.ndarray:
-    """B as it is to lie in memory, slowest dimension first."""
-    return pair.b if name in _TABLES or pair.b.ndim == 3 else pair.b.T
+        for arena in self._arenas.values():
+            arena.close()
 
 
 class _Copier:

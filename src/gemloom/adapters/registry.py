@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from gemloom.adapters.active import Active
 from gemloom.adapters.checking import check
@@ -24,7 +24,9 @@ from gemloom.adapters.reading import read
 from gemloom.config import Config
 from gemloom.errors import ClosedError, OptionError, UnknownAdapterError
 from gemloom.ggml.device import Device
+from gemloom.placement import Placement
 
+T = TypeVar("T")
 MOST = 8  # adapters of one request
 _LARGEST = 3.4e38  # of f32, in which it is computed
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -35,6 +37,9 @@ class Owner(Protocol):
 
     def check(self) -> None:
         """Raise why nothing is computed any more."""
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run ``function`` between two steps, and give what it gives."""
 
     def post(self, function: Callable[[], object]) -> None:
         """Have ``function`` run between two steps, and wait for nothing."""
@@ -76,12 +81,14 @@ class Adapters:
     def __init__(
         self,
         device: Device,
+        placement: Placement,
         config: Config,
         shapes: Mapping[str, tuple[int, ...]],
         owner: Owner,
         forget: Callable[[Loaded], None],
     ) -> None:
-        self._device, self._config, self._shapes = device, config, shapes
+        self._device, self._placement = device, placement
+        self._config, self._shapes = config, shapes
         self._owner, self._forget = owner, forget
         self._lock = Lock()
         self._named: dict[str, _Version] = {}
@@ -105,7 +112,10 @@ class Adapters:
         self._owner.check()
         lora = source if isinstance(source, Lora) else read(source)
         report = check(lora, self._config, self._shapes)
-        loaded = Loaded(self._device, name, next(self._versions), report.lora)
+        number = next(self._versions)
+        make = partial(Loaded, self._device, self._placement, name, number, report.lora)
+        # A device's driver is not to be given work by two threads.
+        loaded = make() if self._device.on_host else self._owner.call(make)
         version = _Version(loaded, own, report.norm, report.ignored)
         with self._lock:
             if self._closed:

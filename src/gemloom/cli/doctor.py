@@ -53,20 +53,20 @@ def examine() -> dict[str, Any]:
     from gemloom import __version__, builtin
 
     try:
-        from gemloom.ggml import device
+        from gemloom.ggml import backends, device
         from gemloom.kernels.library import supported
     except (ImportError, OSError) as error:
         raise DeviceError(
             f"ggml cannot be loaded: {error}; pip install --force-reinstall ggml-python"
         ) from error
-    features = device.cpu_features()
-    devices = device.devices()
+    features = backends.cpu_features()
+    devices = backends.devices()
     missing = [name for name in unused(_cpu_flags(), features) if name]
     blas = any(info.kind == "accel" for info in devices)
     return {
         "gemloom": __version__,
         "python": platform.python_version(),
-        "ggml": device.ggml_version(),
+        "ggml": backends.ggml_version(),
         "ggml_python": version("ggml-python"),
         "devices": [
             {"name": d.name, "kind": d.kind, "description": d.description, "total": d.total}

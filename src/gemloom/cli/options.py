@@ -50,7 +50,25 @@ class LoadOptions:
     threads: Annotated[
         int | None, _option("--threads", "-t", help="Threads.", default="one a core")
     ] = None
-    device: Annotated[str | None, _option(help="auto or cpu.", default="auto")] = None
+    device: Annotated[
+        str | None,
+        _option(
+            metavar="NAME[,NAME]",
+            help="Where to compute: auto (every GPU), cpu, or devices as gemloom doctor lists "
+            "them, preferred first.",
+            default="auto",
+        ),
+    ] = None
+    gpu_layers: Annotated[
+        int | None,
+        _option(help="Put so many layers on devices, the last ones.", default="all that fit"),
+    ] = None
+    tensor_split: Annotated[
+        str | None,
+        _option(
+            metavar="N,N", help="Shares of the layers by device.", default="by their free memory"
+        ),
+    ] = None
     mmap: Annotated[
         bool | None,
         _option("--mmap/--no-mmap", help="Use the file in place, or copy it.", default="in place"),
@@ -75,8 +93,20 @@ class LoadOptions:
     ] = None
 
     def given(self) -> dict[str, Any]:
-        """The options that were set, as ``options.Options`` takes them."""
-        return _given(self)
+        """The options that were set, as ``options.Options`` takes them. OptionError for shares."""
+        given = _given(self)
+        if device := given.get("device"):
+            given["device"] = [name.strip() for name in device.split(",")]
+        if shares := given.get("tensor_split"):
+            given["tensor_split"] = _shares(shares)
+        return given
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(share) for share in text.split(",")]
+    except ValueError:
+        raise OptionError(f"--tensor-split {text!r} is not N,N, as in 3,1") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +130,7 @@ class ManyOptions(LoadOptions):
 
     def given(self) -> dict[str, Any]:
         """The options that were set, and slots, as ``options.Options`` takes them."""
-        return {"slots": 4, **_given(self)}
+        return {"slots": 4, **LoadOptions.given(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

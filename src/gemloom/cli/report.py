@@ -62,14 +62,13 @@ def plan(file: GGUF, config: Config, options: Options) -> Facts:
     layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
     weights, table = planned_bytes(file, layout)
     context = options.context_for(config)
-    cells = slot_cells(config, context, options.chunk)
+    cells, kv_type = slot_cells(config, context, options.chunk), options.kv_type or "f16"
     full, sliding = (
-        options.slots * cells.of(kind) * cell_bytes(config, options.kv_type, kind)
-        for kind in (False, True)
+        options.slots * cells.of(kind) * cell_bytes(config, kv_type, kind) for kind in (False, True)
     )
     return {
         "context": context,
-        "kv_type": options.kv_type,
+        "kv_type": kv_type,
         "cells_full": cells.full,
         "cells_sliding": cells.sliding,
         "weights": weights,

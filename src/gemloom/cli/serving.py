@@ -130,7 +130,7 @@ def serve(
     settings = server.settings(source)
     listener = _listen(server.host, server.port)  # one in use is told before the model is loaded
     with listener, open_model(source, load) as opened:
-        from gemloom.model import load as load_again
+        from gemloom.loading import load as load_again
         from gemloom.server.app import create_app
 
         again = partial(load_again, source, key=load.key_file, **load.given())

@@ -44,11 +44,11 @@ def worker(
       gemloom worker --device cuda0 --listen 10.8.0.2:50052
       gemloom run big.gguf --device rpc:10.8.0.2:50052,cpu "The capital of France is"
     """
-    from gemloom.ggml import rpc
+    from gemloom.ggml import backends, rpc
     from gemloom.ggml.device import usable_cores
 
     host, port = _free_address(listen)
-    lent = rpc.lendable(device.lower().split(","))
+    lent = backends.lendable([name.strip().lower() for name in device.split(",")])
     if not ip_address(host).is_loopback:
         note(f"whoever can reach {host}:{port} may use this machine: there is no authentication")
     for number in (signal.SIGINT, signal.SIGTERM):

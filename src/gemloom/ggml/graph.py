@@ -7,7 +7,9 @@ A shape that does not fit is a bug of ours (AssertionError): ggml itself would a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import DeviceError
 from gemloom.ggml.device import Device, Tensor, contiguous_strides
+from gemloom.ggml.pinning import Marks, pin
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 I32, I64 = GGMLQuantizationType.I32, GGMLQuantizationType.I64
@@ -48,6 +51,9 @@ class Graph:
         self._made: dict[tuple[str, int], Tensor] = {}
         self._kept: list[Any] = []
         self.names: list[str] = []
+        self._marks = None if device.on_host else Marks(self._context, 0)
+        self._split = False
+        self.fallbacks: Counter[str] = Counter()  # nodes that a device lacks, by operation
 
     # -- inputs, outputs, running ------------------------------------------------------------
 
@@ -72,6 +78,19 @@ class Graph:
         """Put ``x`` and what it needs into the graph here, before whatever comes later."""
         ggml.ggml_build_forward_expand(self._graph, x.pointer)
 
+    def at(self, index: int) -> None:
+        """What is made from now on runs on this device (``Device.found``), while it can."""
+        if self._marks:
+            self._marks.at(index)
+
+    @contextmanager
+    def on(self, index: int) -> Iterator[None]:
+        """As ``at``, for a while."""
+        before = self._marks.now if self._marks else 0
+        self.at(index)
+        yield
+        self.at(before)
+
     def name(self, x: Tensor, name: str) -> Tensor:
         """Name an intermediate, so that it can be tapped; returns it."""
         ggml.ggml_set_name(x.pointer, name.encode())
@@ -88,9 +107,9 @@ class Graph:
 
     def reserve(self) -> None:
         """Let the scheduler take the memory this graph needs. DeviceError if there is none."""
-        self._device.current = None
-        ggml.ggml_backend_sched_reset(self._device.scheduler)
+        self._reset()
         if not ggml.ggml_backend_sched_reserve(self._device.scheduler, self._graph):
+            self._device.check()
             raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
         self._device.measure()
 
@@ -98,12 +117,21 @@ class Graph:
         """Give every tensor memory, taking it from the graph that had it before."""
         if self._device.current is self:
             return
-        self._device.current = None
-        ggml.ggml_backend_sched_reset(self._device.scheduler)
+        self._reset()
         if not ggml.ggml_backend_sched_alloc_graph(self._device.scheduler, self._graph):
+            self._device.check()
             raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
         self._device.current = self
         self._device.measure()
+
+    def _reset(self) -> None:
+        """Make the scheduler forget the graph before. It changes this one: once is all."""
+        self._device.current = None
+        ggml.ggml_backend_sched_reset(self._device.scheduler)
+        if self._marks:
+            assert not self._split, "a graph over several devices has memory once"
+            self._split = True
+            self.fallbacks = pin(self._device, self._graph, self._marks)
 
     def compute(self) -> None:
         """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails."""
@@ -112,6 +140,7 @@ class Graph:
         if status != ggml.GGML_STATUS_SUCCESS:
             reason = ggml.ggml_status_to_string(status).decode()
             raise DeviceError(f"the backend failed to compute: {reason}")
+        self._device.check()
 
     def close(self) -> None:
         """Free the graph and its tensors."""

@@ -19,7 +19,6 @@ from typing import Any
 import ggml
 
 from gemloom.errors import DeviceError, LostError
-from gemloom.ggml.device import DeviceInfo, devices
 from gemloom.ggml.relay import Relay, greet, keep_alive
 from gemloom.ggml.wire import MalformedError
 from gemloom.signals import undisturbed
@@ -112,23 +111,6 @@ class Worker:
             self._held = None
         self._relay.settle()
         self._relay.join()
-
-
-def lendable(names: Sequence[str]) -> list[tuple[DeviceInfo, Any]]:
-    """The devices of these names, in their order, and ggml's pointers; "auto": GPUs, else the CPU.
-
-    DeviceError for a name that is not there.
-    """
-    check_built()
-    pointers = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
-    there = {info.name.lower(): (info, p) for info, p in zip(devices(), pointers, strict=True)}
-    if list(names) == ["auto"]:
-        gpus = [pair for pair in there.values() if pair[0].kind == "gpu"]
-        return gpus or [pair for pair in there.values() if pair[0].kind == "cpu"]
-    for name in names:
-        if name not in there:
-            raise DeviceError(f"there is no device {name!r}; here: {', '.join(there)}")
-    return [there[name] for name in names]
 
 
 def serve(devices: Sequence[Any], host: str, port: int, threads: int) -> threading.Thread:

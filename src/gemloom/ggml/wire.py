@@ -174,7 +174,7 @@ class Ledger:
         return bytes(_ANSWERS[Command(command)])
 
     def _device(self, request: bytes) -> Facts:
-        return self._devices[struct.unpack("<I", request)[0]]
+        return self._devices[int.from_bytes(request, "little")]
 
 
 def _form(request: bytes) -> bytes:

@@ -26,11 +26,14 @@ class Decoder:
 
     def __init__(self, config: Config, weights: Weights) -> None:
         self.config, self.weights = config, weights
+        self.placement = weights.placement
         self.blk = [weights.block(spec.index) for spec in config.layers]
 
     def embed(self, g: Graph, rows: Rows) -> Tensor:
         """Token embeddings, scaled: [D, T]."""
-        x = table_rows(g, self.weights["token_embd.weight"], rows.tokens, rows.deltas)
+        with g.on(self.placement.host):
+            x = table_rows(g, self.weights["token_embd.weight"], rows.tokens, rows.deltas)
+        g.at(self.placement.layers[0])
         return g.name(g.scale(x, self.config.embed_scale), "embd")
 
     def norm(self, g: Graph, weight: Tensor, x: Tensor) -> Tensor:
@@ -68,7 +71,8 @@ class Decoder:
     def rope(self, g: Graph, spec: LayerSpec, positions: Tensor, x: Tensor) -> Tensor:
         """Rotate x [hd, heads, T] as this layer does."""
         rope = spec.rope
-        factors = self.weights["rope_freqs.weight"] if rope.factors else None
+        there = self.placement.layers[spec.index]
+        factors = self.weights.on("rope_freqs.weight", there) if rope.factors else None
         return g.rope(x, positions, rope.n_dims, rope.base, rope.scale, factors)
 
     def attention(
@@ -87,8 +91,10 @@ class Decoder:
 
     def logits(self, g: Graph, rows: Rows, x: Tensor) -> Tensor:
         """x [D, T] -> [n_vocab, T], still to go through ``softcap``."""
+        g.at(there := self.placement.head)
         h = self.norm(g, self.weights["output_norm.weight"], x)
-        head = self.weights.get("output.weight") or self.weights["token_embd.weight"]
+        name = "token_embd.weight" if self.placement.tied else "output.weight"
+        head = self.weights.on(name, there)
         return g.name(linear(g, head, h, rows.deltas, name="output.weight"), "logits")
 
     def softcap(self, logits: np.ndarray) -> np.ndarray:

@@ -43,6 +43,7 @@ class Gemma4(Decoder):
         embedded = x = self.embed(g, rows)
         per_layer = self._per_layer_inputs(g, rows, x, 0, n_layer if wanted is rows else last)
         for spec, w in zip(self.config.layers, self.blk, strict=True):
+            g.at(self.placement.layers[spec.index])
             h = self.norm(g, w["attn_norm"], x)
             if spec.owns_kv:
                 kv.write(g, spec, rows, *self._keys_values(g, spec, w, rows, h))
@@ -91,17 +92,29 @@ class Gemma4(Decoder):
     def _per_layer_inputs(
         self, g: Graph, rows: Rows, embedded: Tensor, first: int, stop: int
     ) -> dict[int, Tensor]:
-        """For each layer from first to stop its own input [P, T]: a table row and a projection."""
-        p, n = self.config.n_per_layer, stop - first
-        if not p or not n:
+        """For each layer from first to stop its own input [P, T]: made where the layer runs."""
+        if not self.config.n_per_layer:
             return {}
+        made: dict[int, Tensor] = {}
+        for there, start, end in self.placement.runs(first, stop):
+            with g.on(there):
+                made |= self._inputs_of(g, rows, embedded, start, end)
+        return made
+
+    def _inputs_of(
+        self, g: Graph, rows: Rows, embedded: Tensor, first: int, stop: int
+    ) -> dict[int, Tensor]:
+        """The inputs of layers on one device: table rows and a projection, mixed."""
+        p, n, there = self.config.n_per_layer, stop - first, self.placement.layers[first]
         table, part = self.weights[PER_LAYER_TABLE], (first * p, stop * p)
-        t = g.scale(table_rows(g, table, rows.tokens, rows.deltas, part), sqrt(p))  # [P * n, T]
-        projection = self.weights["per_layer_model_proj.weight"]
+        with g.on(self.placement.host):
+            t = table_rows(g, table, rows.tokens, rows.deltas, part)
+        t = g.scale(t, sqrt(p))  # [P * n, T]
+        projection = self.weights.on("per_layer_model_proj.weight", there)
         y = linear(g, projection, embedded, rows.deltas, part)
         y = g.scale(y, self.config.n_embd**-0.5)
         y = g.reshape(y, p, n, rows.count)
-        y = self.norm(g, self.weights["per_layer_proj_norm.weight"], y)
+        y = self.norm(g, self.weights.on("per_layer_proj_norm.weight", there), y)
         mixed = g.scale(g.add(y, g.reshape(t, p, n, rows.count)), sqrt(0.5))  # [P, n, T]
         by_layer = g.cont(g.swap(mixed))  # [P, T, n]
         slices = (g.slice(by_layer, 2, i, i + 1) for i in range(n))

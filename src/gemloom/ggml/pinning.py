@@ -1,0 +1,80 @@
+"""Which backend each node of a graph runs on, where there are several.
+
+ggml's scheduler would guess from where the weights lie. Here it is told: a node runs where the
+graph said when it was made (``Graph.at``), or, if that device lacks the operation, on the CPU, and
+what writes into a tensor in place where that tensor is. Not used where all is on the host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import ggml
+
+from gemloom.errors import DeviceError
+from gemloom.ggml.device import Device
+
+_VIEWS = {  # these follow what they are views of
+    ggml.GGML_OP_NONE, ggml.GGML_OP_RESHAPE, ggml.GGML_OP_VIEW,
+    ggml.GGML_OP_PERMUTE, ggml.GGML_OP_TRANSPOSE,
+}  # fmt: skip
+
+
+class Marks:
+    """From where on in a graph's memory its nodes belong to which device."""
+
+    def __init__(self, context: Any, first: int) -> None:
+        self._context, self._base = context, int(ggml.ggml_get_mem_buffer(context) or 0)
+        self._starts, self._places = [0], [first]
+
+    @property
+    def now(self) -> int:
+        """The device of what is made next."""
+        return self._places[-1]
+
+    def at(self, index: int) -> None:
+        """What is made from now on belongs to this device."""
+        self._starts.append(self._base + int(ggml.ggml_used_mem(self._context)))
+        self._places.append(index)
+
+    def of(self, address: int) -> int:
+        """The device of the tensor at this address."""
+        return self._places[bisect_right(self._starts, address) - 1]
+
+
+def pin(device: Device, graph: Any, marks: Marks) -> Counter[str]:
+    """Tell the scheduler where each node runs; gives how many the devices lack, by operation.
+
+    DeviceError where a device lacks what has to run there, since it writes into a tensor there.
+    """
+    lacking: Counter[str] = Counter()
+    places: dict[int, int] = {}
+    for node in _nodes(graph):
+        address = ctypes.addressof(node.contents)
+        index = places.get(_root(node), marks.of(address))
+        if index < device.host and not device.supports(index, node):
+            name = ggml.ggml_op_desc(node).decode().lower()
+            if node.contents.view_src:
+                raise DeviceError(f"{device.name(index)} cannot {name} in place; use device cpu")
+            lacking[name] += 1
+            index = device.host
+        places[address] = index
+        ggml.ggml_backend_sched_set_tensor_backend(device.scheduler, node, device.backends[index])
+    return lacking
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    for i in range(ggml.ggml_graph_n_nodes(graph)):
+        node = ggml.ggml_graph_node(graph, i)
+        if node.contents.op not in _VIEWS:
+            yield node
+
+
+def _root(node: Any) -> int:
+    """Address of the tensor whose memory a node writes into; 0 if its own."""
+    source = node.contents.view_src
+    return ctypes.addressof(source.contents) if source else 0

@@ -1,0 +1,52 @@
+"""From what names a model, or is one, to a ``Model``: at once, or awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from gemloom import gguf
+from gemloom.awaited import AwaitedParts
+from gemloom.model import Model
+from gemloom.options import from_options
+from gemloom.source import DEFAULT_MODEL, resolve
+
+
+def load(source: Any = DEFAULT_MODEL, *, key: Any = None, **options: Any) -> Model:
+    """Load a model.
+
+    ``source`` is a path, "hf:owner/repo[:file]", a URL, a built-in name, bytes or another buffer,
+    a list of paths or buffers that make up one file, an iterator of such parts, or a binary file
+    object; ``source.resolve`` says more. ``key`` opens a sealed file: 32 bytes, their base64, or
+    the ``Path`` of a file that holds that; else the environment variable GEMLOOM_KEY does.
+    ``options`` are the fields of ``Options``. Raises SourceError, FormatError, ConfigError,
+    TensorError or TokenizerError for a file that cannot be used, OptionError, DeviceError.
+    """
+    checked = from_options(options)  # wrong ones are told before anything is fetched
+    return Model(gguf.read(resolve(source, key=key, forward=True)), checked)
+
+
+async def load_async(source: Any = DEFAULT_MODEL, *, key: Any = None, **options: Any) -> Model:
+    """As ``load``, without holding up the event loop; ``source`` may be an asynchronous iterator.
+
+    Its parts are awaited in this loop, one after another. Cancelled, it stops at the next part;
+    another source is loaded to its end. What was loaded is freed then.
+    """
+    loop = asyncio.get_running_loop()
+    parts = AwaitedParts(source, loop) if hasattr(source, "__aiter__") else None
+    given = source if parts is None else parts
+    work = loop.run_in_executor(None, partial(load, given, key=key, **options))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        if parts is not None:
+            parts.stop()
+        work.add_done_callback(_discard)
+        raise
+
+
+def _discard(work: asyncio.Future[Model]) -> None:
+    """Close a model that nobody waits for any more."""
+    if not work.cancelled() and work.exception() is None:
+        work.result().close()

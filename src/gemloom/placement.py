@@ -1,0 +1,253 @@
+"""Which device holds what of a model, planned before anything is loaded. Pure: bytes in, plan out.
+
+A device is an index into those that were asked for, in their order; the one after the last is the
+host. What goes to devices are the head and the last layers, as one run: the first device has the
+first of them, and the head goes with the last layer. Token embeddings and the per-layer table,
+of which a step reads some rows, stay on the host; where the head is the same matrix, its device
+has a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from gemloom.errors import DeviceError
+
+SHARED = ("rope_freqs.weight", "per_layer_model_proj.weight", "per_layer_proj_norm.weight")
+TABLES = ("token_embd.weight", "per_layer_token_embd.weight")
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """A device, or the host, as it is before loading."""
+
+    name: str
+    free: int | None  # bytes; None where it does not tell
+    total: int = 0
+
+    @property
+    def usable(self) -> int | None:
+        """What may be planned with: drivers need some themselves, and more than they say."""
+        if self.free is None:
+            return None
+        return max(0, self.free - min(max(self.total // 20, 128 * _MIB), 1024 * _MIB))
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes that a model takes, with one context and type of K/V cells."""
+
+    layers: tuple[int, ...]  # weights of each
+    cells: tuple[int, ...]  # K/V cells of each; 0 where it reads another's
+    head: int  # the matrix and the norm before it
+    shared: int  # what every device with layers has
+    tables: int  # of which rows are read, always on the host
+    compute: int  # for intermediate results, on each device in use
+    copied: bool = False  # the host's weights are no pages of a file
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user asked for."""
+
+    gpu_layers: int | None  # None: as many as fit
+    split: tuple[float, ...] | None  # None: by free memory
+    insists: bool  # on a device: an error where nothing fits on it
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to size the cells."""
+
+    context: int
+    kv_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Bytes on one device, by kind."""
+
+    name: str
+    layers: int
+    weights: int
+    kv: int
+    compute: int
+    free: int | None
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv + self.compute
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where everything goes."""
+
+    layers: tuple[int, ...]  # the device of each
+    head: int
+    host: int  # index of the host
+    choice: Choice
+    table: tuple[Use, ...]  # a row a device, the host's last
+    tied: bool  # the head is the matrix of the token embeddings
+
+    @property
+    def on_host(self) -> bool:
+        """Whether no device has anything."""
+        return all(index == self.host for index in (*self.layers, self.head))
+
+    def places(self, name: str) -> tuple[int, ...]:
+        """The devices that hold a tensor of this name, the host last."""
+        if name.startswith("blk."):
+            return (self.layers[int(name.split(".")[1])],)
+        if name == "token_embd.weight" and self.tied and self.head != self.host:
+            return (self.head, self.host)
+        if name in TABLES:
+            return (self.host,)
+        if name in SHARED:
+            return tuple(sorted(set(self.layers)))
+        return (self.head,)
+
+    def product(self, name: str) -> int:
+        """The device on which the product with a tensor runs, or its rows are read."""
+        return self.host if name in TABLES else self.places(name)[0]
+
+    def runs(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The layers from ``first`` to ``stop`` in runs on one device: its index, first, stop."""
+        start = first
+        for i in range(first, stop):
+            if i + 1 == stop or self.layers[i + 1] != self.layers[start]:
+                yield self.layers[start], start, i + 1
+                start = i + 1
+
+
+def plan(
+    sizes: Callable[[Choice], Sizes],
+    choices: Sequence[Choice],
+    spaces: Sequence[Space],
+    wanted: Wanted,
+    tied: bool,
+) -> Placement:
+    """The first of ``choices`` with which all fits; ``spaces`` are the devices and the host.
+
+    With ``wanted.gpu_layers`` None as many layers go to devices as fit with it. DeviceError where
+    nothing does.
+    """
+    problem = ""
+    for choice in choices:
+        found = _fit(sizes(choice), choice, spaces, wanted, tied)
+        if isinstance(found, Placement):
+            return found
+        problem = problem or found
+    raise DeviceError(problem)
+
+
+def _fit(
+    sizes: Sizes, choice: Choice, spaces: Sequence[Space], wanted: Wanted, tied: bool
+) -> Placement | str:
+    """A placement, or why there is none."""
+    n, host = len(sizes.layers), len(spaces) - 1
+    most = n if wanted.gpu_layers is None else min(n, wanted.gpu_layers)
+    least = most if wanted.gpu_layers is not None else int(wanted.insists)
+    problem = ""
+    for count in range(most if host else 0, (least if host else 0) - 1, -1):
+        for layers in _splits(sizes, count, spaces, wanted):
+            head = layers[-1] if count else host
+            table = tuple(_table(sizes, layers, head, spaces))
+            lacking = _lacking(table, spaces, sizes.copied)
+            if lacking is None:
+                return Placement(layers, head, host, choice, table, tied)
+            problem = _problem(lacking, count, host, choice)
+    return problem
+
+
+def _splits(
+    sizes: Sizes, count: int, spaces: Sequence[Space], wanted: Wanted
+) -> Iterator[tuple[int, ...]]:
+    """Ways to give the last ``count`` layers to the devices: by their shares, then filling up."""
+    n, host = len(sizes.layers), len(spaces) - 1
+    here = (host,) * (n - count)
+    moved = range(n - count, n)
+    if not count:
+        yield here
+        return
+    each = [sizes.layers[i] + sizes.cells[i] for i in moved]
+    each[-1] += sizes.head
+    devices = spaces[:host]
+    shares = wanted.split or tuple(float(space.usable or 0) for space in devices)
+    if not sum(shares):
+        shares = (1.0,) * host
+    yield here + _by_share(each, shares)
+    if wanted.split is None and host > 1:
+        rooms = [_room(space, sizes) for space in devices]
+        yield here + _filling(each, rooms)
+
+
+def _room(space: Space, sizes: Sizes) -> float:
+    return float("inf") if space.usable is None else space.usable - sizes.shared - sizes.compute
+
+
+def _by_share(each: Sequence[int], shares: Sequence[float]) -> tuple[int, ...]:
+    """Each layer goes where its middle lies if the devices lie behind one another."""
+    bounds = list(accumulate(share / sum(shares) for share in shares))
+    last = max(i for i, share in enumerate(shares) if share)
+    total, before, layers = sum(each) or 1, 0.0, []
+    for size in each:
+        middle = (before + size / 2) / total
+        layers.append(next((i for i, bound in enumerate(bounds) if middle < bound), last))
+        before += size
+    return tuple(layers)
+
+
+def _filling(each: Sequence[int], rooms: Sequence[float]) -> tuple[int, ...]:
+    """One device is filled after another; what is left over goes to the last."""
+    left, index, layers = list(rooms), 0, []
+    for size in each:
+        while index < len(left) - 1 and size > left[index]:
+            index += 1
+        left[index] -= size
+        layers.append(index)
+    return tuple(layers)
+
+
+def _table(
+    sizes: Sizes, layers: tuple[int, ...], head: int, spaces: Sequence[Space]
+) -> Iterator[Use]:
+    host = len(spaces) - 1
+    for index, space in enumerate(spaces):
+        own = [i for i, device in enumerate(layers) if device == index]
+        weights = sum(sizes.layers[i] for i in own) + (sizes.shared if own else 0)
+        weights += sizes.head if index == head else 0
+        weights += sizes.tables if index == host else 0
+        used = bool(own) or index == host
+        cells = sum(sizes.cells[i] for i in own)
+        compute = sizes.compute if used else 0
+        yield Use(space.name, len(own), weights, cells, compute, space.free)
+
+
+def _lacking(
+    table: Sequence[Use], spaces: Sequence[Space], copied: bool
+) -> tuple[Use, int, int] | None:
+    """The first device without enough memory, what it needs and what may be used."""
+    for index, (use, space) in enumerate(zip(table, spaces, strict=True)):
+        on_host = index == len(spaces) - 1
+        needed = use.kv + use.compute + (use.weights if copied or not on_host else 0)
+        usable = space.free if on_host else space.usable
+        if usable is not None and needed > usable and (use.layers or on_host):
+            return use, needed, usable
+    return None
+
+
+def _problem(lacking: tuple[Use, int, int], count: int, host: int, choice: Choice) -> str:
+    use, needed, usable = lacking
+    what = f"{count} layers and the head on devices" if host and count else "the model"
+    return (
+        f"no memory for {what}: {use.name} needs {needed / _MIB:,.0f} MiB "
+        f"({use.weights / _MIB:,.0f} of weights, {use.kv / _MIB:,.0f} of K/V cells for a context "
+        f"of {choice.context:,} in {choice.kv_type}, {use.compute / _MIB:,.0f} to compute), "
+        f"{usable / _MIB:,.0f} can be used; take {'fewer gpu_layers, ' if host and count else ''}"
+        f"a smaller context or chunk, or kv_type q8_0"
+    )

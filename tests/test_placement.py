@@ -1,0 +1,147 @@
+"""Plans: nothing over what is free, everything somewhere, and errors that say what to do."""
+
+from contextlib import suppress
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemloom.errors import DeviceError
+from gemloom.placement import Choice, Placement, Sizes, Space, Wanted, plan
+
+MIB = 1 << 20
+CHOICES = [Choice(8192, "f16"), Choice(4096, "f16"), Choice(8192, "q8_0"), Choice(4096, "q8_0")]
+sizes_of_mib = st.integers(0, 400).map(lambda n: n * MIB)
+
+
+def sizes_for(layers: tuple[int, ...], cells: int, **more: int) -> object:
+    """Sizes by choice: cells grow with the context and the bytes of the type."""
+
+    def sizes(choice: Choice) -> Sizes:
+        each = cells * choice.context // 8192 * (2 if choice.kv_type == "f16" else 1)
+        kinds = {"head": 100 * MIB, "shared": MIB, "tables": 300 * MIB, "compute": 50 * MIB}
+        return Sizes(layers, (each,) * len(layers), **(kinds | more))
+
+    return sizes
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[object, list[Space], Wanted]:
+    layers = tuple(draw(st.lists(sizes_of_mib, min_size=1, max_size=12)))
+    frees = draw(st.lists(st.integers(0, 4000), max_size=3))
+    spaces = [Space(f"gpu{i}", free * MIB, free * MIB) for i, free in enumerate(frees)]
+    spaces.append(Space("cpu", draw(st.sampled_from([None, 300 * MIB, 20_000 * MIB]))))
+    count = draw(st.none() | st.integers(0, len(layers) + 1))
+    insists = count is None and draw(st.booleans())
+    sizes = sizes_for(layers, draw(sizes_of_mib), head=draw(sizes_of_mib))
+    return sizes, spaces, Wanted(count, None, insists)
+
+
+def attempt(case: tuple, tied: bool = True) -> Placement | None:
+    sizes, spaces, wanted = case
+    with suppress(DeviceError):
+        return plan(sizes, CHOICES, spaces, wanted, tied)
+    with pytest.raises(DeviceError, match=r"^no memory for [^\n]* needs [^\n]*$"):
+        plan(sizes, CHOICES, spaces, wanted, tied)
+    return None
+
+
+@given(cases())
+def test_nothing_is_over_what_is_free(case: tuple) -> None:
+    sizes, spaces, wanted = case
+    if (placed := attempt(case)) is None:
+        return
+    size, host = sizes(placed.choice), len(spaces) - 1
+    for use, space in zip(placed.table, spaces, strict=True):
+        if use.layers and use.name != "cpu":
+            assert use.total <= space.usable
+    assert len(placed.layers) == len(size.layers)
+    assert sum(use.kv for use in placed.table) == sum(size.cells)
+    shared = sum(size.shared for _ in set(placed.layers))
+    weights = sum(size.layers) + size.head + size.tables + shared
+    assert sum(use.weights for use in placed.table) == weights
+    if wanted.gpu_layers is not None and host:
+        moved = [index for index in placed.layers if index != host]
+        assert len(moved) == min(wanted.gpu_layers, len(size.layers))
+
+
+@given(cases())
+def test_devices_hold_one_run_of_the_last_layers_in_order(case: tuple) -> None:
+    if (placed := attempt(case)) is None:
+        return
+    first = next((i for i, at in enumerate(placed.layers) if at != placed.host), None)
+    if first is None:
+        assert placed.head == placed.host and placed.on_host
+        return
+    moved = placed.layers[first:]
+    assert placed.host not in moved and all(a <= b for a, b in pairwise(moved))
+    assert placed.head == moved[-1]
+    runs = list(placed.runs(0, len(placed.layers)))
+    assert [i for index, start, stop in runs for i in [index] * (stop - start)] == list(
+        placed.layers
+    )
+
+
+@given(cases())
+def test_more_free_memory_never_moves_fewer_layers(case: tuple) -> None:
+    sizes, spaces, wanted = case
+    wider = [
+        Space(space.name, None if space.free is None else 2 * space.free, space.total)
+        for space in spaces
+    ]
+    small, large = attempt(case), attempt((sizes, wider, wanted))
+    if small is None:
+        return
+    assert large is not None
+    before, after = CHOICES.index(small.choice), CHOICES.index(large.choice)
+    count = sum(at != small.host for at in small.layers)
+    assert after < before or sum(at != large.host for at in large.layers) >= count
+
+
+def test_the_tables_stay_and_a_tied_head_is_copied() -> None:
+    spaces = [Space("gpu0", 8000 * MIB, 8000 * MIB), Space("cpu", None)]
+    placed = plan(sizes_for((MIB,) * 4, MIB), CHOICES, spaces, Wanted(2, None, False), tied=True)
+    assert placed.layers == (1, 1, 0, 0) and placed.choice == CHOICES[0]
+    assert placed.places("token_embd.weight") == (0, 1)
+    assert placed.places("per_layer_token_embd.weight") == (1,)
+    assert placed.places("rope_freqs.weight") == (0, 1)
+    assert placed.places("output_norm.weight") == (0,)
+    assert placed.places("blk.0.attn_q.weight") == (1,)
+    assert placed.product("token_embd.weight") == 1
+    untied = plan(sizes_for((MIB,) * 4, MIB), CHOICES, spaces, Wanted(2, None, False), tied=False)
+    assert untied.places("token_embd.weight") == (1,)
+    assert untied.places("output.weight") == (0,)
+
+
+def test_what_is_left_open_gives_way_in_order() -> None:
+    """First layers, then context, then the type of K/V cells."""
+
+    def choice(free: int, layers: int | None) -> tuple[int, Choice]:
+        spaces = [Space("gpu0", free * MIB, 0), Space("cpu", None)]
+        sizes = sizes_for((10 * MIB,) * 10, 100 * MIB)
+        placed = plan(sizes, CHOICES, spaces, Wanted(layers, None, False), tied=True)
+        return sum(at == 0 for at in placed.layers), placed.choice
+
+    assert choice(3000, None) == (10, CHOICES[0])
+    assert choice(2000, None) == (8, CHOICES[0])
+    assert choice(2000, 10) == (10, CHOICES[1])
+    with pytest.raises(DeviceError, match=r"gpu0 needs 2,251 MiB .* 372 can be used; .*gpu_layers"):
+        choice(500, 10)
+
+
+def test_shares_are_of_bytes() -> None:
+    spaces = [Space("gpu0", None), Space("gpu1", None), Space("cpu", None)]
+    sizes = sizes_for((100 * MIB,) * 10, 0, head=0)
+    placed = plan(sizes, CHOICES, spaces, Wanted(10, (3, 1), False), tied=True)
+    assert placed.layers.count(0) in (7, 8)
+    one = plan(sizes, CHOICES, spaces, Wanted(10, (0, 1), False), tied=True)
+    assert set(one.layers) == {1}
+
+
+def test_a_named_device_is_not_passed_over_in_silence() -> None:
+    spaces = [Space("gpu0", 100 * MIB, 0), Space("cpu", None)]
+    sizes = sizes_for((200 * MIB,) * 3, MIB)
+    assert plan(sizes, CHOICES, spaces, Wanted(None, None, False), tied=True).on_host
+    with pytest.raises(DeviceError, match="gpu0 needs"):
+        plan(sizes, CHOICES, spaces, Wanted(None, None, True), tied=True)
