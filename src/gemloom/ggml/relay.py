@@ -26,7 +26,7 @@ GREETING = 5.0  # seconds a worker has to take a connection, and to answer each 
 PATIENCE = 120.0  # seconds for any answer: those to a long prompt's step come when it is computed
 _UNREACHABLE = 10  # seconds without a sign of life from the worker's machine
 _PART = 1 << 20  # bytes that are passed on at once
-_SMALL = 1 << 16  # bytes; requests that get an answer are smaller
+_SMALL = 1 << 16  # bytes; of a tensor's, its description is among so many
 _ZEROS = memoryview(bytes(_PART))
 
 
@@ -187,20 +187,19 @@ class Relay:
         if not _fill(client, memoryview(head)):
             return False
         command, size = HEAD.unpack(head)
-        begin = bytearray(min(size, _SMALL))
+        begin = bytearray(min(size, _SMALL) if command == Command.SET_TENSOR else size)
         _fill(client, memoryview(begin))
         request = bytes(begin)
         answer = self._ledger.known(command, request)
         if answer is None:
-            self._send(head + request)
+            self._send(head + self._ledger.translated(command, request))
             for part in self._rest(client, size - len(request)):
                 self._send(part)
             length = wire.answer_size(command, request)
-            if command == Command.GET_TENSOR:
-                assert length is not None
-                self._pass_back(client, length)
-                return True
             if length is None:
+                return True
+            if command == Command.GET_TENSOR:
+                self._pass_back(client, length)
                 return True
             answer = self._checked(command, request, length)
         client.sendall(SIZE.pack(len(answer)) + answer)
@@ -230,11 +229,9 @@ class Relay:
         if not self.lost:
             try:
                 answer = _answer(self._worker, size, PATIENCE)
-                self._ledger.check(command, request, answer)
+                return self._ledger.checked(command, request, answer)
             except (OSError, MalformedError) as error:
                 self._lose(error)
-            else:
-                return answer
         return self._ledger.stand_in(command, request)
 
     def _pass_back(self, client: socket.socket, left: int) -> None:

@@ -7,6 +7,7 @@ little-endian. Source: ggml-rpc.cpp of the ggml that the pinned ggml-python has.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
@@ -22,10 +23,17 @@ _VERSION = struct.Struct("<3Bx24s")
 _SOURCES = 10  # of a tensor
 _TENSOR = 296  # bytes of one tensor's description
 _TYPE, _EXTENT = slice(8, 12), slice(20, 52)  # there: its type; its sizes and strides
+_BUFFER, _DATA = 12, 220  # there: its buffer; its address
 _FORM = slice(20, 120)  # sizes, strides, operation and its parameters
 _SIZES = struct.Struct("<8I")
+_TENSORS = {  # where the descriptions of tensors are in a request, and how many; GRAPH_COMPUTE's
+    6: (0, 1), 7: (0, 1), 8: (0, 1), 9: (0, 2), 12: (0, 1), 13: (4, 1 + _SOURCES),  # follow nodes
+}  # fmt: skip
 _MOST = 1 << 48  # bytes; more than any memory, and few enough for sums of them
 _SMALLEST_LIMIT = 1 << 20  # of a buffer's size: ggml spreads a graph over 16 buffers at most
+
+
+_names = itertools.count(1)  # of buffers, for all workers
 
 
 class Command(IntEnum):
@@ -75,7 +83,7 @@ class Facts:
 def answer_size(command: int, request: bytes) -> int | None:
     """Bytes of the answer to a request; None where there is none."""
     if command == Command.GET_TENSOR:
-        return int(SIZE.unpack(request[-SIZE.size :])[0])
+        return _u64(request, len(request) - SIZE.size)
     return _ANSWERS.get(Command(command))
 
 
@@ -116,11 +124,15 @@ def device_facts(alignment: bytes, max_size: bytes, memory: bytes) -> Facts:
 
 
 class Ledger:
-    """What a relay knows of a worker: answers that need no asking, and what others must be."""
+    """What a relay knows of a worker: answers that need no asking, and what others must be.
+
+    Buffers have names of its own for ggml, which no other worker's have: where a graph is spread,
+    its parts mention tensors of other workers, of which a worker must not be told.
+    """
 
     def __init__(self, devices: list[Facts]) -> None:
         self._devices = devices
-        self._buffers: dict[int, int] = {}  # the worker's name of a buffer -> its device
+        self._buffers: dict[int, tuple[int, int]] = {}  # our name -> the worker's, its device
         self._sizes: dict[bytes, bytes] = {}  # the form of a tensor -> the answer to GET_ALLOC_SIZE
 
     def known(self, command: int, request: bytes) -> bytes | None:
@@ -137,17 +149,37 @@ class Ledger:
             return self._sizes.get(_form(request))
         return None
 
-    def check(self, command: int, request: bytes, answer: bytes) -> None:
-        """Take note of a worker's answer of the right size. MalformedError for a wrong one."""
+    def translated(self, command: int, request: bytes) -> bytearray:
+        """A request, or its beginning, as the worker is to get it."""
+        told = bytearray(request)
+        if command in (Command.BUFFER_GET_BASE, Command.FREE_BUFFER, Command.BUFFER_CLEAR):
+            SIZE.pack_into(told, 0, self._buffers[_u64(request)][0])
+        if command == Command.FREE_BUFFER:
+            del self._buffers[_u64(request)]
+        if command == Command.GRAPH_COMPUTE:
+            nodes = int.from_bytes(request[4:8], "little")
+            start, stop = 12 + 8 * nodes, len(request)
+        else:
+            start, count = _TENSORS.get(command, (0, 0))
+            stop = start + count * _TENSOR
+        for at in range(start, stop, _TENSOR):
+            buffer, _ = self._buffers.get(_u64(told, at + _BUFFER), (0, 0))
+            SIZE.pack_into(told, at + _BUFFER, buffer)
+            if not buffer:
+                SIZE.pack_into(told, at + _DATA, 0)
+        return told
+
+    def checked(self, command: int, request: bytes, answer: bytes) -> bytes:
+        """What ggml is to get for a worker's answer of the right size. MalformedError."""
         if command == Command.ALLOC_BUFFER:
-            self._check_buffer(request, answer)
-        elif command == Command.BUFFER_GET_BASE:
-            (name,), (base,) = SIZE.unpack(request), SIZE.unpack(answer)
-            alignment = self._devices[self._buffers[name]].alignment
-            if not base or base % alignment or base >= 1 << 62:
+            return self._new_buffer(request, answer)
+        if command == Command.BUFFER_GET_BASE:
+            _, device = self._buffers[_u64(request)]
+            base = _u64(answer)
+            if not base or base % self._devices[device].alignment or base >= 1 << 62:
                 raise MalformedError(f"it said a buffer begins at {base:#x}")
         elif command == Command.GET_ALLOC_SIZE:
-            (size,) = SIZE.unpack(answer)
+            size = _u64(answer)
             if not _nbytes(request) <= size <= _MOST:
                 raise MalformedError(f"it asked for {size:,} bytes for a tensor")
             self._sizes[_form(request)] = answer  # it is asked for at each graph, and again
@@ -155,15 +187,18 @@ class Ledger:
             free, total = struct.unpack("<QQ", answer)
             if free > total or total > _MOST:
                 raise MalformedError("it says impossible things of its memory")
+        return answer
 
-    def _check_buffer(self, request: bytes, answer: bytes) -> None:
+    def _new_buffer(self, request: bytes, answer: bytes) -> bytes:
         device, wanted = struct.unpack("<IQ", request)
-        name, size = struct.unpack("<QQ", answer)
-        if not name:  # no memory
-            return
+        theirs, size = struct.unpack("<QQ", answer)
+        if not theirs:  # no memory
+            return answer
         if not wanted <= size <= _MOST:
             raise MalformedError(f"it gave {size:,} bytes for {wanted:,}")
-        self._buffers[name] = device
+        ours = next(_names)
+        self._buffers[ours] = theirs, device
+        return struct.pack("<QQ", ours, size)
 
     def stand_in(self, command: int, request: bytes) -> bytes:
         """What ggml can go on with where the worker is gone; GET_TENSOR's zeros are not here."""
@@ -175,6 +210,11 @@ class Ledger:
 
     def _device(self, request: bytes) -> Facts:
         return self._devices[int.from_bytes(request, "little")]
+
+
+def _u64(data: bytes | bytearray, at: int = 0) -> int:
+    value: int = SIZE.unpack_from(data, at)[0]
+    return value
 
 
 def _form(request: bytes) -> bytes:
