@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ggml
@@ -215,6 +216,15 @@ class Device:
         """LostError if a device was lost, so that what it computed means nothing."""
         for worker in self._workers:
             worker.check()
+
+    @contextmanager
+    def allocating(self) -> Iterator[None]:
+        """Around giving a graph memory, which workers must not refuse. As ``check``."""
+        with ExitStack() as stack:
+            for worker in self._workers:
+                stack.enter_context(worker.must_give())
+            yield
+        self.check()
 
     def grow(self, nodes: int) -> bool:
         """Make room for graphs of so many nodes; True where that took what had been reserved.

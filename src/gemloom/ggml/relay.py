@@ -17,10 +17,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from gemloom.ggml import wire
-from gemloom.ggml.wire import HEAD, SIZE, Command, Facts, Ledger, MalformedError
+from gemloom.ggml.wire import HEAD, SIZE, Command, Facts, Ledger, MalformedError, RefusedError
 
 GREETING = 5.0  # seconds a worker has to take a connection, and to answer each first question
 PATIENCE = 120.0  # seconds for any answer: those to a long prompt's step come when it is computed
@@ -79,7 +79,7 @@ def _exactly(worker: socket.socket, size: int, end: float) -> bytes:
         worker.settimeout(max(0.001, end - time.monotonic()))
         part = worker.recv(size - len(data))
         if not part:
-            raise ConnectionError("it closed the connection")
+            raise MalformedError("it closed the connection")
         data += part
     return bytes(data)
 
@@ -106,11 +106,13 @@ class Relay:
 
     The client connects to ``port`` of the loopback, some times one after another; after
     ``settle()`` its connection is the last, and its end ends all. ``lost`` is why the worker is
-    not there any more, or "".
+    not there any more, or ""; ``refused`` is what it had no memory for while the client could not
+    bear that (``must_give``), and makes results worthless as well.
     """
 
     def __init__(self, worker: socket.socket, devices: list[Facts]) -> None:
-        self.lost = ""
+        self.lost = self.refused = ""
+        self.must_give = False
         self._worker, self._ledger = worker, Ledger(devices)
         self._settled = False
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -119,6 +121,11 @@ class Relay:
         self._part = memoryview(bytearray(_PART))
         self._thread = threading.Thread(target=self._serve, name="gemloom-worker", daemon=True)
         self._thread.start()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the worker is not asked any more."""
+        return bool(self.lost or self.refused)
 
     def settle(self) -> None:
         """Take no further connection: nobody else on this machine shall find the worker here."""
@@ -168,11 +175,8 @@ class Relay:
         except OSError as error:
             self._lose(error)
         else:
-            self._lose(
-                MalformedError("it answered unasked")
-                if unasked
-                else ConnectionError("it closed the connection")
-            )
+            what = "it answered unasked" if unasked else "it closed the connection"
+            self._lose(MalformedError(what))
 
     def _lose(self, error: OSError | MalformedError) -> None:
         if isinstance(error, TimeoutError) and not error.errno:
@@ -180,6 +184,8 @@ class Relay:
         else:
             reason = getattr(error, "strerror", None) or str(error)
         self.lost = self.lost or reason[0].lower() + reason[1:]
+        with suppress(OSError):  # if it only stalls, it is free for others
+            self._worker.shutdown(socket.SHUT_RDWR)
 
     def _pass_on(self, client: socket.socket) -> bool:
         """One request and its answer; False where there is none any more."""
@@ -216,7 +222,7 @@ class Relay:
 
     def _send(self, data: bytes | bytearray | memoryview) -> None:
         """To the worker, if it is there."""
-        if self.lost:
+        if self.gone:
             return
         try:
             self._worker.settimeout(PATIENCE)
@@ -226,17 +232,21 @@ class Relay:
 
     def _checked(self, command: int, request: bytes, size: int) -> bytes:
         """The worker's answer of so many bytes, or what stands in for it."""
-        if not self.lost:
+        if not self.gone:
             try:
                 answer = _answer(self._worker, size, PATIENCE)
                 return self._ledger.checked(command, request, answer)
             except (OSError, MalformedError) as error:
                 self._lose(error)
+            except RefusedError as error:
+                if not self.must_give:
+                    return wire.NO_BUFFER
+                self.refused = str(error)
         return self._ledger.stand_in(command, request)
 
     def _pass_back(self, client: socket.socket, left: int) -> None:
         """A tensor of so many bytes from the worker to the client; zeros where none come."""
-        if not self.lost:
+        if not self.gone:
             try:
                 _expect(self._worker, left, time.monotonic() + PATIENCE)
             except (OSError, MalformedError) as error:
@@ -249,12 +259,12 @@ class Relay:
 
     def _receive(self, most: int) -> memoryview:
         """What comes from the worker of the next ``most`` bytes; all of them, zeros, if it went."""
-        if not self.lost:
+        if not self.gone:
             try:
                 self._worker.settimeout(PATIENCE)
                 if count := self._worker.recv_into(self._part[:most]):
                     return self._part[:count]
-                raise ConnectionError("it closed the connection")
+                self._lose(MalformedError("it closed the connection"))
             except OSError as error:
                 self._lose(error)
         return _ZEROS[:most]

@@ -12,8 +12,8 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ggml
@@ -67,8 +67,9 @@ class Worker:
                 f"the worker {self.name} does not answer: is it busy with another model, or off?"
             ) from None
         except OSError as error:
-            reason = error.strerror or error
-            raise DeviceError(f"no worker at {self.name}: {reason}; gemloom worker") from None
+            raise DeviceError(
+                f"no worker at {self.name}: {error.strerror or error}; gemloom worker starts one"
+            ) from None
         except MalformedError as error:
             raise DeviceError(f"the worker {self.name} cannot be used: {error}") from None
         self._relay = Relay(connection, facts)
@@ -87,21 +88,29 @@ class Worker:
         endpoint = f"127.0.0.1:{self._relay.port} for {self.name} #{next(_serial)}".encode()
         registry = ggml.ggml_backend_rpc_add_server(endpoint)
         if not registry:
-            raise DeviceError(f"the worker {self.name} cannot be used: {self._relay.lost}")
+            self.check()
+            raise DeviceError(f"the worker {self.name} cannot be used: ggml did not connect")
         types = [ggml.ggml_backend_rpc_buffer_type(endpoint, index) for index in range(count)]
         self._held = ggml.ggml_backend_buft_alloc_buffer(types[0], 1)
+        if not self._held:
+            self.check()
+            raise DeviceError(f"no memory on the worker {self.name}")
         self._relay.settle()
         return [ggml.ggml_backend_reg_dev_get(registry, index) for index in range(count)]
 
-    @property
-    def lost(self) -> str:
-        """Why the worker is not there any more; "" while it is."""
-        return self._relay.lost
+    @contextmanager
+    def must_give(self) -> Iterator[None]:
+        """Around what ends the process where there is no memory; ``check()`` tells then."""
+        self._relay.must_give = True
+        yield
+        self._relay.must_give = False
 
     def check(self) -> None:
-        """LostError where the worker has gone."""
-        if self.lost:
-            raise LostError(f"the worker {self.name} was lost: {self.lost}")
+        """LostError where the worker has gone; DeviceError where it had no memory for a graph."""
+        if self._relay.lost:
+            raise LostError(f"the worker {self.name} was lost: {self._relay.lost}")
+        if self._relay.refused:
+            raise DeviceError(f"the worker {self.name} cannot go on: {self._relay.refused}")
 
     def close(self) -> None:
         """Let go of it, so that it can work for somebody else; never waits for one that is gone."""
