@@ -109,8 +109,11 @@ def outcome(twist: Twist) -> str:
             told = f"fine: {compute(worker.port).view(np.uint8).max()}"
         except DeviceError as error:
             told = f"{type(error).__name__}: {error}".replace(f"127.0.0.1:{worker.port}", "W")
-    left = [thread.name for thread in threading.enumerate() if "gemloom" in thread.name]
-    return f"{told}; left: {left}" if left else told
+    for thread in threading.enumerate():
+        if thread.name.startswith("gemloom"):
+            thread.join(1)
+            assert not thread.is_alive()
+    return told
 
 
 def at(command: Command, number: int, answer: bytes | None) -> Twist:

@@ -123,9 +123,7 @@ TABLE: list[tuple[Command, int, bytes | None, str]] = [
 def test_wrong_answers_are_errors(
     child: Child, command: Command, number: int, answer: bytes | None, told: str
 ) -> None:
-    said = child.outcome(command, number, answer)
-    assert told in said
-    assert "left" not in said
+    assert told in child.outcome(command, number, answer)
 
 
 NUMBERS = st.sampled_from([0, 1, 31, 2**20, 2**31, 2**32, 2**47, 2**48, 2**62, 2**63, 2**64 - 1])
@@ -146,7 +144,6 @@ def test_no_answer_ends_the_process(
 ) -> None:
     said = child.outcome(command, number, answer)
     assert said.startswith(("fine: ", "DeviceError: ", "LostError: ")), said
-    assert "left" not in said
 
 
 @needs_rpc

@@ -19,14 +19,14 @@ needs_rpc = pytest.mark.skipif(
 class Worker:
     """A process that lends its CPU, with one thread; ``device`` is its name for a model."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
         self.process = subprocess.Popen(
-            command("worker", "--listen", f"127.0.0.1:{port}", "--device", "cpu", "-t", "1"),
+            command("worker", "--listen", f"{host}:{port}", "--device", "cpu", "-t", "1"),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
         )  # fmt: skip
         assert self.process.stdout
         self.said = self.process.stdout.readline() + self.process.stdout.readline()
-        found = re.search(r"rpc:127\.0\.0\.1:(\d+)", self.said)
+        found = re.search(r"rpc:[0-9.]+:(\d+)", self.said)
         assert found, self.process.communicate()
         self.device, self.port = found[0], int(found[1])
 
@@ -36,8 +36,8 @@ class Worker:
 
 
 @contextmanager
-def worker(port: int = 0) -> Iterator[Worker]:
-    started = Worker(port)
+def worker(port: int = 0, host: str = "127.0.0.1") -> Iterator[Worker]:
+    started = Worker(port, host)
     try:
         yield started
     finally:

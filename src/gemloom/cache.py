@@ -123,8 +123,12 @@ class KVCache:
             index: Arena(device, 2 * len(self._specs), where=index) for index in set(self._where)
         }
         self._stores = {spec.index: self._store(spec, KV_TYPES[kv_type]) for spec in self._specs}
-        for arena in self._arenas.values():
-            arena.allocate(f"the K/V cells of {slots} x {context:,} positions")
+        try:
+            for arena in self._arenas.values():
+                arena.allocate(f"the K/V cells of {slots} x {context:,} positions")
+        except BaseException:
+            self.close()
+            raise
 
     def _store(self, spec: LayerSpec, kind: GGMLQuantizationType) -> _Store:
         arena = self._arenas[self._where[spec.index]]

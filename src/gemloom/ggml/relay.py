@@ -132,9 +132,10 @@ class Relay:
         self._settled = True
         self._listener.close()
 
-    def join(self) -> None:
-        """Wait until the client's connection has ended."""
-        self._thread.join(GREETING)
+    def close(self) -> None:
+        """Let go of the worker at once; the client, if it is still there, finds it gone."""
+        self.settle()
+        self._lose(MalformedError("it was let go of"))
 
     # -- the thread --------------------------------------------------------------------------
 

@@ -118,8 +118,7 @@ class Worker:
             with undisturbed():
                 ggml.ggml_backend_buffer_free(self._held)
             self._held = None
-        self._relay.settle()
-        self._relay.join()
+        self._relay.close()
 
 
 def serve(devices: Sequence[Any], host: str, port: int, threads: int) -> threading.Thread:
