@@ -19,15 +19,21 @@ NAME = "tiny"
 
 
 @contextmanager
-def serving(model: gemloom.Model, buffer: int = 0, **settings: Any) -> Iterator[str]:
+def serving(
+    model: gemloom.Model,
+    buffer: int = 0,
+    load: Callable[[], gemloom.Model] | None = None,
+    **settings: Any,
+) -> Iterator[str]:
     """The URL of a server of ``model`` for as long as the block runs.
 
     ``buffer``: bytes that the system takes for a client that does not read; 0: its own idea.
+    ``load`` as ``create_app`` takes it; then the model is closed at the end.
     """
     listener = socket.create_server(("127.0.0.1", 0))
     if buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
-    app = create_app(model, Settings(**{"name": NAME, **settings}))
+    app = create_app(model, Settings(**{"name": NAME, **settings}), load)
     config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -38,6 +44,8 @@ def serving(model: gemloom.Model, buffer: int = 0, **settings: Any) -> Iterator[
     finally:
         server.should_exit = True
         thread.join()
+        if load:
+            app.state.service.close()
 
 
 def http(url: str, **options: Any) -> httpx.Client:

@@ -233,7 +233,7 @@ def test_a_failed_step_ends_everything_loudly(
         with pytest.raises(EngineError, match=type(fault).__name__ if not str(fault) else "boom"):
             list(run)
     monkeypatch.undo()
-    with pytest.raises(EngineError, match="load the model again"):
+    with pytest.raises(EngineError, match="the model must be loaded again"):
         model.generate(prompt(5))
     assert model.stats().error
     assert model.stats().slots_busy == 0

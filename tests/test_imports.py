@@ -63,7 +63,7 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "sequence": ["adapters", "candidates", "errors", "sampling", "slots", "stopping", "tokenizer"],
     "scheduler": ["sequence"],
     "generation": ["errors", "router", "sequence"],
-    "ggml": ["errors", "ggml", "gguf"],
+    "ggml": ["errors", "ggml", "gguf", "signals"],
     "placement": ["errors"],
     "fitting": [
         "cache",
@@ -96,6 +96,7 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     ],
     "imatrix_file": ["blob", "errors", "gguf", "source", "writing"],
     "parts": [],
+    "signals": [],
     "recipes": ["errors"],
     "quantize": ["errors", "ggml", "gguf", "imatrix_file", "recipes", "writing"],
     "convert": [
@@ -153,6 +154,7 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
         "sampling",
         "scheduler",
         "sequence",
+        "signals",
         "slots",
     ],
     "state": ["cache", "config", "errors", "gguf", "slots"],

@@ -124,8 +124,12 @@ class KVCache:
         }
         self._stores = {spec.index: self._store(spec, KV_TYPES[kv_type]) for spec in self._specs}
         self._ends = [0] * slots  # of the positions that may have left something in a slot's cells
-        for arena in self._arenas.values():
-            arena.allocate(f"the K/V cells of {slots} x {context:,} positions")
+        try:
+            for arena in self._arenas.values():
+                arena.allocate(f"the K/V cells of {slots} x {context:,} positions")
+        except BaseException:
+            self.close()
+            raise
 
     def _store(self, spec: LayerSpec, kind: GGMLQuantizationType) -> _Store:
         arena = self._arenas[self._where[spec.index]]

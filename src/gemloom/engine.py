@@ -4,7 +4,7 @@ Any thread may submit and cancel; all that touches cells and graphs happens in t
 thread here, between two steps or in one. A request ends in exactly one way: with a piece that has
 a ``finish_reason``, with an error, or with None after it was cancelled. An error within a request
 (its sampling, its grammar) ends that request; a step that fails ends all of them, and the
-engine: what comes later is refused at once.
+engine, and so does a device that is lost: what comes later is refused at once.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import Any, TypeVar
 from gemloom.adapters.active import Marks, marks
 from gemloom.cache import KVCache
 from gemloom.candidates import Candidates
-from gemloom.errors import ClosedError, EngineError, GemloomError, QueueFullError
+from gemloom.errors import ClosedError, EngineError, GemloomError, LostError, QueueFullError
 from gemloom.options import Options
 from gemloom.runner import Runner
 from gemloom.sampling import Floats
 from gemloom.scheduler import plan
 from gemloom.sequence import Chunk, Sequence
+from gemloom.signals import undisturbed
 from gemloom.slots import Slot, Slots
 
 T = TypeVar("T")
@@ -49,6 +50,7 @@ class Stats:
     steps: int
     snapshot_bytes: int
     error: str | None  # why the engine stopped
+    lost: bool = False  # and whether that was a device that went away, which may come back
 
 
 class Engine:
@@ -81,7 +83,7 @@ class Engine:
         self._calls: deque[tuple[abc.Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._free = free
-        self._closing, self._failure = False, ""
+        self._closing, self._failure, self._lost = False, "", False
         self._counts = dict.fromkeys(("prompt", "cached", "generated", "steps"), 0)
         self._thread = threading.Thread(target=self._loop, name="gemloom-engine", daemon=True)
         self._thread.start()
@@ -167,7 +169,7 @@ class Engine:
         return Stats(
             len(self._running), len(self._waiting), len(self.slots.all), busy,
             self._counts["prompt"], self._counts["cached"], self._counts["generated"],
-            self._counts["steps"], self.slots.snapshot_bytes, self._failure or None,
+            self._counts["steps"], self.slots.snapshot_bytes, self._failure or None, self._lost,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -185,28 +187,38 @@ class Engine:
         if self._closing:
             raise ClosedError("the model is closed")
         if self._failure:
-            raise EngineError(self._failure)
+            raise self._refusal()
         if not self._thread.is_alive():
             raise EngineError("a model does not live through a fork: load it in the child")
 
     # -- the engine's own thread ---------------------------------------------------------------
 
     def _loop(self) -> None:
-        while self._wait():
-            try:
-                self.step()
-            except BaseException as error:
-                _log.exception("a step failed")
-                self._fail(error)
-        self._end_all(ClosedError("the model is closed"))
-        self._free()
+        with undisturbed():
+            while self._wait():
+                try:
+                    self.step()
+                except BaseException as error:
+                    self._fail(error)
+            self._end_all(ClosedError("the model is closed"))
+            self._free()
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False to end."""
         with self._wake:
             while not (self._closing or self._calls or self._running or self._can_admit()):
                 self._wake.wait(1.0)  # a finalizer that runs in here wakes nobody
+                if not self._failure and self._loss():  # to be told before somebody asks
+                    break
             return not self._closing
+
+    def _loss(self) -> LostError | None:
+        """The device that is lost, if one is."""
+        try:
+            self._runner.check()
+        except LostError as error:
+            return error
+        return None
 
     def _can_admit(self) -> bool:
         """Whether a request waits that a step would take out of the queue."""
@@ -217,6 +229,9 @@ class Engine:
         """Compute one batch: a row of each request that decodes, a part of each other's prompt."""
         self._answer_calls()
         self._end_cancelled()
+        if self._failure:
+            return
+        self._runner.check()
         self._admit()
         self._make_room()
         batch = plan(self._turn(), self._options.chunk, self._options.budget)
@@ -256,7 +271,9 @@ class Engine:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(function())
+                result = function()
+                self._runner.check()  # or it may be made of nothing
+                future.set_result(result)
             except BaseException as error:
                 future.set_exception(error)
 
@@ -378,10 +395,18 @@ class Engine:
         sequence.release()
 
     def _fail(self, error: BaseException) -> None:
+        lost = self._loss()  # whatever failed, that is why
+        if lost:
+            _log.error("%s", lost)
+        else:
+            _log.error("a step failed", exc_info=error)
         with self._wake:
-            line = " ".join(str(error).split()) or type(error).__name__
-            self._failure = f"the engine stopped: {line}; load the model again"
-        self._end_all(EngineError(self._failure))
+            line = " ".join(str(lost or error).split()) or type(error).__name__
+            self._failure, self._lost = f"the engine stopped: {line}", bool(lost)
+        self._end_all(self._refusal())
+
+    def _refusal(self) -> EngineError:
+        return EngineError(f"{self._failure}; the model must be loaded again")
 
     def _end_all(self, error: GemloomError) -> None:
         """End every request, and whoever waits for a call, with ``error``."""

@@ -14,7 +14,8 @@
     │   ├── ContextError          400  context_length_exceeded
     │   └── StateError            400  invalid_state        saved state that does not fit this model
     ├── OutputError               500  output_error         a file that cannot be written
-    ├── DeviceError               500  device_error         a backend missing, lost or out of memory
+    ├── DeviceError               500  device_error         a backend missing or out of memory
+    │   └── LostError             503  device_lost          it was there, and is not any more
     ├── QueueFullError            429  queue_full           more requests than may wait
     ├── EngineError               503  engine_failed        a step failed; nothing is computed since
     └── ClosedError               503  model_closed         used after close()
@@ -118,6 +119,13 @@ class DeviceError(GemloomError):
     """A backend that is missing, was lost or has no memory left."""
 
     code = "device_error"
+
+
+class LostError(DeviceError):
+    """A device that went away, with all that lay there; it may come back."""
+
+    status = 503
+    code = "device_lost"
 
 
 class QueueFullError(GemloomError):

@@ -137,6 +137,7 @@ class Runner:
         ids, values = plan.ranked.ids.numpy(), plan.ranked.values.numpy()[..., 0]
         sound = np.isfinite(plan.ranked.sums.numpy()[:, 0])
         values = self._model.softcap(values)
+        self.check()
         self._lap("read", start)
         return [self._row(plan, i, ids[i], values[i], bool(sound[i])) for i in range(len(ids))]
 
@@ -151,6 +152,7 @@ class Runner:
         """All logits, float32 [rows, n_vocab], or those of one row, [n_vocab]."""
         start = perf_counter()
         values = self._model.softcap(logits.numpy() if row is None else logits.numpy_row(row))
+        self.check()
         self._lap("read", start)
         return values
 
@@ -176,6 +178,10 @@ class Runner:
         plan.graph.compute(partial(self._foresee, batch))
         self._lap("compute", start)
         return plan
+
+    def check(self) -> None:
+        """LostError where a device went away: what was read from it then is no result."""
+        self._device.check()
 
     def _warn(self, lacking: Mapping[str, int]) -> None:
         """Say once of each operation that it is slower than it might be."""

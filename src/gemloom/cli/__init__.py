@@ -27,6 +27,7 @@ from gemloom.cli.running import run
 from gemloom.cli.sealing import seal, unseal
 from gemloom.cli.serving import serve
 from gemloom.cli.terminal import fail
+from gemloom.cli.working import worker
 from gemloom.errors import GemloomError, OptionError
 
 _FAILED, _WRONG_USAGE, _INTERRUPTED, _NO_READER = 1, 2, 128 + 2, 128 + 13
@@ -108,7 +109,7 @@ def _top(
 
 
 for _command in (
-    run, chat, serve, inspect, tokenize, doctor, bench,
+    run, chat, serve, worker, inspect, tokenize, doctor, bench,
     convert, quantize, imatrix, perplexity, compare, seal, unseal,
 ):  # fmt: skip
     app.command(cls=Command)(_command)

@@ -5,8 +5,9 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -129,13 +130,16 @@ def serve(
     settings = server.settings(source)
     listener = _listen(server.host, server.port)  # one in use is told before the model is loaded
     with listener, open_model(source, load) as opened:
+        from gemloom.loading import load as load_again
         from gemloom.server.app import create_app
 
+        again = partial(load_again, source, key=load.key_file, **load.given())
         with waiting("loading adapters"):
-            app = create_app(opened, settings)
+            app = create_app(opened, settings, again)
         for info in opened.adapters.list():
             note(summary(info.name, info))
-        _run(app, listener, settings, server.drain)
+        with closing(app.state.service):
+            _run(app, listener, settings, server.drain)
 
 
 def _adapters(given: list[str]) -> "dict[str, AdapterFile]":

@@ -85,6 +85,9 @@ class Arena:
             return
         self._check_free(size, what)
         buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, kind)
+        if buffer:
+            self._closers.append(lambda: ggml.ggml_backend_buffer_free(buffer))
+        self._device.check()  # one that is lost gives whatever is asked for
         if not buffer:
             raise DeviceError(
                 f"no memory for {what}: {size / 2**20:,.0f} MiB could not be allocated"
@@ -94,7 +97,6 @@ class Arena:
             ggml.ggml_backend_buffer_set_usage(buffer, usage)
         else:
             ggml.ggml_backend_buffer_clear(buffer, 0)
-        self._closers.append(lambda: ggml.ggml_backend_buffer_free(buffer))
         self.bytes_allocated += int(ggml.ggml_backend_buffer_get_size(buffer))
 
     def _check_free(self, size: int, what: str) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import ggml
 
 from gemloom.errors import DeviceError
+from gemloom.ggml import rpc
 
 _log = logging.getLogger("gemloom.ggml")
 _KINDS = {
@@ -50,6 +52,7 @@ class Found:
     name: str  # as it is asked for
     pointer: Any  # ggml's device
     buffer_type: Any  # in which its tensors lie
+    worker: rpc.Worker | None = None  # whose it is; to be closed after all that lies there
 
     @property
     def info(self) -> DeviceInfo:
@@ -97,7 +100,30 @@ def choose(names: Sequence[str]) -> list[Found]:
     there = listed()
     if list(names) == ["auto"]:
         return _all_of_one_kind(there)
-    return [found for name in names if name != HOST for found in _named(name, there)]
+    found: list[Found] = []
+    with ExitStack() as stack:
+        for name in names:
+            if name.startswith(rpc.PREFIX):
+                worker = rpc.Worker(*rpc.parse_address(name.removeprefix(rpc.PREFIX)))
+                stack.callback(worker.close)
+                found += _remote(name, worker)
+            elif name != HOST:
+                found.append(_named(name, there))
+        stack.pop_all()
+    return found
+
+
+def lendable(names: Sequence[str]) -> list[tuple[DeviceInfo, Any]]:
+    """The devices that a worker is to lend, and ggml's pointers: as ``choose``, with the CPU.
+
+    "auto" is the CPU where there is no GPU. DeviceError.
+    """
+    rpc.check_built()
+    found = [(found.info, found.pointer) for found in choose(names)]
+    if HOST in names or not found:
+        cpu = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_CPU)
+        found.append((_info(cpu), cpu))
+    return found
 
 
 def _all_of_one_kind(there: dict[str, Found]) -> list[Found]:
@@ -110,17 +136,19 @@ def _registry(device: Any) -> str:
     return str(ggml.ggml_backend_reg_name(ggml.ggml_backend_dev_backend_reg(device)).decode())
 
 
-def _named(name: str, there: dict[str, Found]) -> list[Found]:
-    if name.startswith("rpc:"):
-        return _remote(name)
+def _named(name: str, there: dict[str, Found]) -> Found:
     if name not in there:
         here = ", ".join(["cpu", *there])
         raise DeviceError(f"there is no device {name!r}; here: {here}; {_INSTALL}")
-    return [there[name]]
+    return there[name]
 
 
-def _remote(name: str) -> list[Found]:
-    raise DeviceError(f"device {name!r}: this build of ggml has no RPC; {_INSTALL}")
+def _remote(name: str, worker: rpc.Worker) -> list[Found]:
+    several = len(worker.devices) > 1
+    return [
+        Found(f"{name}#{i}" if several else name, p, ggml.ggml_backend_dev_buffer_type(p), worker)
+        for i, p in enumerate(worker.devices)
+    ]
 
 
 def start(device: Any, name: str) -> Any:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ggml
@@ -157,6 +158,8 @@ class Device:
     ) -> None:
         self.max_nodes = max_nodes  # of one graph
         self.found = backends.choose([names] if isinstance(names, str) else names)
+        self._workers = dict.fromkeys(found.worker for found in self.found if found.worker)
+        self._closers: list[Callable[[], None]] = [worker.close for worker in self._workers]
         self.host = len(self.found)
         self.on_host = not self.found
         self.kernels = kernels if self.on_host else None
@@ -164,7 +167,6 @@ class Device:
             fields = ("data", "ne", "nb", "src")
             self.kernels.use({name: getattr(ggml.ggml_tensor, name).offset for name in fields})
         self.threads = threads or usable_cores()
-        self._closers: list[Callable[[], None]] = []
         self.cpu = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_CPU)
         self.current: object = None  # the graph whose tensors have memory now
         self.compute_bytes = 0  # for the intermediate tensors of graphs
@@ -175,7 +177,7 @@ class Device:
             raise
         self.scheduler = self._schedule()
         self._closers.append(self._free_scheduler)
-        self.names = [ggml.ggml_backend_name(backend).decode() for backend in self.backends]
+        self.names = [self._backend_name(index) for index in range(len(self.backends))]
 
     def _start(self) -> list[Any]:
         started = [self._open(found.pointer, found.name) for found in self.found]
@@ -222,13 +224,29 @@ class Device:
         """Of a device, as it is asked for."""
         return self.found[index].name if index < self.host else backends.HOST
 
+    def _backend_name(self, index: int) -> str:
+        if index < self.host and self.found[index].worker:  # ggml's tells of the relay
+            return self.found[index].name
+        return str(ggml.ggml_backend_name(self.backends[index]).decode())
+
     def supports(self, index: int, node: Any) -> bool:
         """Whether a device can compute an operation; ``node`` is ggml's pointer to its result."""
         device = self.found[index].pointer if index < self.host else self.cpu
         return bool(ggml.ggml_backend_dev_supports_op(device, node))
 
     def check(self) -> None:
-        """DeviceError if a device was lost, so that what it computed means nothing."""
+        """LostError if a device was lost, so that what it computed means nothing."""
+        for worker in self._workers:
+            worker.check()
+
+    @contextmanager
+    def allocating(self) -> Iterator[None]:
+        """Around giving a graph memory, which workers must not refuse. As ``check``."""
+        with ExitStack() as stack:
+            for worker in self._workers:
+                stack.enter_context(worker.must_give())
+            yield
+        self.check()
 
     def grow(self, nodes: int) -> bool:
         """Make room for graphs of so many nodes; True where that took what had been reserved.

@@ -110,7 +110,9 @@ class Graph:
     def reserve(self) -> None:
         """Let the scheduler take the memory this graph needs. DeviceError if there is none."""
         self._reset()
-        if not ggml.ggml_backend_sched_reserve(self._device.scheduler, self._graph):
+        with self._device.allocating():
+            there = ggml.ggml_backend_sched_reserve(self._device.scheduler, self._graph)
+        if not there:
             raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
         self._device.measure()
 
@@ -119,7 +121,9 @@ class Graph:
         if self._device.current is self:
             return
         self._reset()
-        if not ggml.ggml_backend_sched_alloc_graph(self._device.scheduler, self._graph):
+        with self._device.allocating():
+            there = ggml.ggml_backend_sched_alloc_graph(self._device.scheduler, self._graph)
+        if not there:
             raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
         self._device.current = self
         self._device.measure()

@@ -33,6 +33,7 @@ class Decoder:
         """Token embeddings, scaled: [D, T]."""
         with g.on(self.placement.host):
             x = table_rows(g, self.weights["token_embd.weight"], rows.tokens, rows.deltas)
+            g.expand(x)
         g.at(self.placement.layers[0])
         return g.name(g.scale(x, self.config.embed_scale), "embd")
 

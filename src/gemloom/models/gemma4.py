@@ -109,6 +109,7 @@ class Gemma4(Decoder):
         table, part = self.weights[PER_LAYER_TABLE], (first * p, stop * p)
         with g.on(self.placement.host):
             t = table_rows(g, table, rows.tokens, rows.deltas, part)
+            g.expand(t)  # with all else of the host, before the devices take over
         t = g.scale(t, sqrt(p))  # [P * n, T]
         projection = self.weights.on("per_layer_model_proj.weight", there)
         y = linear(g, projection, embedded, rows.deltas, part)

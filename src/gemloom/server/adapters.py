@@ -6,6 +6,7 @@ come with the request where that is switched on.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from gemloom.errors import AdapterError, OptionError, UnknownAdapterError, Weigh
 from gemloom.model import Model
 from gemloom.server.errors import FieldError
 from gemloom.server.protocol import Adapted, Json, LoraScale
+
+_log = logging.getLogger("gemloom.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,23 @@ class ServedAdapters:
         self._adapters, self._registered = model.adapters, dict(registered)
         self._ids: dict[str, int] = {}  # as llama.cpp's clients know them; none is ever reused
         self._defaults: dict[str, float] = {}
+        self._from: dict[str, AdapterFile | None] = {}  # each that is there; None: a client
         for name in registered:
             self.load(name, None)
+
+    def move(self, model: Model) -> None:
+        """Go on with the model loaded again: with all that were there, but those clients sent.
+
+        Raises what ``load`` raises, and changes nothing then.
+        """
+        for name, file in self._from.items():
+            if file:
+                model.adapters.load(name, file.source, file.scale)
+        for name in [name for name, file in self._from.items() if not file]:
+            _log.warning("the adapter %s was sent by a client, and must be sent again", name)
+            del self._from[name]
+            self._defaults.pop(name, None)
+        self._adapters = model.adapters
 
     # -- what there is -------------------------------------------------------------------------
 
@@ -58,24 +76,30 @@ class ServedAdapters:
                 f"no file was registered under {name[:80]!r} when the server started; there are: "
                 f"{there}"
             )
-        return self._load(name, file.source, file.scale if scale is None else scale)
+        file = file if scale is None else AdapterFile(file.source, scale)
+        info = self._load(name, file)
+        self._from[name] = file
+        return info
 
     def upload(self, name: str, data: bytes, scale: float | None) -> AdapterInfo:
         """Load the bytes of an adapter. AdapterError for what is wrong with them: a client's."""
         check_name(name)
         try:
-            return self._load(name, data, 1.0 if scale is None else scale)
+            info = self._load(name, AdapterFile(data, 1.0 if scale is None else scale))
         except WeightsError as error:
             raise AdapterError(f"what was sent cannot be used: {error}") from error
+        self._from[name] = None
+        return info
 
-    def _load(self, name: str, source: Any, scale: float) -> AdapterInfo:
-        info = self._adapters.load(name, source, scale)
+    def _load(self, name: str, file: AdapterFile) -> AdapterInfo:
+        info = self._adapters.load(name, file.source, file.scale)
         self._ids.setdefault(name, len(self._ids))
         return info
 
     def unload(self, name: str) -> None:
         """Take a name away. UnknownAdapterError."""
         self._adapters.unload(name)
+        self._from.pop(name, None)
         self._defaults.pop(name, None)
 
     # -- what a request means ------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from threading import Event
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemloom import __version__
 from gemloom.adapters.info import Scales
-from gemloom.errors import EngineError, GemloomError, RequestError
+from gemloom.errors import GemloomError, RequestError
 from gemloom.model import Model
 from gemloom.server import adapter_routes, metrics, protocol
 from gemloom.server.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
@@ -246,10 +247,9 @@ async def prometheus(request: Request) -> Response:
 @open_to_all.get("/health")
 async def health(request: Request) -> Response:
     """Whether requests are answered; 503, and why, where they are not."""
-    error = _service(request).model.stats().error
-    if error is not None:
-        failed = protocol.error_body(EngineError(error))
-        return JSONResponse({"status": "error", **failed}, EngineError.status)
+    if failure := _service(request).failure():
+        body = {"status": "error", **protocol.error_body(failure)}
+        return JSONResponse(body, failure.status)
     return JSONResponse({"status": "ok"})
 
 
@@ -291,10 +291,15 @@ class _Counted:
             self._metrics.answered(path, status, time.perf_counter() - started)
 
 
-def create_app(model: Model, settings: Settings) -> FastAPI:
-    """The application that serves ``model``, which the caller closes after it."""
+def create_app(
+    model: Model, settings: Settings, load: Callable[[], Model] | None = None
+) -> FastAPI:
+    """The application that serves ``model``; ``app.state.service.close()`` closes that after it.
+
+    ``load`` gives the model anew, where it is to be loaded again when a device of it is back.
+    """
     app = _App(title="Gemloom", version=__version__, docs_url=None, redoc_url=None)
-    app.state.service = service = Service(model, settings)
+    app.state.service = service = Service(model, settings, load)
     app.include_router(open_to_all)
     app.include_router(api)
     app.include_router(adapter_routes.routes, dependencies=[Depends(_admit)])

@@ -5,7 +5,7 @@ The engine's numbers are read when somebody asks; only times and HTTP counts are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -36,7 +36,8 @@ _GAUGES = {
 class Metrics:
     """The metrics of one server, in a registry of its own."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Callable[[], Model]) -> None:
+        """``model`` gives the one that is served now."""
         self._registry = registry = CollectorRegistry()
         registry.register(_Engine(model))
         self._requests = Counter(
@@ -77,21 +78,22 @@ class Metrics:
 class _Engine(Collector):
     """What the model knows of itself, read at the moment of asking."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Callable[[], Model]) -> None:
         self._model = model
 
     def describe(self) -> Iterator[Metric]:
         return iter(())  # or registering would read the model
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._model.stats()
+        model = self._model()
+        stats = model.stats()
         for name, what in _GAUGES.items():
             yield GaugeMetricFamily(f"gemloom_{name}", what, value=getattr(stats, name))
         failed = float(stats.error is not None)
         yield GaugeMetricFamily("gemloom_engine_failed", "1 after the engine stopped", value=failed)
         yield CounterMetricFamily("gemloom_steps", "Steps computed", value=stats.steps)
         yield _tokens(stats)
-        there = self._model.adapters.list()
+        there = model.adapters.list()
         yield GaugeMetricFamily("gemloom_adapters", "Adapters that are loaded", value=len(there))
         requests = CounterMetricFamily(
             "gemloom_adapter_requests", "Requests that have named an adapter", labels=["adapter"]
@@ -100,7 +102,7 @@ class _Engine(Collector):
             requests.add_metric([info.name], info.requests)
         yield requests
         memory = GaugeMetricFamily("gemloom_memory_bytes", "Memory by kind", labels=["kind"])
-        for kind, size in self._model.memory().items():
+        for kind, size in model.memory().items():
             memory.add_metric([kind], size)
         yield memory
 

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gemloom.adapters.info import Scales
+from gemloom.errors import EngineError
 from gemloom.generation import Run
 from gemloom.model import Model
 from gemloom.server.adapters import AdapterFile, ServedAdapters
@@ -25,6 +26,7 @@ from gemloom.server.guard import Keys, check_origin, is_local, read_body
 from gemloom.server.jobs import Job, Preparer, start
 from gemloom.server.metrics import Metrics
 from gemloom.server.protocol import Adapted, Body, parse
+from gemloom.server.recovery import Recovery
 from gemloom.server.streams import (
     Answer,
     EventStream,
@@ -58,18 +60,46 @@ class Settings:
 
 
 class Service:
-    """One model and its settings, as the routes use them."""
+    """One model and its settings, as the routes use them.
 
-    def __init__(self, model: Model, settings: Settings) -> None:
+    With ``load``, which gives the model anew, it is loaded again when a device of it was lost and
+    is back. ``close()`` closes the model that is there then.
+    """
+
+    def __init__(
+        self, model: Model, settings: Settings, load: Callable[[], Model] | None = None
+    ) -> None:
         self.model, self.settings = model, settings
         self.keys, self.metrics, self.prepare = (
             Keys(settings.api_keys),
-            Metrics(model),
+            Metrics(lambda: self.model),
             Preparer(model),
         )
         self.adapters = ServedAdapters(model, settings.adapters)
         self.created = int(time.time())
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
+        self._recovery = load and Recovery(lambda: self.model, load, self._take)
+
+    def _take(self, model: Model) -> None:
+        """Go on with a model that was loaded again, and the adapters there were."""
+        self.adapters.move(model)
+        self.prepare = Preparer(model)
+        self.model = model
+
+    def close(self) -> None:
+        """End what runs in the background, and close the model."""
+        if self._recovery:
+            self._recovery.close()
+        self.model.close()
+
+    def failure(self) -> EngineError | None:
+        """Why no requests are answered; None where they are."""
+        stats = self.model.stats()
+        if stats.error is None:
+            return None
+        again = self._recovery and stats.lost
+        hope = "is loaded again as soon as it can be" if again else "must be loaded again"
+        return EngineError(f"{stats.error}; the model {hope}")
 
     def admit(self, request: Request) -> None:
         """KeyRefusedError or ForbiddenError for who may not use this server."""
@@ -104,7 +134,9 @@ class Service:
         return None if limit is None else asyncio.get_running_loop().time() + limit
 
     async def read(self, kind: type[_Body], request: Request, deadline: float | None) -> _Body:
-        """The request's body as ``kind``. Raises what is wrong with it."""
+        """The request's body as ``kind``. Raises what is wrong with it, or with the engine."""
+        if failure := self.failure():
+            raise failure
         data = await before(deadline, read_body(request, self.settings.max_body))
         asked = await in_thread(partial(parse, kind, data), deadline)
         self.check_name(asked.model)

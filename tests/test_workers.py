@@ -1,0 +1,140 @@
+"""Models spread over workers: the same logits as in one process; the command that lends."""
+
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import ggml
+import numpy as np
+import pytest
+
+import tiny
+from command_line import call
+from conftest import Load, endless, prompt
+from gemloom.errors import DeviceError
+from gemloom.ggml import relay, rpc
+from random_lora import random_lora
+from workers import Worker, needs_rpc, worker
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[Worker, Worker]]:
+    with worker() as first, worker() as second:
+        yield first, second
+
+
+@needs_rpc
+@pytest.mark.parametrize("variant", sorted(tiny.VARIANTS))
+def test_two_workers_compute_what_one_process_does(
+    load: Load, pair: tuple[Worker, Worker], variant: str
+) -> None:
+    """To the bit: it is the same arithmetic, one thread and one set of kernels."""
+    alone = load(variant, device="cpu", kernels="plain", threads=1, chunk=16)
+    spread = load(variant, device=[w.device for w in pair], threads=1, chunk=16)
+    assert set(spread.placement.layers) == {0, 1}
+    assert spread.placement.head == 1
+    assert spread.backends[:2] == [w.device for w in pair]
+    ids = prompt(40)
+    np.testing.assert_array_equal(alone.logits(ids), spread.logits(ids))
+    texts = [model.generate(ids[:9], max_tokens=20, temperature=0) for model in (alone, spread)]
+    assert texts[0].tokens == texts[1].tokens
+
+
+@needs_rpc
+def test_together_with_this_machine_and_with_adapters(
+    load: Load, pair: tuple[Worker, Worker]
+) -> None:
+    device, ids = [pair[0].device, "cpu"], prompt(40)
+    alone = load("e2b", device="cpu", kernels="plain", threads=1)
+    spread = load("e2b", device=device, gpu_layers=4, threads=1)
+    assert set(spread.placement.layers) == {0, 1}
+    for model in (alone, spread):
+        model.adapters.load("style", random_lora(alone, 3))
+    want = alone.logits(ids, adapters={"style": 0.7})
+    assert np.abs(want - alone.logits(ids)).max() > 0.1
+    assert np.abs(want - spread.logits(ids, adapters={"style": 0.7})).max() < 1e-4 * want.std()
+
+
+@needs_rpc
+def test_a_worker_serves_one_model_after_another(
+    load: Load, pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "GREETING", 0.3)
+    model = load("e2b", device=pair[0].device, threads=1)
+    with pytest.raises(DeviceError, match="is it busy with another model, or off"):
+        load("e2b", device=pair[0].device, threads=1)
+    model.close()
+    monkeypatch.undo()
+    assert load("e2b", device=pair[0].device, threads=1).generate(prompt(3), max_tokens=2).text
+
+
+@needs_rpc
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
+def test_signals_do_not_end_the_process(load: Load, pair: tuple[Worker, Worker]) -> None:
+    """ggml takes an interrupted system call for a lost worker, and aborts: none may reach it."""
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        model = load("e2b", device=[w.device for w in pair], threads=1)
+        model.generate(prompt(20), max_tokens=20, **endless(model))
+        model.close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(rung) > 50
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@needs_rpc
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_says_what_it_lends_and_ends_at_once(number: signal.Signals) -> None:
+    with worker() as started, closing(rpc.Worker("127.0.0.1", started.port)):
+        assert started.said.startswith("lending cpu (")
+        started.process.send_signal(number)
+        asked = time.monotonic()
+        assert started.process.wait(10) == -number
+        assert time.monotonic() - asked < 1
+        assert started.process.communicate() == ("", "")
+
+
+@needs_rpc
+def test_a_worker_for_others_warns() -> None:
+    with worker(host="0.0.0.0") as started:
+        started.process.kill()
+        told = started.process.communicate()[1]
+    assert told == (
+        f"whoever can reach 0.0.0.0:{started.port} may use this machine: "
+        "there is no authentication\n"
+    )
+
+
+@needs_rpc
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = call("worker", "--listen", f"127.0.0.1:{port}")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"gemloom: 127.0.0.1:{port}: Address already in use; try another --listen\n"
+    )
+
+
+@needs_rpc
+def test_what_a_worker_cannot_lend() -> None:
+    result = call("worker", "--device", "cuda7", "--listen", "127.0.0.1:0")
+    assert result.exit_code == 1
+    assert "there is no device 'cuda7'; here: cpu" in result.stderr
+    for listen in ("127.0.0.1", ":1", "127.0.0.1:x", "127.0.0.1:99999"):
+        assert call("worker", "--listen", listen).exit_code == 2
+
+
+def test_without_rpc_the_way_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch, load: Load) -> None:
+    monkeypatch.setattr(ggml, "GGML_USE_RPC", False)
+    with pytest.raises(DeviceError, match=r"has no RPC.*CMAKE_ARGS=.-DGGML_RPC=ON. pip install"):
+        load("e2b", device="rpc:127.0.0.1:1")
+    assert "has no RPC" in call("worker", "--listen", "127.0.0.1:0").stderr

@@ -1,0 +1,229 @@
+"""A worker that dies: every request is told, nothing hangs, and another one can take its place."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import gemloom
+import tiny
+from conftest import Load, endless, prompt
+from gemloom.adapters.gguf_lora import write_gguf
+from gemloom.errors import EngineError, LostError
+from gemloom.ggml import relay
+from gemloom.server import recovery
+from gemloom.server.adapters import AdapterFile
+from random_lora import random_lora
+from serving import events, http, serving, until
+from workers import Worker, needs_rpc, worker
+
+pytestmark = needs_rpc
+FOREVER: dict[str, Any] = {"max_tokens": 200}
+
+
+@pytest.fixture(scope="module")
+def survivor() -> Iterator[Worker]:
+    with worker() as started:
+        yield started
+
+
+@pytest.fixture
+def pair(survivor: Worker) -> Iterator[tuple[Worker, Worker]]:
+    """Two workers, the second of which may die."""
+    with worker() as victim:
+        yield survivor, victim
+
+
+def stop(process: Any) -> None:
+    process.send_signal(signal.SIGSTOP)
+
+
+def kill(process: Any) -> None:
+    process.kill()
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (kill, "it closed the connection|[Cc]onnection reset by peer|[Bb]roken pipe"),
+        (stop, "it did not answer in 0.5 seconds"),
+    ],
+)
+def test_a_worker_lost_in_the_middle_ends_all_requests(
+    load: Load,
+    pair: tuple[Worker, Worker],
+    monkeypatch: pytest.MonkeyPatch,
+    how: Callable[[Any], None],
+    why: str,
+) -> None:
+    monkeypatch.setattr(relay, "PATIENCE", 0.5)
+    model = load("e2b", device=[w.device for w in pair], slots=2, threads=1)
+    runs = [model.stream(prompt(5, seed=i), **FOREVER, **endless(model)) for i in range(3)]
+    next(runs[0])
+    next(runs[1])
+    how(pair[1].process)
+    lost = time.monotonic()
+    for run in runs:
+        with pytest.raises(EngineError, match=f"the worker {pair[1].device[4:]} was lost: ({why})"):
+            list(run)
+    assert time.monotonic() - lost < 5
+    with pytest.raises(EngineError, match="the model must be loaded again"):
+        model.logits(prompt(3))
+    assert model.stats().lost
+    model.close()
+
+
+def test_a_loss_is_noticed_while_nothing_is_computed(
+    load: Load, pair: tuple[Worker, Worker]
+) -> None:
+    model = load("e2b", device=[w.device for w in pair], threads=1)
+    pair[1].process.kill()
+    until(lambda: model.stats().lost)
+    with pytest.raises(EngineError, match="was lost"):
+        model.save_state()
+
+
+def test_what_was_read_of_a_lost_worker_is_no_result(
+    load: Load, pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """State is read from cells: of a worker that dies meanwhile they are all zeros."""
+    model = load("e2b", device=[w.device for w in pair], threads=1)
+    model.generate(prompt(5), max_tokens=3)
+    read = model._kv.export
+
+    def dying(*args: Any) -> Any:
+        pair[1].process.kill()
+        pair[1].process.wait()
+        return read(*args)
+
+    monkeypatch.setattr(model._kv, "export", dying)
+    with pytest.raises((LostError, EngineError), match="was lost"):
+        model.save_state()
+
+
+def test_a_worker_lost_while_loading(
+    load: Load, pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = gemloom.model.KVCache
+
+    def dying(*args: Any) -> Any:
+        pair[1].process.kill()
+        pair[1].process.wait()
+        return made(*args)
+
+    monkeypatch.setattr(gemloom.model, "KVCache", dying)
+    with pytest.raises(LostError, match=f"the worker {pair[1].device[4:]} was lost"):
+        load("e2b", device=[w.device for w in pair], threads=1)
+    until(lambda: not [t for t in threading.enumerate() if t.name.startswith("gemloom")])
+
+
+# -- the server ------------------------------------------------------------------------------------
+
+ASKED = {"prompt": prompt(5), "max_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "_PAUSES", (0.1,))
+    monkeypatch.setattr(recovery, "_LOOK", 0.05)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_the_server_goes_on_when_the_worker_is_back(
+    pair: tuple[Worker, Worker], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tiny.gguf_bytes(tiny.VARIANTS["e2b"])
+    devices = [w.device for w in pair]
+    load = partial(gemloom.load, data, kv_type="f32", context=256, device=devices, threads=1)
+    model = load()
+    write_gguf(random_lora(model, 1), "gemma4", tmp_path / "law.gguf")
+    adapters = {name: AdapterFile(tmp_path / "law.gguf") for name in ("law", "gone")}
+    with serving(model, load=load, adapters=adapters) as url, http(url) as client:
+        client.delete("/v1/adapters/gone")
+        before = [said(client, adapter) for adapter in ("tiny", "tiny:law")]
+        assert before[0] != before[1]
+        told = killed_in_the_middle(client, pair[1])
+        assert "was lost" in told["error"]["message"]
+        assert told["error"]["code"] == "engine_failed"
+        refused(client)
+        with worker(pair[1].port):
+            until(lambda: client.get("/health").status_code == 200, 20)
+            assert [said(client, adapter) for adapter in ("tiny", "tiny:law")] == before
+            assert client.post("/v1/completions", json=ASKED | {"model": "tiny:gone"}).is_error
+            assert "gemloom_engine_failed 0.0" in client.get("/metrics").text
+    assert "cannot be loaded again yet: no worker at" in caplog.text
+    assert caplog.text.count("the model was loaded again") == 1
+    assert model.closed
+
+
+def said(client: httpx.Client, name: str) -> str:
+    answer = client.post("/v1/completions", json=ASKED | {"model": name})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+def killed_in_the_middle(client: httpx.Client, victim: Worker) -> Any:
+    """The last event of a stream whose worker is killed after the first."""
+    body = ASKED | {"stream": True, "max_tokens": 200, "regex": "[a-z]{3000}"}
+    with client.stream("POST", "/v1/completions", json=body) as answer:
+        lines = events(answer.iter_lines())
+        next(lines)
+        victim.kill()
+        return list(lines)[-1]
+
+
+def refused(client: httpx.Client) -> None:
+    """Health is bad, requests are told why at once, and the metrics are still there."""
+    until(lambda: client.get("/health").status_code == 503)
+    time.sleep(0.3)  # it tries, and fails
+    health = client.get("/health").json()
+    assert health["status"] == "error"
+    answer = client.post("/v1/completions", json=ASKED)
+    assert answer.status_code == 503
+    for error in (health["error"], answer.json()["error"]):
+        assert "was lost" in error["message"]
+        assert error["message"].endswith("; the model is loaded again as soon as it can be")
+    assert "gemloom_engine_failed 1.0" in client.get("/metrics").text
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_server_that_ends_stops_trying(load: Load, pair: tuple[Worker, Worker]) -> None:
+    model = load("e2b", device=[w.device for w in pair], threads=1)
+    tried = threading.Event()
+
+    def again() -> gemloom.Model:
+        tried.set()
+        raise LostError("still gone")
+
+    with serving(model, load=again):
+        pair[1].kill()
+        assert tried.wait(10)
+    assert "gemloom-recovery" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.usefixtures("quickly")
+def test_other_failures_are_not_cured_by_loading_again(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("e2b", threads=1)
+    tried = threading.Event()
+
+    def again() -> gemloom.Model:
+        tried.set()
+        raise AssertionError
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("boom")
+
+    with serving(model, load=again) as url, http(url) as client:
+        monkeypatch.setattr(model._runner, "run", fail)
+        assert client.post("/v1/completions", json=ASKED).status_code == 503
+        assert not tried.wait(0.3)
+        message = client.get("/health").json()["error"]["message"]
+        assert message.endswith("boom; the model must be loaded again")
