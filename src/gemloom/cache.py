@@ -118,7 +118,7 @@ class KVCache:
         self.slots, self.window, self.chunk, self.kv_type = slots, config.window, chunk, kv_type
         self.cells = slot_cells(config, context, chunk)
         self._specs = [spec for spec in config.layers if spec.owns_kv]
-        self._where = [placement.layers[spec.kv_owner] for spec in config.layers]
+        self._where = [placement.cells[spec.kv_owner] for spec in config.layers]
         self._arenas = {
             index: Arena(device, 2 * len(self._specs), where=index) for index in set(self._where)
         }

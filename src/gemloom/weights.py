@@ -14,9 +14,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import TensorError
 from gemloom.filling import FIRST_BYTES, Filling
-from gemloom.ggml.arena import ALIGNMENT, Arena, Repacking
+from gemloom.ggml.arena import ALIGNMENT, Arena
 from gemloom.ggml.device import Device, Tensor, address
 from gemloom.ggml.memory import pages
+from gemloom.ggml.repacking import Repacking
 from gemloom.gguf import GGUF, TensorInfo, nbytes
 from gemloom.kernels import packed_file
 from gemloom.kernels.operations import I8, Packed
