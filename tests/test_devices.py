@@ -10,8 +10,15 @@ import cpu_devices
 import gemloom
 import tiny
 from conftest import Load, prompt
+from gemloom import gguf
 from gemloom.errors import DeviceError, OptionError
 from gemloom.ggml import backends
+from gemloom.ggml.backends import DeviceInfo, Found
+from gemloom.model import Model
+from gemloom.options import Options
+from gemloom.placement import Placement
+from gemloom.source import resolve
+from gemloom.surveying import survey
 
 PLAIN = {"kernels": "plain", "threads": 1}
 MEAN, MOST = 0.0004, 0.004  # in deviations of the logits; one graph or several round alike
@@ -100,3 +107,39 @@ def test_a_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.ggml, "ggml_backend_dev_init", lambda device, options: None)
     with pytest.raises(DeviceError, match="device cpu0 did not start"):
         gemloom.load(data, device="cpu0")
+
+
+def test_what_a_device_would_lack_is_told_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = gguf.read(resolve(tiny.gguf_bytes(tiny.VARIANTS["e2b"])))
+    told = survey(file, Options())
+    assert list(told) == ["cpu0", "cpu1"]
+    assert not told["cpu0"].lacking and told["cpu0"].nodes > 10 * 20
+    cpu_devices.lack(monkeypatch, [ggml.GGML_OP_RMS_NORM, ggml.GGML_OP_SET_ROWS])
+    lacking = survey(file, Options())["cpu0"].lacking
+    assert set(lacking) == {"rms_norm", "set_rows"}
+    assert lacking["set_rows"] == 2 * 5  # K and V of each layer that has its own
+
+
+def test_the_plan_comes_before_the_model(load: Load) -> None:
+    """And what it says is what is taken then; compute memory is not said to be less."""
+    plans: list[Placement] = []
+    file = gguf.read(resolve(tiny.gguf_bytes(tiny.VARIANTS["e2b"])))
+    options = Options(device="cpu0", gpu_layers=4, context=512, threads=1, slots=2)
+    with Model(file, options, planned=plans.append) as model:
+        memory, (plan,) = model.memory(), plans
+        device, host = plan.table
+        assert (device.layers, host.layers) == (4, 6)
+        assert device.kv + host.kv == memory["kv_full"] + memory["kv_sliding"]
+        assert 0 <= memory["on_devices"] - device.weights < 8192  # aligned
+        assert device.compute >= max(model._device.compute_sizes())
+
+
+def test_a_device_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny.gguf_bytes(tiny.VARIANTS["e2b"])
+    full = DeviceInfo("cpu0", "full", "gpu", 130 << 20, 130 << 20)
+    monkeypatch.setattr(Found, "info", full)
+    with pytest.raises(DeviceError, match=r"cpu0 needs \d+ MiB .* 2 can be used"):
+        gemloom.load(data, device="cpu0")
+    # Layers give way where nobody insists, and all of them where there is no room at all.
+    with gemloom.load(data, device="auto") as model:
+        assert model.placement.on_host and model.backends[-1] == "CPU"

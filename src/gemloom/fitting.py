@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from gemloom.cache import KV_TYPES, layer_cell_bytes, slot_cells
-from gemloom.config import Config
+from gemloom.config import Config, from_gguf
 from gemloom.errors import OptionError
 from gemloom.ggml.backends import Found
 from gemloom.ggml.device import Device
@@ -18,6 +18,7 @@ from gemloom.ggml.memory import free_memory
 from gemloom.ggml.probing import Probe
 from gemloom.gguf import GGUF
 from gemloom.kernels.library import Library
+from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
 from gemloom.placement import SHARED, TABLES, Choice, Placement, Sizes, Space, Wanted, plan
 from gemloom.weights import Layout, check, tensor_bytes
@@ -48,6 +49,15 @@ def place(
             return device, placement
         device.close()  # nothing fits on it, and a scheduler for it alone would cost time
         names = ("cpu",)
+
+
+def propose(file: GGUF, options: Options) -> Placement:
+    """Where a model would go, from its header; raises what ``place`` does."""
+    config = from_gguf(file)
+    layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
+    device, placement = place(file, config, layout, options, 64, None)
+    device.close()
+    return placement
 
 
 def fit(file: GGUF, config: Config, layout: Layout, options: Options, device: Device) -> Placement:
@@ -122,15 +132,18 @@ def measure(
             shared += size
         else:
             head += size
-    if "output.weight" not in tensors and "token_embd.weight" not in kept:
-        head += tensors["token_embd.weight"]  # a copy of it
+    tied = "output.weight" not in tensors and "token_embd.weight" not in kept
+    duplicate = tensors["token_embd.weight"] if tied else 0
     cells = slot_cells(config, choice.context, options.chunk)
     each = (
         options.slots * cells.of(spec.sliding) * layer_cell_bytes(spec, choice.kv_type)
         for spec in config.layers
     )
     compute = compute_bytes(config, options, choice.context)
-    return Sizes(tuple(layers), tuple(each), head, shared, tables, compute, not options.mmap)
+    return Sizes(
+        tuple(layers), tuple(each), head + duplicate, shared, tables, compute, duplicate,
+        not options.mmap,
+    )  # fmt: skip
 
 
 def compute_bytes(config: Config, options: Options, context: int) -> int:

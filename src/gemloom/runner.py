@@ -27,7 +27,7 @@ from gemloom.ggml.device import Device, Tensor
 from gemloom.ggml.graph import F16, I32, I64, SUMS, Graph, f16_mask
 from gemloom.models import ARCHITECTURES
 from gemloom.sequence import Batch, Chunk
-from gemloom.weights import Weights
+from gemloom.weights import Tensors
 
 _log = logging.getLogger("gemloom.runner")
 
@@ -82,7 +82,7 @@ class Runner:
     compute, read.
     """
 
-    def __init__(self, device: Device, config: Config, weights: Weights, kv: KVCache) -> None:
+    def __init__(self, device: Device, config: Config, weights: Tensors, kv: KVCache) -> None:
         self.config, self.kv = config, kv
         self._device = device
         self._model = ARCHITECTURES[config.architecture](config, weights)
@@ -100,6 +100,13 @@ class Runner:
         plan = self._build(_Key((part,)))
         plan.graph.reserve()
         plan.graph.close()
+
+    def survey(self) -> tuple[Counter[str], int]:
+        """What devices lack of the largest prefill step, and of how many nodes."""
+        count = min(self.kv.chunk, self.kv.cells.full)
+        plan = self._build(_Key((_Part(0, count, 1, self.kv.cells),)))
+        with closing(plan.graph):
+            return plan.graph.survey()
 
     def run(self, batch: Batch, taps: Collection[str] = (), *, head: bool = True) -> np.ndarray:
         """Compute a batch; float32 [wanted rows of all chunks, n_vocab].
