@@ -80,11 +80,11 @@ def _trim(path: Path) -> None:
 
 
 def _unread(name: str) -> bool:
-    """Whether a member is in one of the folders of llama.cpp or ggml that are left out."""
+    """Whether a member is history, or in a folder of llama.cpp or ggml that is left out."""
     parts = name.split("/")[1:]  # less the package's own folder
     below = parts[2:] if parts[:1] == ["vendor"] else []
     below = below[1:] if below[:1] == ["ggml"] else below
-    return len(below) > 1 and below[0] in UNREAD
+    return parts[:1] == [".git"] or (len(below) > 1 and below[0] in UNREAD)
 
 
 # --- where there is none --------------------------------------------------------
