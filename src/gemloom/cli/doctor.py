@@ -35,7 +35,7 @@ def doctor(
     *,
     load: LoadOptions,
 ) -> None:
-    """Tell what ggml uses of this machine, and what would be faster.
+    """Tell what ggml has here, and what would be faster.
 
     With a model also where it would go, in bytes by device, and which of its operations each
     device lacks. Nothing is loaded.

@@ -30,7 +30,7 @@ def worker(
         ),
     ] = None,
 ) -> None:  # fmt: skip
-    """Lend this machine's devices to a model on another machine, one at a time.
+    """Lend this machine's devices to one model elsewhere.
 
     There, the device rpc:HOST:PORT is this one. Nothing is encrypted and nobody
     is asked who they are: whoever reaches the port may use the machine, and see
