@@ -108,59 +108,57 @@ struct Q6_K {
     };
 };
 
-// Q6_K with a byte for each value: what a group becomes for the time that many rows meet it.
-struct Q6_K_bytes {
-    static constexpr int BLOCK = 256, SCALES = 2, OFFSET = 32;
-    static constexpr bool MINIMUM = false;
-    struct Run {
-        int8_t scale[2][PANEL];
-        uint8_t bytes[8][VECTOR];
-    };
+// Any of them unpacked, for the time that many rows meet a group: scales, and minima after them, as
+// floats, and the values as the bytes that dot() takes. A record is a single run.
+template <int SCALES, bool MINIMUM> struct UnpackedRun {
+    float factors[SCALES + MINIMUM][PANEL];
+    uint8_t bytes[8][VECTOR];
+};
+
+template <class W> struct Unpacked {
+    static constexpr int BLOCK = RUN, SCALES = W::SCALES, OFFSET = W::OFFSET;
+    static constexpr bool MINIMUM = W::MINIMUM;
+    using Run = UnpackedRun<SCALES, MINIMUM>;
     struct Record {
-        half scale[PANEL];
-        Run runs[8];
+        Run runs[1];
     };
 };
+
+template <class W> constexpr bool unpacked = false;
+template <class W> constexpr bool unpacked<Unpacked<W>> = true;
 
 static_assert(sizeof(Q4_0::Record) == 288 && sizeof(Q8_0::Record) == 544);
 static_assert(sizeof(Q4_K::Record) == 2368 && sizeof(Q5_K::Record) == 2880);
 static_assert(sizeof(Q6_K::Record) == 3360 && sizeof(TQ2_0::Record) == 1056);
 
-// A row of activations in 8 bits, k a multiple of 32: the values, and for each run of 32 the scale,
-// scale times the sum of the values (for minima), and for each half of a run minus that half's sum
-// (for offsets).
+// 32 activations of a row in 8 bits: the values, their scale, scale times the sum of the values (for
+// minima), and for each half minus that half's sum (for offsets). A row has k / 32 of them.
 struct Activations {
-    const int8_t *values;
-    const float *scale, *sum;
-    const int32_t *minus;
-
-    [[gnu::always_inline]] static constexpr int64_t bytes(int64_t k) { return (k + k / RUN * 16 + 63) / 64 * 64; }
+    int8_t values[RUN];
+    float scale, sum;
+    int32_t minus[2];
 
     // Inlined in any case, or library.cpp might be linked to one made for a newer processor.
-    Activations() = default;
-    [[gnu::always_inline]] Activations(const void *row, int64_t k)
-        : values(static_cast<const int8_t *>(row)),
-          scale(reinterpret_cast<const float *>(values + k)),
-          sum(scale + k / RUN),
-          minus(reinterpret_cast<const int32_t *>(sum + k / RUN)) {}
+    [[gnu::always_inline]] static constexpr int64_t bytes(int64_t k) {
+        return (k / RUN * static_cast<int64_t>(sizeof(Activations)) + 63) / 64 * 64;
+    }
 };
 
 // What the kernels of one instruction set offer: kernels.cpp makes the table, library.cpp takes one.
 enum Type { TYPE_Q4_0, TYPE_Q8_0, TYPE_TQ2_0, TYPE_Q4_K, TYPE_Q5_K, TYPE_Q6_K, TYPES };
 
-// Product of a group of 64 rows, of which `rows` are wanted, with n rows of activations [k]:
-// y[i][0..rows) is set.
+// Product of a group of 64 rows with n rows of activations [k]: y[i][0..64) is set.
 struct Job {
     const void *group;
-    int64_t k, rows, n;
-    const Activations *x;
+    int64_t k, n;
+    const Activations *const *x;
     float *const *y;
-    void *scratch;  // scratch_bytes(k), where n >= MANY
+    void *scratch;  // SCRATCH bytes, aligned as a vector is
 
-    static constexpr int64_t MANY = 64;
-    [[gnu::always_inline]] static constexpr int64_t scratch_bytes(int64_t k) {
-        return k / Q6_K::BLOCK * PANELS * static_cast<int64_t>(sizeof(Q6_K_bytes::Record));
-    }
+    // From MANY rows on a group is unpacked first, so many columns at a time as a core's second cache
+    // has room for.
+    static constexpr int64_t MANY = 64, COLUMNS = 2048;
+    static constexpr int64_t SCRATCH = COLUMNS / RUN * PANELS * sizeof(UnpackedRun<2, false>);
 };
 
 // Attention of query rows, 16 or 64 at most, of heads that share K/V.
@@ -199,7 +197,7 @@ struct DeltaJob {
 struct Kernels {
     const char *name;
     void (*product[TYPES])(const Job &);
-    void (*quantize)(const float *x, int64_t k, int64_t first, int64_t last, void *row);
+    void (*quantize)(const float *x, int64_t first, int64_t last, Activations *row);
     AttentionKernels attention[2];  // for 16 rows, for 64
     void (*norm)(const float *x, const float *weight, const float *add, float scale, float eps, int64_t n, float *y);
     void (*gelu_mul)(const float *gate, const float *up, int64_t n, float *y);
