@@ -27,7 +27,7 @@ template <int N, int I = 0, class F> [[gnu::always_inline]] inline void repeat(F
 
 constexpr int log2_of(int x) { return x <= 1 ? 0 : 1 + log2_of(x / 2); }
 
-// Vector w(J) of a run, as unsigned bytes. (One overload for each shape of Run.)
+// Vector w(J) of panel p in a run, as unsigned bytes. (One overload for each shape of Run.)
 
 template <int J> [[gnu::always_inline]] inline Lanes::Ints nibble(const uint8_t (&v)[4][VECTOR]) {
     if constexpr (J % 2) return Lanes::bits(Lanes::right<4>(Lanes::load(v[J / 2])), 0x0f);
@@ -40,44 +40,47 @@ template <int N> [[gnu::always_inline]] inline Lanes::Ints shift(Lanes::Ints w) 
     else return w;
 }
 
-template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const Q4_0::Run &run) {
-    return nibble<J>(run.nibbles);
+template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const Q4_0::Run &run, int p) {
+    return nibble<J>(run.nibbles[p]);
 }
-template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const Q4_K::Run &run) {
-    return nibble<J>(run.nibbles);
+template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const Q4_K::Run &run, int p) {
+    return nibble<J>(run.nibbles[p]);
 }
-template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const Q5_K::Run &run) {
-    return Lanes::merge(nibble<J>(run.nibbles), shift<4 - J>(Lanes::load(run.ones)), 0x10);
+template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const Q5_K::Run &run, int p) {
+    return Lanes::merge(nibble<J>(run.nibbles[p]), shift<4 - J>(Lanes::load(run.ones[p])), 0x10);
 }
-template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const Q6_K::Run &run) {
-    Lanes::Ints high = shift<4 - J % 4 * 2>(Lanes::load(run.twos[J / 4]));
-    return Lanes::merge(nibble<J>(run.nibbles), high, 0x30);
+template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const Q6_K::Run &run, int p) {
+    Lanes::Ints high = shift<4 - J % 4 * 2>(Lanes::load(run.twos[p][J / 4]));
+    return Lanes::merge(nibble<J>(run.nibbles[p]), high, 0x30);
 }
-template <int J, int S, bool M> [[gnu::always_inline]] inline Lanes::Ints vector(const UnpackedRun<S, M> &run) {
-    return Lanes::load(run.bytes[J]);
+template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const TQ2_0::Run &run, int p) {
+    return Lanes::bits(shift<-(J % 4) * 2>(Lanes::load(run.twos[p][J / 4])), 0x03);
 }
-template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const TQ2_0::Run &run) {
-    return Lanes::bits(shift<-(J % 4) * 2>(Lanes::load(run.twos[J / 4])), 0x03);
+template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const Q8_0::Run &run, int p) {
+    if constexpr (Lanes::SIGNED) return Lanes::flip(Lanes::load(run.bytes[p][J]), 0x80);
+    else return Lanes::load(run.bytes[p][J]);
 }
-template <int J> [[gnu::always_inline]] inline Lanes::Ints vector(const Q8_0::Run &run) {
-    if constexpr (Lanes::SIGNED) return Lanes::flip(Lanes::load(run.bytes[J]), 0x80);
-    else return Lanes::load(run.bytes[J]);
+template <int J, int S, bool M> [[gnu::always_inline]] inline Lanes::Ints vector(const UnpackedRun<S, M> &run, int p) {
+    return Lanes::load(run.bytes[p][J]);
 }
 
-// Scales and minima of 16 rows in a run; H is the half of the run.
+// Scales and minima of panel p in a run; H is the half of the run.
 
 template <class W, int H> [[gnu::always_inline]] inline Lanes::Floats
-scale([[maybe_unused]] const typename W::Record &record, [[maybe_unused]] const typename W::Run &run) {
-    if constexpr (unpacked<W>) return Lanes::load(run.factors[H]);
-    else if constexpr (W::SCALES == 2) return Lanes::mul(Lanes::halves(record.scale), Lanes::signed_bytes(run.scale[H]));
-    else if constexpr (W::MINIMUM) return Lanes::mul(Lanes::halves(record.scale), Lanes::unsigned_bytes(run.scale));
-    else return Lanes::halves(record.scale);
+scale([[maybe_unused]] const typename W::Record &record, [[maybe_unused]] const typename W::Run &run, int p) {
+    if constexpr (unpacked<W>) return Lanes::load(run.factors[H] + p * PANEL);
+    else {
+        const Lanes::Floats d = Lanes::halves(record.scale + p * PANEL);
+        if constexpr (W::SCALES == 2) return Lanes::mul(d, Lanes::signed_bytes(run.scale[H] + p * PANEL));
+        else if constexpr (W::MINIMUM) return Lanes::mul(d, Lanes::unsigned_bytes(run.scale + p * PANEL));
+        else return d;
+    }
 }
 
 template <class W> [[gnu::always_inline]] inline Lanes::Floats
-minimum([[maybe_unused]] const typename W::Record &record, const typename W::Run &run) {
-    if constexpr (unpacked<W>) return Lanes::load(run.factors[W::SCALES]);
-    else return Lanes::mul(Lanes::halves(record.minimum), Lanes::unsigned_bytes(run.minimum));
+minimum([[maybe_unused]] const typename W::Record &record, const typename W::Run &run, int p) {
+    if constexpr (unpacked<W>) return Lanes::load(run.factors[W::SCALES] + p * PANEL);
+    else return Lanes::mul(Lanes::halves(record.minimum + p * PANEL), Lanes::unsigned_bytes(run.minimum + p * PANEL));
 }
 
 // Where the integer sums of part H of a run begin: at minus OFFSET times the sum of its activations.
@@ -90,13 +93,15 @@ start(const Activations &x, int H) {
     return Lanes::left<log2_of(offset)>(Lanes::ints(minus));
 }
 
+constexpr int AHEAD = 8192;  // bytes; 4 KiB and 16 KiB are slower
 template <class W, int N, int P> struct Tile {
     using Sums = Lanes::Floats[N][P];
 
-    // Adds what run b (of the row) gives, from P records of which the run is number r.
+    // Adds what run r of a record gives, which is run b of the row, with P panels from `panel` on.
     [[gnu::always_inline]] static inline void
-    run(const typename W::Record *w, int r, const Activations *const (&x)[N], int64_t b, Sums &sums) {
+    add(const typename W::Record &w, int r, int panel, const Activations *const (&x)[N], int64_t b, Sums &sums) {
         constexpr int J = 8 / W::SCALES;
+        const auto &run = w.runs[r];
         repeat<W::SCALES>([&](auto h) {
             constexpr int H = decltype(h)::value;
             Lanes::Ints dots[N][P];
@@ -107,16 +112,16 @@ template <class W, int N, int P> struct Tile {
             repeat<J>([&](auto j) {
                 constexpr int V = H * J + decltype(j)::value;
                 Lanes::Ints v[P];
-                repeat<P>([&](auto p) { v[p] = vector<V>(w[p].runs[r]); });
+                repeat<P>([&](auto p) { v[p] = vector<V>(run, panel + p); });
                 repeat<N>([&](auto i) {
                     Lanes::Ints four = Lanes::four(x[i][b].values + V * 4);
                     repeat<P>([&](auto p) { dots[i][p] = Lanes::dot(dots[i][p], v[p], four); });
                 });
             });
             repeat<P>([&](auto p) {
-                const Lanes::Floats s = scale<W, H>(w[p], w[p].runs[r]);
+                const Lanes::Floats s = scale<W, H>(w, run, panel + p);
                 Lanes::Floats m;
-                if constexpr (W::MINIMUM) m = minimum<W>(w[p], w[p].runs[r]);
+                if constexpr (W::MINIMUM) m = minimum<W>(w, run, panel + p);
                 repeat<N>([&](auto i) {
                     const Lanes::Floats dot = Lanes::mul(Lanes::floats(dots[i][p]), Lanes::floats(x[i][b].scale));
                     Lanes::Floats &sum = sums[i][p];
@@ -138,11 +143,11 @@ template <class W, int N, int P> struct Tile {
             const float *y = job.y[at + i] + panel * PANEL;
             repeat<P>([&](auto p) { sums[i][p] = first ? Lanes::load(y + p * PANEL) : Lanes::zero(); });
         });
-        auto *w = static_cast<const typename W::Record *>(job.group) + panel;
-        for (int64_t b = first; b < last; w += PANELS) {
+        auto *w = static_cast<const typename W::Record *>(job.group);
+        for (int64_t b = first; b < last; w++) {
             for (int r = 0; r < RUNS; r++, b++) {
-                if constexpr (N <= 4 && !unpacked<W>) prefetch(&w[0].runs[r]);
-                run(w, r, x, b, sums);
+                if constexpr (N <= 4 && !unpacked<W>) prefetch(w->runs[r]);
+                add(*w, r, panel, x, b, sums);
             }
         }
         repeat<N>([&](auto i) {
@@ -151,15 +156,10 @@ template <class W, int N, int P> struct Tile {
         });
     }
 
-    // The same run of the next block: one row alone waits for memory.
-    [[gnu::always_inline]] static inline void prefetch(const typename W::Run *run) {
-        constexpr int AHEAD = PANELS * sizeof(typename W::Record);
-        repeat<P>([&](auto p) {
-            const char *from = reinterpret_cast<const char *>(run) + p * sizeof(typename W::Record);
-            for (unsigned i = 0; i < sizeof(typename W::Run); i += 64) {
-                __builtin_prefetch(from + AHEAD + i);
-            }
-        });
+    // What comes so much later: few rows wait for memory.
+    [[gnu::always_inline]] static inline void prefetch(const typename W::Run &run) {
+        const char *from = reinterpret_cast<const char *>(&run) + AHEAD;
+        for (unsigned i = 0; i < sizeof run; i += 64) __builtin_prefetch(from + i);
     }
 };
 
@@ -186,13 +186,15 @@ template <class W> void unpack(const Job &job, int64_t first, int64_t last) {
     constexpr int RUNS = W::BLOCK / RUN;
     auto *to = static_cast<typename Unpacked<W>::Record *>(job.scratch);
     for (int64_t b = first; b < last; b++) {
-        auto *from = static_cast<const typename W::Record *>(job.group) + b / RUNS * PANELS;
-        for (int p = 0; p < PANELS; p++, from++, to++) {
-            const auto &run = from->runs[b % RUNS];
-            auto &made = to->runs[0];
-            repeat<W::SCALES>([&](auto h) { Lanes::store(made.factors[h], scale<W, decltype(h)::value>(*from, run)); });
-            if constexpr (W::MINIMUM) Lanes::store(made.factors[W::SCALES], minimum<W>(*from, run));
-            repeat<8>([&](auto j) { Lanes::store(made.bytes[j], vector<decltype(j)::value>(run)); });
+        auto &from = static_cast<const typename W::Record *>(job.group)[b / RUNS];
+        auto &run = from.runs[b % RUNS];
+        auto &made = (to++)->runs[0];
+        for (int p = 0; p < PANELS; p++) {
+            repeat<W::SCALES>([&](auto h) {
+                Lanes::store(made.factors[h] + p * PANEL, scale<W, decltype(h)::value>(from, run, p));
+            });
+            if constexpr (W::MINIMUM) Lanes::store(made.factors[W::SCALES] + p * PANEL, minimum<W>(from, run, p));
+            repeat<8>([&](auto j) { Lanes::store(made.bytes[p][j], vector<decltype(j)::value>(run, p)); });
         }
     }
 }
