@@ -123,15 +123,20 @@ def all_cases() -> Iterator[Case]:
 
 
 def quantized(x: Array) -> Array:
-    """struct Activations for each row: values, scales, sums, minus the sums of halves; int8."""
+    """struct Activations for each 32 of a row: values, scale, sum, minus the halves' sums; int8."""
     n = len(x)
     runs = x.reshape(n, -1, 32)
     scale = np.abs(runs).max(-1) / F32(127)
     whole = np.rint(runs * (F32(1) / scale)[..., None]).astype(np.int8)
-    halves = whole.reshape(n, -1, 16).sum(-1, dtype=np.int32)
-    sums = scale * halves.reshape(n, -1, 2).sum(-1).astype(F32)
-    parts = (whole.reshape(n, -1), scale, sums, -halves)
-    out = np.concatenate([np.ascontiguousarray(part).view(np.int8) for part in parts], axis=1)
+    halves = whole.reshape(n, -1, 2, 16).sum(-1, dtype=np.int32)
+    sums = scale * halves.sum(-1).astype(F32)
+    parts = (
+        whole,
+        scale[..., None].view(np.int8),
+        sums[..., None].view(np.int8),
+        (-halves).view(np.int8),
+    )
+    out = np.concatenate(parts, axis=-1).reshape(n, -1)
     padding = -out.shape[1] % 64
     return np.pad(out, ((0, 0), (0, padding)), constant_values=0x5A)
 
@@ -140,7 +145,7 @@ def _products(w: Matrix) -> Iterator[Case]:
     packed = pack(supported()[0], w)
     weight = (TYPES[w.kind][0], w.k, w.m)
     yield Case("pack", packed, np.int8, (np.frombuffer(w.data, np.uint8),), weight)
-    for n in (1, 2, 3, 4, 6, 8, 13):
+    for n in (1, 2, 3, 4, 6, 8, 13, 71):
         x = activations("outliers", n, w.k)
         right, size = rounded(x) @ w.values.T, np.abs(x) @ np.abs(w.values).T
         sources = packed, quantized(x)

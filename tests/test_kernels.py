@@ -95,6 +95,16 @@ def test_same_bits_whatever_rows_come_along(library: Library, kind: Type) -> Non
         assert np.array_equal(multiply(library, w, x, threads), alone)
 
 
+@libraries
+@kinds
+def test_many_rows_with_many_columns(library: Library, kind: Type) -> None:
+    """A group is unpacked in parts for them."""
+    w, x = matrix(kind, 65, 2304), activations("student", 75, 2304)
+    y = multiply(library, w, x, threads=2)
+    assert deviation(y, w.values, rounded(x)) < ARITHMETIC
+    assert np.array_equal(multiply(library, w, x[70:]), y[70:])
+
+
 @kinds
 def test_instruction_sets_agree(kind: Type) -> None:
     w, x = matrix(kind, 65, 768), activations("outliers", 9, 768)

@@ -58,27 +58,32 @@ struct Weight {
 
 // Rows of activations, and where their results go.
 struct Rows {
-    std::vector<Activations> x;
+    struct alignas(VECTOR) Line {
+        char bytes[VECTOR];
+    };
+    std::vector<const Activations *> x;
     std::vector<float *> y, shifted;
-    std::vector<char> wide;
+    std::vector<float> last;  // results of a group that is not full
+    std::vector<Line> unpacked{Job::SCRATCH / VECTOR};
 
     void clear() {
         x.clear();
         y.clear();
     }
-    void push(const void *from, int64_t k, void *to) {
-        x.emplace_back(from, k);
+    void push(const void *from, void *to) {
+        x.push_back(static_cast<const Activations *>(from));
         y.push_back(static_cast<float *>(to));
     }
     void multiply(const Weight &w, const char *packed, int64_t group) {
-        const int64_t first = group * GROUP;
-        shifted.assign(y.begin(), y.end());
-        for (float *&to : shifted) to += first;
-        const int64_t rows = std::min<int64_t>(GROUP, w.m - first);
+        const int64_t first = group * GROUP, rows = std::min<int64_t>(GROUP, w.m - first);
+        const size_t n = x.size();
+        shifted.resize(n);
+        last.resize(rows < GROUP ? n * GROUP : 0);
+        for (size_t i = 0; i < n; i++) shifted[i] = rows < GROUP ? &last[i * GROUP] : y[i] + first;
         const char *at = packed + group * w.format().group_bytes(w.k);
-        const auto n = static_cast<int64_t>(x.size());
-        if (w.type == TYPE_Q6_K && n >= Job::MANY) wide.resize(Job::scratch_bytes(w.k));
-        kernels->product[w.type]({at, w.k, rows, n, x.data(), shifted.data(), wide.data()});
+        kernels->product[w.type]({at, w.k, static_cast<int64_t>(n), x.data(), shifted.data(), unpacked.data()});
+        if (rows == GROUP) return;
+        for (size_t i = 0; i < n; i++) std::copy_n(shifted[i], rows, y[i] + first);
     }
 };
 
@@ -279,7 +284,8 @@ EXPORT void gemloom_quantize(char *dst, int ith, int nth, void *) {
     const int64_t k = from.ne(0), runs = k / RUN, total = runs * from.rows();
     for (int64_t at = total * ith / nth, end = total * (ith + 1) / nth; at < end;) {
         const int64_t row = at / runs, first = at % runs, last = std::min(runs, first + end - at);
-        kernels->quantize(reinterpret_cast<float *>(from.row(row)), k, first, last, to.row(row));
+        kernels->quantize(reinterpret_cast<const float *>(from.row(row)), first, last,
+                          reinterpret_cast<Activations *>(to.row(row)));
         at += last - first;
     }
 }
@@ -289,7 +295,7 @@ EXPORT void gemloom_product(char *dst, int ith, int nth, void *weight) {
     const Weight &w = *static_cast<const Weight *>(weight);
     const Tensor to{dst}, packed = to.src(0), from = to.src(1);
     scratch.clear();
-    for (int64_t i = 0; i < to.rows(); i++) scratch.push(from.row(i), w.k, to.row(i));
+    for (int64_t i = 0; i < to.rows(); i++) scratch.push(from.row(i), to.row(i));
     for (int64_t g = w.groups() * ith / nth; g < w.groups() * (ith + 1) / nth; g++) {
         scratch.multiply(w, packed.data(), g);
     }
@@ -409,7 +415,7 @@ EXPORT void gemloom_expert_product(char *dst, int ith, int nth, void *weight) {
         for (int64_t i = first[e]; i < first[e + 1]; i++) {
             const int64_t row = order[i];
             const int64_t source = from.ne(1) == 1 ? row / used : row;
-            scratch.push(from.row(source), w.k, to.row(row));
+            scratch.push(from.row(source), to.row(row));
         }
         for (int64_t g = g0; g < g1; g++) scratch.multiply(w, packed.data() + e * w.bytes(), g);
     }

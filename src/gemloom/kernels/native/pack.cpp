@@ -117,60 +117,61 @@ template <int N> void put_twos(uint8_t (&twos)[2][VECTOR], const Vectors &w) {
     }
 }
 
-void put(Q4_0::Run &run, const Vectors &w) { put_nibbles(run.nibbles, w); }
-void put(Q4_K::Run &run, const Vectors &w) { put_nibbles(run.nibbles, w); }
-void put(Q8_0::Run &run, const Vectors &w) { std::memcpy(run.bytes, w, sizeof w); }
-void put(TQ2_0::Run &run, const Vectors &w) { put_twos<0>(run.twos, w); }
-void put(Q6_K::Run &run, const Vectors &w) {
-    put_nibbles(run.nibbles, w);
-    put_twos<4>(run.twos, w);
+void put(Q4_0::Run &run, int panel, const Vectors &w) { put_nibbles(run.nibbles[panel], w); }
+void put(Q4_K::Run &run, int panel, const Vectors &w) { put_nibbles(run.nibbles[panel], w); }
+void put(Q8_0::Run &run, int panel, const Vectors &w) { std::memcpy(run.bytes[panel], w, sizeof w); }
+void put(TQ2_0::Run &run, int panel, const Vectors &w) { put_twos<0>(run.twos[panel], w); }
+void put(Q6_K::Run &run, int panel, const Vectors &w) {
+    put_nibbles(run.nibbles[panel], w);
+    put_twos<4>(run.twos[panel], w);
 }
-void put(Q5_K::Run &run, const Vectors &w) {
-    put_nibbles(run.nibbles, w);
+void put(Q5_K::Run &run, int panel, const Vectors &w) {
+    put_nibbles(run.nibbles[panel], w);
     uint32_t eight[PANEL] = {};
     for (int j = 0; j < 8; j++) {
         for (int i = 0; i < PANEL; i++) eight[i] |= (w[j][i] >> 4 & 0x01010101) << j;
     }
-    std::memcpy(run.ones, eight, VECTOR);
+    std::memcpy(run.ones[panel], eight, VECTOR);
 }
 
-template <class W> void put_scales(typename W::Record &record, int lane, const Row &row) {
-    record.scale[lane] = row.scale;
-    if constexpr (W::MINIMUM) record.minimum[lane] = row.minimum;
+// Of row `at` of the group.
+template <class W> void put_scales(typename W::Record &record, int at, const Row &row) {
+    record.scale[at] = row.scale;
+    if constexpr (W::MINIMUM) record.minimum[at] = row.minimum;
     for (int r = 0; r < W::BLOCK / RUN; r++) {
         [[maybe_unused]] auto &run = record.runs[r];
         if constexpr (W::SCALES == 2) {
-            for (int h = 0; h < 2; h++) run.scale[h][lane] = static_cast<int8_t>(row.scales[2 * r + h]);
+            for (int h = 0; h < 2; h++) run.scale[h][at] = static_cast<int8_t>(row.scales[2 * r + h]);
         } else if constexpr (W::MINIMUM) {
-            run.scale[lane] = row.scales[r];
-            run.minimum[lane] = row.minimums[r];
+            run.scale[at] = row.scales[r];
+            run.minimum[at] = row.minimums[r];
         }
     }
 }
 
-template <class W> void put_panel(typename W::Record &record, const Row (&rows)[PANEL]) {
-    for (int lane = 0; lane < PANEL; lane++) put_scales<W>(record, lane, rows[lane]);
+template <class W> void put_panel(typename W::Record &record, int panel, const Row (&rows)[PANEL]) {
+    for (int i = 0; i < PANEL; i++) put_scales<W>(record, panel * PANEL + i, rows[i]);
     for (int r = 0; r < W::BLOCK / RUN; r++) {
         Vectors w;
         for (int j = 0; j < 8; j++) {
             for (int i = 0; i < PANEL; i++) std::memcpy(&w[j][i], rows[i].values + r * RUN + 4 * j, 4);
         }
-        put(record.runs[r], w);
+        put(record.runs[r], panel, w);
     }
 }
 
 template <class W> void pack_group(const uint8_t *from, int64_t k, int64_t count, void *to) {
     const int64_t blocks = k / W::BLOCK, row_bytes = blocks * block_bytes(W{});
-    auto *record = static_cast<typename W::Record *>(to);
+    auto *records = static_cast<typename W::Record *>(to);
     Row rows[PANEL];
     for (int64_t b = 0; b < blocks; b++) {
-        for (int64_t first = 0; first < GROUP; first += PANEL, record++) {
-            for (int64_t i = 0; i < PANEL; i++) {
-                const int64_t row = first + i;
+        for (int panel = 0; panel < PANELS; panel++) {
+            for (int i = 0; i < PANEL; i++) {
+                const int64_t row = panel * PANEL + i;
                 if (row < count) read(from + row * row_bytes + b * block_bytes(W{}), rows[i], W{});
                 else rows[i] = {};
             }
-            put_panel<W>(*record, rows);
+            put_panel<W>(records[b], panel, rows);
         }
     }
 }

@@ -1,18 +1,19 @@
 // Packed weights: how the bytes of a matrix lie so that 16 rows are multiplied at once.
 //
 // A matrix of k columns and m rows is cut into groups of 64 rows (the last one padded with rows of
-// zeros), a group along k into blocks, and a block into 4 panels of 16 rows:
+// zeros), and a group along k into blocks: a Record each, one behind the other as they are read.
 //
-//     group 0                                  group 1
-//     | block 0         | block 1         | ..  | ...
-//     | p0 | p1 | p2 | p3 | p0 | p1 | p2 | p3 |
+//     group 0                         group 1
+//     | block 0 | block 1 | ..        | block 0 | ..
 //
-// One panel's share of a block is a Record. In it, a vector of 64 bytes holds 4 consecutive columns
-// of 16 rows, row after row: what an int8 dot product instruction takes, with the activations of
-// these 4 columns broadcast, so that lane r sums up row r and nothing is ever added sideways.
-// A run of 32 columns are 8 such vectors, w0 to w7. Nibbles: byte i of `nibbles[v]` is w(2v)[i] in
-// its low and w(2v+1)[i] in its high half. Further bits lie in planes:
-// `twos[u]` has the bits 5-6 of w(4u+j) at bit 2j, `ones` the fifth bit of w(j) at bit j.
+// A Record has the scales of its 64 rows and the runs of 32 columns, a Run has for each of 4 panels
+// of 16 rows 8 vectors, w0 to w7. A vector of 64 bytes holds 4 consecutive columns of 16 rows, row
+// after row: what an int8 dot product instruction takes, with the activations of these 4 columns
+// broadcast, so that lane r sums up row r and nothing is ever added sideways. All of it lies at
+// multiples of 64 bytes: no vector is in two cache lines.
+// Nibbles: byte i of `nibbles[panel][v]` is w(2v)[i] in its low and w(2v+1)[i] in its high half.
+// Further bits lie in planes: `twos[panel][u]` has the bits 5-6 of w(4u+j) at bit 2j, `ones[panel]`
+// the fifth bit of w(j) at bit j.
 //
 // A value is scale * (w - OFFSET) - minimum; `SCALES` counts the scales of a run: one, or one for
 // each half of it.
@@ -35,10 +36,10 @@ struct Q4_0 {
     static constexpr int BLOCK = 32, SCALES = 1, OFFSET = 8;
     static constexpr bool MINIMUM = false;
     struct Run {
-        uint8_t nibbles[4][VECTOR];
+        uint8_t nibbles[PANELS][4][VECTOR];
     };
     struct Record {
-        half scale[PANEL];
+        half scale[GROUP];
         Run runs[1];
     };
 };
@@ -47,10 +48,10 @@ struct Q8_0 {
     static constexpr int BLOCK = 32, SCALES = 1, OFFSET = 128;
     static constexpr bool MINIMUM = false;
     struct Run {
-        uint8_t bytes[8][VECTOR];  // 128 more than the value
+        uint8_t bytes[PANELS][8][VECTOR];  // 128 more than the value
     };
     struct Record {
-        half scale[PANEL];
+        half scale[GROUP];
         Run runs[1];
     };
 };
@@ -59,10 +60,10 @@ struct TQ2_0 {
     static constexpr int BLOCK = 256, SCALES = 1, OFFSET = 1;
     static constexpr bool MINIMUM = false;
     struct Run {
-        uint8_t twos[2][VECTOR];
+        uint8_t twos[PANELS][2][VECTOR];
     };
     struct Record {
-        half scale[PANEL];
+        half scale[GROUP];
         Run runs[8];
     };
 };
@@ -71,11 +72,11 @@ struct Q4_K {
     static constexpr int BLOCK = 256, SCALES = 1, OFFSET = 0;
     static constexpr bool MINIMUM = true;
     struct Run {
-        uint8_t scale[PANEL], minimum[PANEL];
-        uint8_t nibbles[4][VECTOR];
+        uint8_t scale[GROUP], minimum[GROUP];
+        uint8_t nibbles[PANELS][4][VECTOR];
     };
     struct Record {
-        half scale[PANEL], minimum[PANEL];  // of the scales and minima of the runs
+        half scale[GROUP], minimum[GROUP];  // of the scales and minima of the runs
         Run runs[8];
     };
 };
@@ -84,12 +85,12 @@ struct Q5_K {
     static constexpr int BLOCK = 256, SCALES = 1, OFFSET = 0;
     static constexpr bool MINIMUM = true;
     struct Run {
-        uint8_t scale[PANEL], minimum[PANEL];
-        uint8_t nibbles[4][VECTOR];
-        uint8_t ones[VECTOR];
+        uint8_t scale[GROUP], minimum[GROUP];
+        uint8_t nibbles[PANELS][4][VECTOR];
+        uint8_t ones[PANELS][VECTOR];
     };
     struct Record {
-        half scale[PANEL], minimum[PANEL];
+        half scale[GROUP], minimum[GROUP];
         Run runs[8];
     };
 };
@@ -98,69 +99,67 @@ struct Q6_K {
     static constexpr int BLOCK = 256, SCALES = 2, OFFSET = 32;
     static constexpr bool MINIMUM = false;
     struct Run {
-        int8_t scale[2][PANEL];
-        uint8_t nibbles[4][VECTOR];
-        uint8_t twos[2][VECTOR];
+        int8_t scale[2][GROUP];
+        uint8_t nibbles[PANELS][4][VECTOR];
+        uint8_t twos[PANELS][2][VECTOR];
     };
     struct Record {
-        half scale[PANEL];
+        half scale[GROUP];
         Run runs[8];
     };
 };
 
-// Q6_K with a byte for each value: what a group becomes for the time that many rows meet it.
-struct Q6_K_bytes {
-    static constexpr int BLOCK = 256, SCALES = 2, OFFSET = 32;
-    static constexpr bool MINIMUM = false;
-    struct Run {
-        int8_t scale[2][PANEL];
-        uint8_t bytes[8][VECTOR];
-    };
+// Any of them unpacked, for the time that many rows meet a group: scales, and minima after them, as
+// floats, and the values as the bytes that dot() takes. A record is a single run.
+template <int SCALES, bool MINIMUM> struct UnpackedRun {
+    float factors[SCALES + MINIMUM][GROUP];
+    uint8_t bytes[PANELS][8][VECTOR];
+};
+
+template <class W> struct Unpacked {
+    static constexpr int BLOCK = RUN, SCALES = W::SCALES, OFFSET = W::OFFSET;
+    static constexpr bool MINIMUM = W::MINIMUM;
+    using Run = UnpackedRun<SCALES, MINIMUM>;
     struct Record {
-        half scale[PANEL];
-        Run runs[8];
+        Run runs[1];
     };
 };
 
-static_assert(sizeof(Q4_0::Record) == 288 && sizeof(Q8_0::Record) == 544);
-static_assert(sizeof(Q4_K::Record) == 2368 && sizeof(Q5_K::Record) == 2880);
-static_assert(sizeof(Q6_K::Record) == 3360 && sizeof(TQ2_0::Record) == 1056);
+template <class W> constexpr bool unpacked = false;
+template <class W> constexpr bool unpacked<Unpacked<W>> = true;
 
-// A row of activations in 8 bits, k a multiple of 32: the values, and for each run of 32 the scale,
-// scale times the sum of the values (for minima), and for each half of a run minus that half's sum
-// (for offsets).
+static_assert(sizeof(Q4_0::Record) == 1152 && sizeof(Q8_0::Record) == 2176);
+static_assert(sizeof(Q4_K::Record) == 9472 && sizeof(Q5_K::Record) == 11520);
+static_assert(sizeof(Q6_K::Record) == 13440 && sizeof(TQ2_0::Record) == 4224);
+
+// 32 activations of a row in 8 bits: the values, their scale, scale times the sum of the values (for
+// minima), and for each half minus that half's sum (for offsets). A row has k / 32 of them.
 struct Activations {
-    const int8_t *values;
-    const float *scale, *sum;
-    const int32_t *minus;
-
-    [[gnu::always_inline]] static constexpr int64_t bytes(int64_t k) { return (k + k / RUN * 16 + 63) / 64 * 64; }
+    int8_t values[RUN];
+    float scale, sum;
+    int32_t minus[2];
 
     // Inlined in any case, or library.cpp might be linked to one made for a newer processor.
-    Activations() = default;
-    [[gnu::always_inline]] Activations(const void *row, int64_t k)
-        : values(static_cast<const int8_t *>(row)),
-          scale(reinterpret_cast<const float *>(values + k)),
-          sum(scale + k / RUN),
-          minus(reinterpret_cast<const int32_t *>(sum + k / RUN)) {}
+    [[gnu::always_inline]] static constexpr int64_t bytes(int64_t k) {
+        return (k / RUN * static_cast<int64_t>(sizeof(Activations)) + 63) / 64 * 64;
+    }
 };
 
 // What the kernels of one instruction set offer: kernels.cpp makes the table, library.cpp takes one.
 enum Type { TYPE_Q4_0, TYPE_Q8_0, TYPE_TQ2_0, TYPE_Q4_K, TYPE_Q5_K, TYPE_Q6_K, TYPES };
 
-// Product of a group of 64 rows, of which `rows` are wanted, with n rows of activations [k]:
-// y[i][0..rows) is set.
+// Product of a group of 64 rows with n rows of activations [k]: y[i][0..64) is set.
 struct Job {
     const void *group;
-    int64_t k, rows, n;
-    const Activations *x;
+    int64_t k, n;
+    const Activations *const *x;
     float *const *y;
-    void *scratch;  // scratch_bytes(k), where n >= MANY
+    void *scratch;  // SCRATCH bytes, aligned as a vector is
 
-    static constexpr int64_t MANY = 64;
-    [[gnu::always_inline]] static constexpr int64_t scratch_bytes(int64_t k) {
-        return k / Q6_K::BLOCK * PANELS * static_cast<int64_t>(sizeof(Q6_K_bytes::Record));
-    }
+    // From MANY rows on a group is unpacked first, so many columns at a time as a core's second cache
+    // has room for.
+    static constexpr int64_t MANY = 64, COLUMNS = 2048;
+    static constexpr int64_t SCRATCH = COLUMNS / RUN * sizeof(UnpackedRun<2, false>);
 };
 
 // Attention of query rows, 16 or 64 at most, of heads that share K/V.
@@ -199,7 +198,7 @@ struct DeltaJob {
 struct Kernels {
     const char *name;
     void (*product[TYPES])(const Job &);
-    void (*quantize)(const float *x, int64_t k, int64_t first, int64_t last, void *row);
+    void (*quantize)(const float *x, int64_t first, int64_t last, Activations *row);
     AttentionKernels attention[2];  // for 16 rows, for 64
     void (*norm)(const float *x, const float *weight, const float *add, float scale, float eps, int64_t n, float *y);
     void (*gelu_mul)(const float *gate, const float *up, int64_t n, float *y);
