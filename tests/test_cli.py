@@ -186,6 +186,11 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "empty special prompt": (["run", "{model}", "", "--special"], 1, "the prompt is empty"),
     "long prompt": (["run", "{model}", "hello " * 99, "-c", "20"], 1, "the context 20"),
     "no device": (["run", "{model}", "x", "--device", "abacus"], 1, "abacus"),
+    "no device, doctor": (["doctor", "{model}", "--device", "abacus"], 1, "here: cpu"),
+    "device twice": (["run", "{model}", "x", "--device", "cpu,CPU"], 2, "twice"),
+    "shares": (["run", "{model}", "x", "--tensor-split", "3,x"], 2, "N,N"),
+    "no shares": (["run", "{model}", "x", "--tensor-split", "0,0"], 2, "sum above 0"),
+    "gpu layers": (["run", "{model}", "x", "--gpu-layers=-1"], 2, "gpu_layers must be"),
     "top_p": (["run", "gone.gguf", "x", "--top-p", "2"], 2, "top_p must be"),
     "no tokens": (["run", "gone.gguf", "x", "-n", "0"], 2, "max_tokens must be"),
     "bias": (["run", "gone.gguf", "x", "--logit-bias", "5"], 2, "ID=BIAS"),
@@ -381,6 +386,22 @@ def test_doctor() -> None:
     assert facts["ggml"] in text
     assert (facts["kernels"] or ["none: not built"])[0] in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_doctor_of_a_model(model: Path) -> None:
+    asked = ["doctor", model, "--device=cpu", "--context=512", "--kv-type=f32"]
+    facts = json.loads(fine(*asked, "--json").stdout)
+    plan = facts["plan"]
+    assert (plan["context"], plan["kv_type"], plan["head"]) == (512, "f32", "cpu")
+    assert set(plan["layers"]) == {"cpu"}
+    with gemloom.load(model, context=512, kv_type="f32", kernels="plain") as opened:
+        memory = opened.memory()
+    (host,) = plan["devices"]
+    assert host["kv"] == memory["kv_full"] + memory["kv_sliding"]
+    assert host["weights"] == memory["weights"] + memory["per_layer_table"]
+    assert host["compute"] >= memory["compute"]
+    text = fine(*asked).stdout
+    assert "context 512" in text and max(map(len, text.splitlines())) <= 80
 
 
 def test_the_advice_fits_what_is_missing() -> None:

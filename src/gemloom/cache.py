@@ -112,18 +112,20 @@ class KVCache:
     """All stores. ``close()`` frees them. DeviceError where there is no memory for them."""
 
     def __init__(
-        self, device: Device, config: Config, slots: int, chunk: int, placement: Placement
-    ) -> None:
+        self, device: Device, config: Config, slots: int, chunk: int, placement: Placement, *,
+        allocate: bool = True,
+    ) -> None:  # fmt: skip
+        """Without ``allocate`` they have no memory, and graphs can only be judged by them."""
         context, kv_type = placement.choice.context, placement.choice.kv_type
         self.slots, self.window, self.chunk, self.kv_type = slots, config.window, chunk, kv_type
         self.cells = slot_cells(config, context, chunk)
         self._specs = [spec for spec in config.layers if spec.owns_kv]
-        self._where = [placement.layers[spec.kv_owner] for spec in config.layers]
+        self._where = [placement.cells[spec.kv_owner] for spec in config.layers]
         self._arenas = {
             index: Arena(device, 2 * len(self._specs), where=index) for index in set(self._where)
         }
         self._stores = {spec.index: self._store(spec, KV_TYPES[kv_type]) for spec in self._specs}
-        for arena in self._arenas.values():
+        for arena in self._arenas.values() if allocate else ():
             arena.allocate(f"the K/V cells of {slots} x {context:,} positions")
 
     def _store(self, spec: LayerSpec, kind: GGMLQuantizationType) -> _Store:

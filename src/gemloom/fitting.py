@@ -5,20 +5,23 @@ The plan itself is in ``placement.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
-from gemloom.cache import layer_cell_bytes, slot_cells
-from gemloom.config import Config
+from gemloom.cache import KV_TYPES, layer_cell_bytes, slot_cells
+from gemloom.config import Config, from_gguf
 from gemloom.errors import OptionError
 from gemloom.ggml.backends import Found
 from gemloom.ggml.device import Device
 from gemloom.ggml.memory import free_memory
+from gemloom.ggml.probing import Probe
 from gemloom.gguf import GGUF
 from gemloom.kernels.library import Library
+from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
 from gemloom.placement import SHARED, TABLES, Choice, Placement, Sizes, Space, Wanted, plan
-from gemloom.weights import Layout, tensor_bytes
+from gemloom.weights import Layout, check, tensor_bytes
 
 SMALLEST = 1024  # positions, to which a context nobody asked for may be cut
 _FLOAT, _HALF = 4, 2  # bytes
@@ -30,8 +33,10 @@ def place(
 ) -> tuple[Device, Placement]:  # fmt: skip
     """Open the devices that are asked for, and plan what goes where; the CPU alone where none does.
 
-    ``own`` are our kernels. DeviceError for a device that is not there or has not enough memory.
+    ``own`` are our kernels. TensorError for a file that does not fit ``layout``; DeviceError for
+    a device that is not there or has not enough memory.
     """
+    check(file, layout)
     names = ("cpu",) if options.gpu_layers == 0 else options.devices
     while True:
         device = Device(names, options.threads, max_nodes, own)
@@ -46,6 +51,15 @@ def place(
         names = ("cpu",)
 
 
+def propose(file: GGUF, options: Options) -> Placement:
+    """Where a model would go, from its header; raises what ``place`` does."""
+    config = from_gguf(file)
+    layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
+    device, placement = place(file, config, layout, options, 64, None)
+    device.close()
+    return placement
+
+
 def fit(file: GGUF, config: Config, layout: Layout, options: Options, device: Device) -> Placement:
     """Where everything goes on ``device``, with what context and K/V cells.
 
@@ -58,9 +72,34 @@ def fit(file: GGUF, config: Config, layout: Layout, options: Options, device: De
     shares = None if split is None else tuple(float(share) for share in split)
     insists = "auto" not in options.devices and options.gpu_layers is None
     wanted = Wanted(options.gpu_layers, shares, insists)
-    sizes = partial(measure, config, tensor_bytes(file, layout), options)
-    tied = layout.head == "token_embd.weight"
-    return plan(sizes, choices(config, options), spaces, wanted, tied)
+    probe, tied = Probe(device), layout.head == "token_embd.weight"
+    kept = frozenset(_kept(file, layout, probe)) if device.host else frozenset()
+    sizes = partial(measure, config, tensor_bytes(file, layout), options, kept)
+    if device.host:
+        sizes = partial(_with_cells, sizes, config, options, probe)
+    return plan(sizes, choices(config, options), spaces, wanted, tied, kept)
+
+
+def _kept(file: GGUF, layout: Layout, probe: Probe) -> Iterator[str]:
+    """The matrices that some device cannot multiply with."""
+    for name, shape in layout.required.items():
+        matrix = len(shape) > 1 and (name not in TABLES or name == layout.head)
+        if matrix and name in file.tensors and not probe.multiplies(file.tensors[name].type, shape):
+            yield name
+
+
+def _with_cells(
+    sizes: Callable[[Choice], Sizes], config: Config, options: Options, probe: Probe, choice: Choice
+) -> Sizes:
+    """Sizes that tell which layers' K/V cells the devices can compute with."""
+    cells, kind = slot_cells(config, choice.context, options.chunk), KV_TYPES[choice.kv_type]
+    moves = tuple(
+        probe.attends(
+            kind, (spec.head_dim, spec.n_head, spec.n_kv), cells.of(spec.sliding) * options.slots
+        )
+        for spec in config.layers
+    )
+    return replace(sizes(choice), moves=moves)
 
 
 def _space(found: Found) -> Space:
@@ -78,28 +117,33 @@ def choices(config: Config, options: Options) -> list[Choice]:
     return [Choice(context, kind) for kind in types for context in contexts]
 
 
-def measure(config: Config, tensors: dict[str, int], options: Options, choice: Choice) -> Sizes:
-    """Bytes of a model: ``tensors`` are those of its tensors by name."""
+def measure(
+    config: Config, tensors: dict[str, int], options: Options, kept: frozenset[str], choice: Choice
+) -> Sizes:
+    """Bytes of a model: ``tensors`` are those of its tensors by name, ``kept`` on the host."""
     layers = [0] * config.n_layer
     head = shared = tables = 0
     for name, size in tensors.items():
-        if name.startswith("blk."):
+        if name in TABLES or name in kept:
+            tables += size
+        elif name.startswith("blk."):
             layers[int(name.split(".")[1])] += size
         elif name in SHARED:
             shared += size
-        elif name in TABLES:
-            tables += size
         else:
             head += size
-    if "output.weight" not in tensors:
-        head += tensors.get("token_embd.weight", 0)
+    tied = "output.weight" not in tensors and "token_embd.weight" not in kept
+    duplicate = tensors["token_embd.weight"] if tied else 0
     cells = slot_cells(config, choice.context, options.chunk)
     each = (
         options.slots * cells.of(spec.sliding) * layer_cell_bytes(spec, choice.kv_type)
         for spec in config.layers
     )
     compute = compute_bytes(config, options, choice.context)
-    return Sizes(tuple(layers), tuple(each), head, shared, tables, compute, not options.mmap)
+    return Sizes(
+        tuple(layers), tuple(each), head + duplicate, shared, tables, compute, duplicate,
+        not options.mmap,
+    )  # fmt: skip
 
 
 def compute_bytes(config: Config, options: Options, context: int) -> int:

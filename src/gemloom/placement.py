@@ -10,7 +10,7 @@ has a copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from gemloom.errors import DeviceError
@@ -46,7 +46,13 @@ class Sizes:
     shared: int  # what every device with layers has
     tables: int  # of which rows are read, always on the host
     compute: int  # for intermediate results, on each device in use
+    duplicate: int = 0  # of the head's bytes, those of a matrix that the host has among its tables
     copied: bool = False  # the host's weights are no pages of a file
+    moves: tuple[bool, ...] = ()  # of each layer, if devices can compute with its cells; (): all
+
+    def cells_move(self, layer: int) -> bool:
+        """Whether a layer's K/V cells may lie where it runs, if that is a device."""
+        return not self.moves or self.moves[layer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,8 @@ class Placement:
     choice: Choice
     table: tuple[Use, ...]  # a row a device, the host's last
     tied: bool  # the head is the matrix of the token embeddings
+    cells: tuple[int, ...]  # where the K/V cells of each layer are
+    kept: frozenset[str] = frozenset()  # on the host, since devices cannot multiply with them
 
     @property
     def on_host(self) -> bool:
@@ -101,6 +109,8 @@ class Placement:
 
     def places(self, name: str) -> tuple[int, ...]:
         """The devices that hold a tensor of this name, the host last."""
+        if name in self.kept:
+            return (self.host,)
         if name.startswith("blk."):
             return (self.layers[int(name.split(".")[1])],)
         if name == "token_embd.weight" and self.tied and self.head != self.host:
@@ -130,6 +140,7 @@ def plan(
     spaces: Sequence[Space],
     wanted: Wanted,
     tied: bool,
+    kept: frozenset[str] = frozenset(),
 ) -> Placement:
     """The first of ``choices`` with which all fits; ``spaces`` are the devices and the host.
 
@@ -140,7 +151,7 @@ def plan(
     for choice in choices:
         found = _fit(sizes(choice), choice, spaces, wanted, tied)
         if isinstance(found, Placement):
-            return found
+            return replace(found, kept=kept)
         problem = problem or found
     raise DeviceError(problem)
 
@@ -156,10 +167,11 @@ def _fit(
     for count in range(most if host else 0, (least if host else 0) - 1, -1):
         for layers in _splits(sizes, count, spaces, wanted):
             head = layers[-1] if count else host
-            table = tuple(_table(sizes, layers, head, spaces))
+            cells = tuple(at if sizes.cells_move(i) else host for i, at in enumerate(layers))
+            table = tuple(_table(sizes, layers, cells, head, spaces))
             lacking = _lacking(table, spaces, sizes.copied)
             if lacking is None:
-                return Placement(layers, head, host, choice, table, tied)
+                return Placement(layers, head, host, choice, table, tied, cells)
             problem = _problem(lacking, count, host, choice)
     return problem
 
@@ -214,18 +226,18 @@ def _filling(each: Sequence[int], rooms: Sequence[float]) -> tuple[int, ...]:
 
 
 def _table(
-    sizes: Sizes, layers: tuple[int, ...], head: int, spaces: Sequence[Space]
+    sizes: Sizes, layers: Sequence[int], cells: Sequence[int], head: int, spaces: Sequence[Space]
 ) -> Iterator[Use]:
     host = len(spaces) - 1
     for index, space in enumerate(spaces):
         own = [i for i, device in enumerate(layers) if device == index]
         weights = sum(sizes.layers[i] for i in own) + (sizes.shared if own else 0)
         weights += sizes.head if index == head else 0
-        weights += sizes.tables if index == host else 0
+        weights += sizes.tables - (sizes.duplicate if head == host else 0) if index == host else 0
         used = bool(own) or index == host
-        cells = sum(sizes.cells[i] for i in own)
+        kv = sum(size for size, at in zip(sizes.cells, cells, strict=True) if at == index)
         compute = sizes.compute if used else 0
-        yield Use(space.name, len(own), weights, cells, compute, space.free)
+        yield Use(space.name, len(own), weights, kv, compute, space.free)
 
 
 def _lacking(

@@ -8,7 +8,8 @@ cells and masks are inputs, so nothing about them is baked into a graph.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +29,7 @@ from gemloom.ggml.graph import F16, I32, I64, SUMS, Graph, f16_mask, finds_large
 from gemloom.models import ARCHITECTURES
 from gemloom.sampling import Floats, Ids
 from gemloom.sequence import Batch, Chunk
-from gemloom.weights import Weights
+from gemloom.weights import Tensors
 
 _log = logging.getLogger("gemloom.runner")
 
@@ -95,7 +96,7 @@ class Runner:
     ``run``: build (and allocate), input, compute, read.
     """
 
-    def __init__(self, device: Device, config: Config, weights: Weights, kv: KVCache) -> None:
+    def __init__(self, device: Device, config: Config, weights: Tensors, kv: KVCache) -> None:
         self.config, self.kv = config, kv
         self._device = device
         self._model = ARCHITECTURES[config.architecture](config, weights)
@@ -105,6 +106,9 @@ class Runner:
         self._foreseen: dict[tuple[int, int, bool], np.ndarray] = {}  # masks of single rows
         self.times = dict.fromkeys(("build", "input", "compute", "read"), 0.0)
         self._warned: set[str] = set()
+        places = weights.placement
+        owners = [spec.kv_owner for spec in config.layers]
+        self._attention_on_host = sum(places.layers[i] != places.cells[i] for i in owners)
 
     def reserve(self) -> None:
         """Take the compute memory of the largest prefill step now, rather than in a request."""
@@ -113,6 +117,13 @@ class Runner:
         plan = self._build(_Key((part,)))
         plan.graph.reserve()
         plan.graph.close()
+
+    def survey(self) -> tuple[Counter[str], int]:
+        """What devices lack of the largest prefill step, and of how many nodes."""
+        count = min(self.kv.chunk, self.kv.cells.full)
+        plan = self._build(_Key((_Part(0, count, 1, self.kv.cells),)))
+        with closing(plan.graph):
+            return plan.graph.survey()
 
     def run(self, batch: Batch, taps: Collection[str] = (), *, head: bool = True) -> np.ndarray:
         """Compute a batch; float32 [wanted rows of all chunks, n_vocab].
@@ -160,10 +171,10 @@ class Runner:
         if self._plan is None or self._plan.key != key:
             self._forget()
             self._plan = self._build(key)
+            self._plan.graph.allocate()
+            self._warn()
         plan = self._plan
         plan.graph.allocate()
-        if plan.graph.fallbacks:
-            self._warn(plan.graph.fallbacks)
         start = self._lap("build", start)
         self._write_rows(plan.rows, batch)
         self._write_scales(plan.rows, key.adapters)
@@ -175,16 +186,17 @@ class Runner:
         self._lap("compute", start)
         return plan
 
-    def _warn(self, lacking: Mapping[str, int]) -> None:
+    def _warn(self) -> None:
         """Say once of each operation that it is slower than it might be."""
-        if new := sorted(set(lacking) - self._warned):
+        if new := sorted(set(self.fallbacks) - self._warned):
             self._warned.update(new)
             _log.warning("not on the device, so on the CPU: %s", ", ".join(new))
 
     @property
     def fallbacks(self) -> dict[str, int]:
         """Operations of the graph that is kept which its devices lack, and how many each."""
-        return dict(self._plan.graph.fallbacks) if self._plan else {}
+        lacking = Counter(self._plan.graph.fallbacks if self._plan else ())
+        return dict(lacking + Counter(attention=self._attention_on_host))
 
     def _lap(self, phase: str, start: float) -> float:
         """Book the time since ``start`` on a phase; gives the time now."""

@@ -14,9 +14,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import TensorError
 from gemloom.filling import FIRST_BYTES, Filling
-from gemloom.ggml.arena import ALIGNMENT, Arena, Repacking
+from gemloom.ggml.arena import ALIGNMENT, Arena
 from gemloom.ggml.device import Device, Tensor, address
 from gemloom.ggml.memory import pages
+from gemloom.ggml.repacking import Repacking
 from gemloom.gguf import GGUF, TensorInfo, nbytes
 from gemloom.kernels import packed_file
 from gemloom.kernels.operations import I8, Packed
@@ -44,8 +45,84 @@ class Layout:
     head: str = ""  # of these, the one that is multiplied whole as well
 
 
-class Weights:
-    """All tensors of a model. ``close()`` frees them."""
+class Tensors:
+    """Tensors by name, on the devices that a placement says. ``close()`` frees them."""
+
+    def __init__(self, device: Device, layout: Layout, placement: Placement) -> None:
+        self.placement = placement
+        self._device, self._layout = device, layout
+        self._arenas: dict[tuple[str, Any], Arena] = {}  # by what for: "own", a device ...
+        self._tensors: dict[str, Tensor] = {}
+        self._there: dict[tuple[str, int], Tensor] = {}  # by name and device, where not the host's
+
+    def _arena(self, use: str, which: Any = None) -> Arena:
+        """For tensors of one use: on the device or of the buffer type ``which``."""
+        if (use, which) not in self._arenas:
+            self._arenas[use, which] = Arena(
+                self._device, len(self._layout.required),
+                buffer_type=which if use == "repacked" else None,
+                where=which if use == "device" else None, weights=True,
+            )  # fmt: skip
+        return self._arenas[use, which]
+
+    def _bytes(self, use: str) -> int:
+        return sum(arena.bytes_allocated for (of, _), arena in self._arenas.items() if of == use)
+
+    def _on_device(self, info: TensorInfo, shape: tuple[int, ...], index: int) -> Tensor:
+        """Make a tensor on a device."""
+        tensor = self._arena("device", index).tensor(info.name, _kind(info, shape), shape)
+        self._there[info.name, index] = tensor
+        self._tensors.setdefault(info.name, tensor)
+        return tensor
+
+    @property
+    def matrices(self) -> list[str]:
+        """Names of the tensors of two dimensions or three."""
+        return [name for name, tensor in self._tensors.items() if len(tensor.shape) > 1]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def on(self, name: str, index: int) -> Tensor:
+        """The tensor of that name as a device has it: its own copy, or the only one there is."""
+        return self._there.get((name, index)) or self._tensors[name]
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor of that name, or None."""
+        return self._tensors.get(name)
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one layer, by their names without ``blk.N.`` and ``.weight``."""
+        prefix = f"blk.{index}."
+        return {
+            name.removeprefix(prefix).removesuffix(".weight"): tensor
+            for name, tensor in self._tensors.items()
+            if name.startswith(prefix)
+        }
+
+    def close(self) -> None:
+        """Free the tensors and let go of the bytes they use."""
+        for arena in self._arenas.values():
+            arena.close()
+        self._tensors.clear()
+
+
+class Sketch(Tensors):
+    """The tensors of a model without memory, to judge graphs by."""
+
+    def __init__(self, device: Device, file: GGUF, layout: Layout, placement: Placement) -> None:
+        super().__init__(device, layout, placement)
+        for name, shape in layout.required.items():
+            for index in placement.places(name):
+                if index != device.host:
+                    self._on_device(file.tensors[name], shape, index)
+                else:
+                    kind = _kind(file.tensors[name], shape)
+                    self._tensors[name] = self._arena("own").tensor(name, kind, shape)
+
+
+class Weights(Tensors):
+    """All tensors of a model, with their bytes."""
 
     def __init__(
         self,
@@ -65,16 +142,13 @@ class Weights:
         Raises TensorError, before anything is allocated, for a tensor that is missing, extra,
         of another shape or of a type that cannot be used.
         """
+        super().__init__(device, layout, placement)
         self.ignored = check(file, layout)
-        self._arenas: dict[tuple[str, Any], Arena] = {}  # by what for: "own", a device ...
-        self._tensors: dict[str, Tensor] = {}
-        self._there: dict[tuple[str, int], Tensor] = {}  # by name and device, where not the host's
         self.first_bytes: dict[str, bytes] = {}  # of each, as in the file; to tell models apart
         self.bytes_mapped = 0
         self.bytes_packed = 0  # of matrices in the layout of our own kernels, mapped or copied
         self._bytes_packed_here = 0
-        self._device, self._layout, self._in_place = device, layout, options.mmap
-        self.placement, self._repacking = placement, Repacking(device)
+        self._in_place, self._repacking = options.mmap, Repacking(device)
         self._repack = options.kernels != "plain"
         self._repacked: set[str] = set()  # in a layout of the CPU's own
         try:
@@ -131,11 +205,7 @@ class Weights:
                 if not self._place(info, shape):
                     copies.append(self._tensors[info.name])
             else:
-                arena = self._arena("device", index)
-                tensor = arena.tensor(info.name, _kind(info, shape), shape)
-                self._there[info.name, index] = tensor
-                self._tensors.setdefault(info.name, tensor)
-                copies.append(tensor)
+                copies.append(self._on_device(info, shape, index))
         return copies
 
     def _packs(self, info: TensorInfo) -> bool:
@@ -183,19 +253,6 @@ class Weights:
                 self._tensors[info.name] = Tensor(place.pointer, info.type, shape, name=info.name)
             self._tensors[info.name].packed = Packed(matrix.weight, place)
 
-    def _arena(self, use: str, which: Any = None) -> Arena:
-        """For tensors of one use: on the device or of the buffer type ``which``."""
-        if (use, which) not in self._arenas:
-            self._arenas[use, which] = Arena(
-                self._device, len(self._layout.required),
-                buffer_type=which if use == "repacked" else None,
-                where=which if use == "device" else None, weights=True,
-            )  # fmt: skip
-        return self._arenas[use, which]
-
-    def _bytes(self, use: str) -> int:
-        return sum(arena.bytes_allocated for (of, _), arena in self._arenas.items() if of == use)
-
     def _note_first_bytes(self, file: GGUF, read: dict[str, bytes]) -> None:
         """Of every tensor: what was read anyway, and where it lies for the others, not read now."""
         for name in self._layout.required:
@@ -230,37 +287,6 @@ class Weights:
     def bytes_on_devices(self) -> int:
         """Memory of the devices besides the CPU."""
         return self._bytes("device")
-
-    @property
-    def matrices(self) -> list[str]:
-        """Names of the tensors of two dimensions or three."""
-        return [name for name, tensor in self._tensors.items() if len(tensor.shape) > 1]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def on(self, name: str, index: int) -> Tensor:
-        """The tensor of that name as a device has it: its own copy, or the only one there is."""
-        return self._there.get((name, index)) or self._tensors[name]
-
-    def get(self, name: str) -> Tensor | None:
-        """The tensor of that name, or None."""
-        return self._tensors.get(name)
-
-    def block(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one layer, by their names without ``blk.N.`` and ``.weight``."""
-        prefix = f"blk.{index}."
-        return {
-            name.removeprefix(prefix).removesuffix(".weight"): tensor
-            for name, tensor in self._tensors.items()
-            if name.startswith(prefix)
-        }
-
-    def close(self) -> None:
-        """Free the tensors and let go of the file's bytes."""
-        for arena in self._arenas.values():
-            arena.close()
-        self._tensors.clear()
 
 
 def tensor_bytes(file: GGUF, layout: Layout) -> dict[str, int]:

@@ -1,14 +1,21 @@
 """``gemloom doctor``: what this machine has, what ggml makes of it, and what would be faster."""
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemloom.cli.opening import open_file
+from gemloom.cli.options import LoadOptions, with_options
+from gemloom.cli.placing import plan_facts, plan_table
 from gemloom.cli.terminal import one_line, print_json, render, size, table
 from gemloom.errors import DeviceError
+
+if TYPE_CHECKING:
+    from gemloom.ggml.backends import DeviceInfo
 
 _CPUINFO = Path("/proc/cpuinfo")
 _FLAGS = {  # ggml's name for what decides the speed -> the kernel's name for it
@@ -17,18 +24,31 @@ _FLAGS = {  # ggml's name for what decides the speed -> the kernel's name for it
 }  # fmt: skip
 
 
+@with_options
 def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="Tell where this model would go, and what devices lack.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    *,
+    load: LoadOptions,
 ) -> None:
     """Tell what ggml uses of this machine, and what would be faster.
+
+    With a model also where it would go, in bytes by device, and which of its operations each
+    device lacks. Nothing is loaded.
 
     \b
     Examples:
       gemloom doctor
       gemloom doctor --json
+      gemloom doctor gemma.gguf --device vulkan0 --context 32768
     """
     facts = examine()
+    if model is not None:
+        facts |= _examine_model(model, load)
     if as_json:
+        facts.pop("placement", None)
         print_json(facts)
         return
     rows = table("", "")
@@ -38,6 +58,28 @@ def doctor(
     render(rows)
     if facts["advice"]:
         _print_advice(facts["advice"])
+    if model is not None:
+        _print_model(facts)
+
+
+def _examine_model(name: str, load: LoadOptions) -> dict[str, Any]:
+    """What each device lacks for a model, and where it would go."""
+    from gemloom.fitting import propose
+    from gemloom.options import Options
+    from gemloom.surveying import survey
+
+    options, file = Options(**load.given()), open_file(name, load.key_file)
+    lacking = {device: asdict(told) for device, told in survey(file, options).items()}
+    placement = propose(file, options)
+    return {"lacking": lacking, "placement": placement, "plan": plan_facts(placement)}
+
+
+def _print_model(facts: dict[str, Any]) -> None:
+    typer.echo("")
+    for name, told in facts["lacking"].items():
+        each = ", ".join(f"{op} ({n:,})" for op, n in sorted(told["lacking"].items()))
+        typer.echo(f"{name} lacks of the {told['nodes']:,} operations of a step: {each or 'none'}")
+    render(plan_table(facts["placement"]))
 
 
 def _print_advice(advice: dict[str, Any]) -> None:
@@ -62,14 +104,17 @@ def examine() -> dict[str, Any]:
     features = backends.cpu_features()
     devices = backends.devices()
     missing = [name for name in unused(_cpu_flags(), features) if name]
-    blas = any(info.kind == "accel" for info in devices)
+    blas, gpu = (any(info.kind == kind for info in devices) for kind in ("accel", "gpu"))
     return {
         "gemloom": __version__,
         "python": platform.python_version(),
         "ggml": backends.ggml_version(),
         "ggml_python": version("ggml-python"),
         "devices": [
-            {"name": d.name, "kind": d.kind, "description": d.description, "total": d.total}
+            {
+                "name": d.name, "kind": d.kind, "description": d.description,
+                "total": d.total, "free": _free(d),
+            }
             for d in devices
         ],
         "cpu_features": [name for name, used in features.items() if used],
@@ -78,8 +123,17 @@ def examine() -> dict[str, Any]:
         "kernels": [library.name for library in supported()],
         "threads": device.usable_cores(),
         "model": {"name": builtin.DEFAULT_MODEL, "installed": bool(builtin.present())},
-        "advice": advise(blas, missing, version("ggml-python")),
-    }
+        # What it advises is built for the CPU alone.
+        "advice": None if gpu else advise(blas, missing, version("ggml-python")),
+    }  # fmt: skip
+
+
+def _free(info: "DeviceInfo") -> int:
+    """Bytes; ggml says that all of the host's memory is."""
+    from gemloom.ggml.memory import free_memory
+
+    host = free_memory() if info.kind == "cpu" else None
+    return info.free if host is None else host
 
 
 def unused(flags: set[str], features: dict[str, bool]) -> list[str]:
@@ -119,7 +173,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     model = facts["model"]
     there = "installed" if model["installed"] else "not installed; it is fetched when first used"
     devices = [
-        (f"device {d['name']}", f"{d['description']}, {size(d['total'])}") for d in facts["devices"]
+        (f"device {d['name'].lower()}", f"{d['description']}, {_memory(d)}")
+        for d in facts["devices"]
     ]
     return [
         ("gemloom", f"{facts['gemloom']}, Python {facts['python']}"),
@@ -132,6 +187,12 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("not used", " ".join(facts["cpu_features_unused"]) or "none"),
         (model["name"], there),
     ]
+
+
+def _memory(device: dict[str, Any]) -> str:
+    if not device["total"]:
+        return "memory unknown"
+    return f"{size(device['free'])} of {size(device['total'])} free"
 
 
 def _kernels(names: list[str]) -> str:

@@ -2,16 +2,19 @@
 
 import os
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemloom.cli.options import LoadOptions
+from gemloom.cli.placing import plan_table
 from gemloom.cli.progress import bar
-from gemloom.cli.terminal import note, one_line, progress, waiting
+from gemloom.cli.terminal import note, one_line, progress, render, waiting
 
 if TYPE_CHECKING:
     from gemloom.adapters.info import AdapterInfo
     from gemloom.gguf import GGUF
     from gemloom.model import Model
+    from gemloom.placement import Placement
 
 
 def default_model() -> str:
@@ -29,11 +32,11 @@ def names_model(text: str) -> bool:
     return known or text == default_model() or os.path.exists(text)
 
 
-def open_file(name: str) -> "GGUF":
-    """The header of a model file; no weights are read."""
+def open_file(name: str, key: Path | None = None) -> "GGUF":
+    """The header of a model file, sealed with ``key`` or not; no weights are read."""
     from gemloom import gguf, source
 
-    return gguf.read(source.resolve(name))
+    return gguf.read(source.resolve(name, key=key))
 
 
 def adapter_file(text: str) -> tuple[str, float]:
@@ -76,9 +79,15 @@ def open_model(name: str, load: LoadOptions) -> "Model":
     file = gguf.read(source.resolve(name, key=load.key_file, forward=True))
     if (coming := _coming(file)) is not None:
         with coming:
-            return Model(file, options)
+            return Model(file, options, planned=_tell)
     with progress(f"loading {file.name}") as show:
-        return Model(file, options, show)
+        return Model(file, options, show, _tell)
+
+
+def _tell(placement: "Placement") -> None:
+    """Print what goes where, if there is a choice."""
+    if not placement.on_host:
+        render(plan_table(placement), aside=True)
 
 
 def _coming(file: "GGUF") -> AbstractContextManager[None] | None:

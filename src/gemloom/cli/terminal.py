@@ -65,11 +65,11 @@ def note(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(Text(one_line(text), style="dim"))
 
 
-def render(item: "RenderableType") -> None:
-    """Write a rich table to stdout, without colours if that is no terminal."""
+def render(item: "RenderableType", *, aside: bool = False) -> None:
+    """Write a rich table to stdout, or ``aside`` to stderr; no colours if that is no terminal."""
     from rich.console import Console
 
-    Console(highlight=False, markup=False, emoji=False).print(item)
+    Console(stderr=aside, highlight=False, markup=False, emoji=False).print(item)
 
 
 def table(*columns: str) -> "Table":

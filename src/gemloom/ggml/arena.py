@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
 import ggml
@@ -36,8 +35,8 @@ class Arena:
         self._where = device.host if where is None else where
         self._buffer_type = buffer_type or device.buffer_type(self._where)
         params = ggml.ggml_init_params(count * ggml.ggml_tensor_overhead() + 1024, None, True)
-        self._context = ggml.ggml_init(params)
-        self._closers = [lambda: ggml.ggml_free(self._context)]
+        self.context = ggml.ggml_init(params)
+        self._closers = [lambda: ggml.ggml_free(self.context)]
         self._mapped: dict[int, Any] = {}
         self._kept: list[memoryview] = []
         self.bytes_allocated = 0
@@ -45,7 +44,7 @@ class Arena:
     def tensor(self, name: str, kind: GGMLQuantizationType, shape: Sequence[int]) -> Tensor:
         """A new tensor with no memory yet."""
         sizes = (ctypes.c_int64 * len(shape))(*shape)
-        pointer = ggml.ggml_new_tensor(self._context, int(kind), len(shape), sizes)
+        pointer = ggml.ggml_new_tensor(self.context, int(kind), len(shape), sizes)
         ggml.ggml_set_name(pointer, name.encode())
         return Tensor(pointer, kind, tuple(shape), name=name)
 
@@ -80,11 +79,11 @@ class Arena:
         DeviceError if there is not enough; ``what`` names it there.
         """
         kind = self._buffer_type
-        size = ggml.ggml_backend_alloc_ctx_tensors_from_buft_size(self._context, kind)
+        size = ggml.ggml_backend_alloc_ctx_tensors_from_buft_size(self.context, kind)
         if not size:
             return
         self._check_free(size, what)
-        buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, kind)
+        buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self.context, kind)
         if not buffer:
             raise DeviceError(
                 f"no memory for {what}: {size / 2**20:,.0f} MiB could not be allocated"
@@ -105,55 +104,9 @@ class Arena:
             # A driver that does not tell says 0; then its own refusal is all there is.
             check_free(size, f"{what} on {name}", info.free if info.total else size)
 
-    def supports_product(self, w: Tensor) -> bool:
-        """Whether the CPU can multiply with ``w`` as it lies here."""
-        x = ggml.ggml_new_tensor_3d(self._context, int(GGMLQuantizationType.F32), w.shape[0], 1, 1)
-        if len(w.shape) == 2:
-            product = ggml.ggml_mul_mat(self._context, w.pointer, x)
-        else:
-            ids = ggml.ggml_new_tensor_2d(self._context, int(GGMLQuantizationType.I32), 1, 1)
-            product = ggml.ggml_mul_mat_id(self._context, w.pointer, x, ids)
-        return bool(ggml.ggml_backend_dev_supports_op(self._device.cpu, product))
-
     def close(self) -> None:
         """Free buffers and tensors, and let go of what was mapped."""
         while self._closers:
             self._closers.pop()()
         self._mapped.clear()
         self._kept.clear()
-
-
-class Repacking:
-    """The CPU's own layouts of weights, which are faster; products alone can read them."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._known: dict[tuple[GGMLQuantizationType, tuple[int, ...]], Any] = {}
-
-    def buffer_type(self, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Any:
-        """The buffer type whose kernels are faster for such a matrix, or None."""
-        if len(shape) < 2 or shape[1] % 16:
-            return None
-        probe = (shape[0], 32 if shape[1] % 32 == 0 else 16, 2)[: len(shape)]
-        if (kind, probe) not in self._known:
-            self._known[kind, probe] = self._find(kind, probe)
-        return self._known[kind, probe]
-
-    def _find(self, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> Any:
-        """Ask each extra buffer type of the CPU with a small matrix of the kind."""
-        cpu = self._device.cpu
-        registry = ggml.ggml_backend_dev_backend_reg(cpu)
-        name = b"ggml_backend_dev_get_extra_bufts"
-        address = ggml.ggml_backend_reg_get_proc_address(registry, name)
-        if not address:
-            return None
-        pointers = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
-        for buffer_type in takewhile(bool, pointers(cpu)):
-            arena = Arena(self._device, 8, buffer_type)
-            w = arena.tensor("w", kind, shape)
-            arena.allocate("a probe")
-            supported = arena.supports_product(w)
-            arena.close()
-            if supported:
-                return buffer_type
-        return None

@@ -19,7 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import DeviceError
 from gemloom.ggml.device import Device, Tensor, contiguous_strides
-from gemloom.ggml.pinning import Marks, pin
+from gemloom.ggml.pinning import Marks, pin, survey
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 I32, I64 = GGMLQuantizationType.I32, GGMLQuantizationType.I64
@@ -134,6 +134,10 @@ class Graph:
             assert not self._split, "a graph over several devices has memory once"
             self._split = True
             self.fallbacks = pin(self._device, self._graph, self._marks)
+
+    def survey(self) -> tuple[Counter[str], int]:
+        """What devices lack of it, by operation, and of how many nodes; needs no memory."""
+        return survey(self._device, self._graph, self._marks) if self._marks else (Counter(), 0)
 
     def compute(self, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails.

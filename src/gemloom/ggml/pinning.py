@@ -57,7 +57,7 @@ def pin(device: Device, graph: Any, marks: Marks) -> Counter[str]:
         address = ctypes.addressof(node.contents)
         index = places.get(_root(node), marks.of(address))
         if index < device.host and not device.supports(index, node):
-            name = ggml.ggml_op_desc(node).decode().lower()
+            name = _name(node)
             if node.contents.view_src:
                 raise DeviceError(f"{device.name(index)} cannot {name} in place; use device cpu")
             lacking[name] += 1
@@ -65,6 +65,22 @@ def pin(device: Device, graph: Any, marks: Marks) -> Counter[str]:
         places[address] = index
         ggml.ggml_backend_sched_set_tensor_backend(device.scheduler, node, device.backends[index])
     return lacking
+
+
+def survey(device: Device, graph: Any, marks: Marks) -> tuple[Counter[str], int]:
+    """What the devices lack of a graph, by operation, and of how many nodes of theirs."""
+    meant = [
+        (node, index)
+        for node in _nodes(graph)
+        if (index := marks.of(ctypes.addressof(node.contents))) < device.host
+    ]
+    lacking = Counter(_name(node) for node, index in meant if not device.supports(index, node))
+    return lacking, len(meant)
+
+
+def _name(node: Any) -> str:
+    """Of an operation, as ggml calls it."""
+    return str(ggml.ggml_op_desc(node).decode().lower())
 
 
 def _nodes(graph: Any) -> Iterator[Any]:

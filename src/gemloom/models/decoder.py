@@ -15,7 +15,7 @@ from gemloom.config import Config, LayerSpec
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
 from gemloom.linear import linear, table_rows
-from gemloom.weights import Weights
+from gemloom.weights import Tensors
 
 Block = dict[str, Tensor]  # one layer's tensors, by name without "blk.N." and ".weight"
 Shapes = dict[str, tuple[int, ...]]
@@ -24,7 +24,7 @@ Shapes = dict[str, tuple[int, ...]]
 class Decoder:
     """Base of the architectures: the pieces whose arithmetic is the same in all of them."""
 
-    def __init__(self, config: Config, weights: Weights) -> None:
+    def __init__(self, config: Config, weights: Tensors) -> None:
         self.config, self.weights = config, weights
         self.placement = weights.placement
         self.blk = [weights.block(spec.index) for spec in config.layers]

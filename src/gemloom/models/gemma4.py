@@ -27,7 +27,7 @@ from gemloom.models.decoder import (
     model_shapes,
     sliced_names,
 )
-from gemloom.weights import PER_LAYER_TABLE, Layout, Weights
+from gemloom.weights import PER_LAYER_TABLE, Layout, Tensors
 
 
 class Gemma4(Decoder):
@@ -62,7 +62,7 @@ class Gemma4(Decoder):
             x = self.named(g, spec, "out", x)
         return self.logits(g, rows, x)
 
-    def __init__(self, config: Config, weights: Weights) -> None:
+    def __init__(self, config: Config, weights: Tensors) -> None:
         super().__init__(config, weights)
         table, p = weights.get(PER_LAYER_TABLE), config.n_per_layer
         if table and p % GGML_QUANT_SIZES[table.type][0]:

@@ -1,0 +1,54 @@
+"""What each device here lacks for a model, told from its header: no weights are read."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+from gemloom.cache import KVCache
+from gemloom.config import from_gguf
+from gemloom.ggml import backends
+from gemloom.ggml.device import Device
+from gemloom.gguf import GGUF
+from gemloom.models import ARCHITECTURES
+from gemloom.options import Options
+from gemloom.placement import Choice, Placement
+from gemloom.runner import Runner, node_budget
+from gemloom.weights import Sketch, check
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Of one device."""
+
+    nodes: int  # of the largest prefill step
+    lacking: dict[str, int]  # of these, those that run on the CPU instead, by operation
+
+
+def survey(file: GGUF, options: Options) -> dict[str, Survey]:
+    """For each device by name: what of a model it would leave to the CPU, had it all layers.
+
+    Raises ConfigError, TensorError, OptionError, DeviceError.
+    """
+    return {name: _survey(file, options, name) for name in backends.listed()}
+
+
+def _survey(file: GGUF, options: Options, name: str) -> Survey:
+    config = from_gguf(file)
+    layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
+    check(file, layout)
+    choice = Choice(options.context_for(config), options.kv_type or "f16")
+    here, tied = (0,) * config.n_layer, layout.head == "token_embd.weight"
+    placement = Placement(here, 0, 1, choice, (), tied, here)
+    with ExitStack() as stack:
+        device = stack.enter_context(
+            closing(Device(name, options.threads, node_budget(config, options.slots)))
+        )
+        weights = stack.enter_context(closing(Sketch(device, file, layout, placement)))
+        kv = stack.enter_context(
+            closing(
+                KVCache(device, config, options.slots, options.chunk, placement, allocate=False)
+            )
+        )
+        lacking, nodes = Runner(device, config, weights, kv).survey()
+    return Survey(nodes, dict(lacking))

@@ -1,0 +1,145 @@
+"""Models over several backends: the same logits wherever the layers are."""
+
+from __future__ import annotations
+
+import ggml
+import numpy as np
+import pytest
+
+import cpu_devices
+import gemloom
+import tiny
+from conftest import Load, prompt
+from gemloom import gguf
+from gemloom.errors import DeviceError, OptionError
+from gemloom.ggml import backends
+from gemloom.ggml.backends import DeviceInfo, Found
+from gemloom.model import Model
+from gemloom.options import Options
+from gemloom.placement import Placement
+from gemloom.source import resolve
+from gemloom.surveying import survey
+
+PLAIN = {"kernels": "plain", "threads": 1}
+MEAN, MOST = 0.0004, 0.004  # in deviations of the logits; one graph or several round alike
+
+
+@pytest.fixture(autouse=True)
+def _cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_devices.add(monkeypatch)
+
+
+def close(got: np.ndarray, wanted: np.ndarray) -> None:
+    error = np.abs(got - wanted) / wanted.std()
+    assert error.mean() < MEAN and error.max() < MOST, (error.mean(), error.max())
+
+
+@pytest.mark.parametrize("variant", sorted(tiny.VARIANTS))
+def test_layers_on_devices(load: Load, variant: str) -> None:
+    ids = prompt(40)
+    wanted = load(variant, device="cpu", **PLAIN).logits(ids)
+    n = tiny.VARIANTS[variant].n_layer
+    for count in (1, n // 2, None):
+        model = load(variant, device="cpu0", gpu_layers=count, **PLAIN)
+        assert model.backends == ["CPU", "CPU"] and not model.fallbacks
+        assert model.placement.layers == (1,) * (n - (count or n)) + (0,) * (count or n)
+        close(model.logits(ids), wanted)
+        assert model.memory()["on_devices"] > 0
+        model.close()
+
+
+@pytest.mark.parametrize("variant", ["e2b", "26b"])
+def test_two_devices(load: Load, variant: str) -> None:
+    ids = prompt(40)
+    wanted = load(variant, device="cpu", **PLAIN).logits(ids)
+    n = tiny.VARIANTS[variant].n_layer
+    options = {"device": ["cpu0", "cpu1"], "gpu_layers": n - 1, "tensor_split": [1, 1]}
+    model = load(variant, **options, **PLAIN)
+    assert set(model.placement.layers) == {0, 1, 2} and model.placement.head == 1
+    close(model.logits(ids), wanted)
+    for step in (1, 7):
+        rows = [model.logits(ids[: i + step], "last") for i in range(0, 40 - step, 13)]
+        close(np.concatenate(rows), wanted[step - 1 : 39 : 13])
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    ["GGML_OP_RMS_NORM", "GGML_OP_FLASH_ATTN_EXT", "GGML_OP_SET_ROWS", "GGML_OP_MUL_MAT"],
+)
+def test_what_a_device_lacks_runs_on_the_cpu_and_is_told(
+    load: Load, monkeypatch: pytest.MonkeyPatch, lacking: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = prompt(40)
+    wanted = load("e2b", device="cpu", **PLAIN).logits(ids)
+    cpu_devices.lack(monkeypatch, [getattr(ggml, lacking)])
+    model = load("e2b", device="cpu0", **PLAIN)
+    close(model.logits(ids), wanted)
+    names = {"GGML_OP_FLASH_ATTN_EXT": "attention", "GGML_OP_SET_ROWS": "attention"}
+    name = names.get(lacking, lacking.removeprefix("GGML_OP_").lower())
+    assert list(model.fallbacks) == [name] and model.fallbacks[name] >= model.config.n_layer
+    assert [name in message for message in caplog.messages] == [True]
+
+
+def test_state_and_snapshots(load: Load) -> None:
+    ids = prompt(60)
+    options = {"device": "cpu0", "gpu_layers": 5, "chunk": 16, **PLAIN}
+    first, second = load("e2b", **options), load("e2b", **options)
+    alone = first.generate(ids, max_tokens=8, temperature=0)
+    saved = first.save_state()
+    assert second.load_state(saved) == len(ids) + 7
+    resumed = second.generate([*ids, *alone.tokens], max_tokens=8, temperature=0)
+    cold = first.generate([*ids, *alone.tokens], max_tokens=8, temperature=0)
+    assert resumed.tokens == cold.tokens and resumed.usage.cached_tokens >= len(ids)
+
+
+def test_unknown_devices() -> None:
+    data = tiny.gguf_bytes(tiny.VARIANTS["gemma3"])
+    with pytest.raises(
+        DeviceError, match=r"no device 'cuda9'; here: cpu, cpu0, cpu1; .*devices.md"
+    ):
+        gemloom.load(data, device="cuda9")
+    with pytest.raises(OptionError, match="2 devices"):
+        gemloom.load(data, device=["cpu0", "cpu1"], tensor_split=[1.0])
+
+
+def test_a_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny.gguf_bytes(tiny.VARIANTS["gemma3"])
+    monkeypatch.setattr(backends.ggml, "ggml_backend_dev_init", lambda device, options: None)
+    with pytest.raises(DeviceError, match="device cpu0 did not start"):
+        gemloom.load(data, device="cpu0")
+
+
+def test_what_a_device_would_lack_is_told_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = gguf.read(resolve(tiny.gguf_bytes(tiny.VARIANTS["e2b"])))
+    told = survey(file, Options())
+    assert list(told) == ["cpu0", "cpu1"]
+    assert not told["cpu0"].lacking and told["cpu0"].nodes > 10 * 20
+    cpu_devices.lack(monkeypatch, [ggml.GGML_OP_RMS_NORM, ggml.GGML_OP_SET_ROWS])
+    lacking = survey(file, Options())["cpu0"].lacking
+    assert set(lacking) == {"rms_norm", "set_rows"}
+    assert lacking["set_rows"] == 2 * 5  # K and V of each layer that has its own
+
+
+def test_the_plan_comes_before_the_model(load: Load) -> None:
+    """And what it says is what is taken then; compute memory is not said to be less."""
+    plans: list[Placement] = []
+    file = gguf.read(resolve(tiny.gguf_bytes(tiny.VARIANTS["e2b"])))
+    options = Options(device="cpu0", gpu_layers=4, context=512, threads=1, slots=2)
+    with Model(file, options, planned=plans.append) as model:
+        memory, (plan,) = model.memory(), plans
+        device, host = plan.table
+        assert (device.layers, host.layers) == (4, 6)
+        assert device.kv + host.kv == memory["kv_full"] + memory["kv_sliding"]
+        assert 0 <= memory["on_devices"] - device.weights < 8192  # aligned
+        assert device.compute >= max(model._device.compute_sizes())
+
+
+def test_a_device_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny.gguf_bytes(tiny.VARIANTS["e2b"])
+    full = DeviceInfo("cpu0", "full", "gpu", 130 << 20, 130 << 20)
+    monkeypatch.setattr(Found, "info", full)
+    with pytest.raises(DeviceError, match=r"cpu0 needs \d+ MiB .* 2 can be used"):
+        gemloom.load(data, device="cpu0")
+    # Layers give way where nobody insists, and all of them where there is no room at all.
+    with gemloom.load(data, device="auto") as model:
+        assert model.placement.on_host and model.backends[-1] == "CPU"
