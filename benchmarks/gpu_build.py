@@ -25,6 +25,7 @@ WHEELS = [  # what Gemloom imports to load, compute and measure, and llama_cpp t
 SOURCES = {"ggml-python": "0.0.45", "llama-cpp-python": "0.3.36"}
 UNREAD = ("models", "docs", "tests", "media", "benches", "examples", "pocs", "gguf-py", "tools")
 PLATFORMS = ["manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1"]
+GRAPHS = "-DGGML_CUDA_GRAPHS=ON"  # off by default in ggml itself, on in llama.cpp
 MOST = 64 << 20  # bytes of the folder
 
 
@@ -55,7 +56,8 @@ def fetch(folder: Path, python: str, machine: str) -> int:
             f"{name}=={version}",
         )  # fmt: skip
         _trim(sources / f"{_stem(name)}.tar.gz")
-    size = sum(path.stat().st_size for path in folder.glob("*/*"))
+    there = [*folder.glob("wheels/*"), *folder.glob("sources/*")]
+    size = sum(path.stat().st_size for path in there)
     if size > MOST:
         raise BuildError(f"{folder} has {size >> 20} MiB, more than {MOST >> 20}")
     return size
@@ -107,7 +109,7 @@ def build(folder: Path, *, cuda: bool, architectures: str = "native") -> None:
     _unpack(folder)
     options = ["-DGGML_CUDA=OFF"]
     if cuda:
-        options = ["-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+        options = ["-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}", GRAPHS]
     _compile(folder, "ggml-python", "ggml", options)
     _compile(folder, "llama-cpp-python", "llama_cpp", [*options, "-DLLAVA_BUILD=OFF"])
 

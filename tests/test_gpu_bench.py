@@ -136,7 +136,7 @@ def test_a_build_goes_on_where_it_failed(folder: Path, tools: Path) -> None:
     configured = [line for line in notes if line.startswith("-S")]
     assert len(configured) == 2 and len(notes) == 6
     for line in configured:
-        assert "-DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=90" in line
+        assert "-DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=90 -DGGML_CUDA_GRAPHS=ON" in line
     for package in ("thing", "ggml", "llama_cpp"):
         assert (gpu_build.site(folder) / package / "__init__.py").is_file()
     gpu_build.build(folder, cuda=True)

@@ -102,12 +102,19 @@ def _among(
     if params.logit_bias:
         there = {i: params.logit_bias[t] for i, t in enumerate(ids) if t in params.logit_bias}
         params = replace(params, logit_bias=there)
-    values = sampling.suppressed(row.values, [i for i, t in enumerate(ids) if t in suppress])
+    barred = [i for i, t in enumerate(ids) if t in suppress] if suppress else ()
     few = None if allowed is None else allowed[row.ids]
-    values = sampling.adjusted(values, params, _narrowed(history, ids), few)
+    past = _narrowed(history, ids) if _penalizes(params) else History()
+    values = sampling.adjusted(sampling.suppressed(row.values, barred), params, past, few)
     if np.count_nonzero(values > row.floor) < _looked_at(params):
         return None
     return int(ids[sampling.choose(values, params, rng)])
+
+
+def _penalizes(params: SamplingParams) -> bool:
+    """Whether what was said before matters."""
+    penalties = params.presence_penalty or params.frequency_penalty
+    return bool(penalties) or params.repetition_penalty != 1
 
 
 def _narrowed(history: History, ids: list[int]) -> History:
