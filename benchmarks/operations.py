@@ -25,7 +25,7 @@ from gemloom.errors import GemloomError
 from gemloom.sequence import Chunk
 
 CHUNK = 512
-I8 = 24  # ggml's number of the type
+I8, BF16 = 24, 30  # ggml's numbers of the types
 SHOWN = 26  # operations
 
 
@@ -38,6 +38,9 @@ def describe_own(x: Any) -> tuple[str, float]:
     if args[0].type == I8:
         k = args[1].src[0].contents.ne[0]
         return f"product, packed, {k} x {x.ne[0]}, {rows} rows", float(k) * x.ne[0] * rows
+    if args[0].type == BF16:
+        k = args[0].ne[0]
+        return f"product, bf16, {k} x {x.ne[0]}, {rows} rows", float(k) * x.ne[0] * rows
     if len(args) == 4:
         cells = args[1].ne[1]
         return f"attention, own, head of {x.ne[0]}, {cells} cells, {x.ne[2]} rows", 0.0

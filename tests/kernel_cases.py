@@ -73,6 +73,12 @@ def matrix(kind: Type, m: int, k: int, seed: int = 0) -> Matrix:
     return Matrix(kind, k, bytes(quantize(normal, kind)))
 
 
+def bfloats(m: int, k: int) -> Matrix:
+    """Normal values, cut to bfloat16."""
+    normal = np.random.default_rng([m, k]).standard_normal((m, k)).astype(np.float32)
+    return Matrix(Type.BF16, k, (normal.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+
+
 def rounded(x: Array) -> Array:
     """Activations as they are after their way through 8 bits, float64: a scale for each 32."""
     runs = x.reshape(*x.shape[:-1], -1, 32)

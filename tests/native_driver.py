@@ -19,9 +19,11 @@ import numpy as np
 
 from gemloom.kernels.build import FLAGS, build
 from gemloom.kernels.library import TYPES, supported
-from kernel_cases import Array, Matrix, activations, matrix, pack, rounded
+from kernel_cases import Array, Matrix, activations, bfloats, matrix, pack, rounded
 
-OPERATIONS = ("pack", "quantize", "product", "expert_product", "attention", "norm", "gelu_mul")
+OPERATIONS = (
+    "pack", "quantize", "product", "expert_product", "attention", "norm", "gelu_mul", "dense",
+)  # fmt: skip
 SEGMENT = 512  # cells, as in library.cpp
 F32 = np.float32
 
@@ -118,6 +120,11 @@ def all_cases() -> Iterator[Case]:
     for n, k in ((1, 32), (7, 96), (3, 1024)):
         x = activations("student", n, k)
         yield Case("quantize", quantized(x), np.int8, (x,), threads=4)
+    for m, k, n in ((67, 48, 13), (1, 16, 1)):
+        w, x = bfloats(m, k), activations("outliers", n, k)
+        right, size = x @ w.values.T, np.abs(x) @ np.abs(w.values).T
+        bits = np.frombuffer(w.data, np.uint16).reshape(m, k)
+        yield Case("dense", right, F32, (bits, x), threads=2, error=5e-7, size=size)
     yield from _attention()
     yield from _elements()
 

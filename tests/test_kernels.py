@@ -16,11 +16,15 @@ from gguf.constants import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemloom.ggml.device import Tensor
+from gemloom.ggml.graph import Graph
 from gemloom.kernels.library import GROUP, TYPES, Library, supported
+from gemloom.kernels.operations import dense_product
 from kernel_cases import (
     ACTIVATIONS,
     Matrix,
     activations,
+    bfloats,
     compute,
     deviation,
     error,
@@ -103,6 +107,24 @@ def test_many_rows_with_many_columns(library: Library, kind: Type) -> None:
     y = multiply(library, w, x, threads=2)
     assert deviation(y, w.values, rounded(x)) < ARITHMETIC
     assert np.array_equal(multiply(library, w, x[70:]), y[70:])
+
+
+@libraries
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 16, 1), (67, 48, 7), (200, 1536, 13)])
+def test_bfloat16(library: Library, m: int, k: int, n: int) -> None:
+    """In float32, where ggml rounds activations; a row, a slice and a thread change no bit."""
+    w, x = bfloats(m, k), activations("student", n, k)
+
+    def multiply(first: int, x: np.ndarray, threads: int = 1) -> np.ndarray:
+        def op(g: Graph, t: list[Tensor]) -> Tensor:
+            return dense_product(g, g.slice(t[0], 1, first, m), t[1])
+
+        return compute(library, op, w, x, threads=threads)
+
+    y = multiply(0, x)
+    assert deviation(y, w.values, x.astype(np.float64)) < ARITHMETIC
+    assert np.array_equal(multiply(0, x[n - 1 :], 3)[0], y[n - 1])
+    assert np.array_equal(multiply(m // 2, x, 2), y[:, m // 2 :])
 
 
 @kinds

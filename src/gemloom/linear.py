@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from gemloom.adapters.delta import Delta
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from gemloom.kernels.operations import add_deltas, expert_product, product
+from gemloom.kernels.operations import (
+    add_deltas,
+    dense_product,
+    expert_product,
+    product,
+    serves_dense,
+)
 
 Part = tuple[int, int]  # of a matrix: its rows (or columns, of a table) from the one to the other
 
@@ -31,7 +37,8 @@ def linear(
     if w.packed and not part:
         y = product(g, w.packed, x)
     else:
-        y = g.mul_mat(g.slice(w, 1, *part) if part else w, x)
+        rows = g.slice(w, 1, *part) if part else w
+        y = dense_product(g, rows, x) if serves_dense(g, w) else g.mul_mat(rows, x)
     if g.kernels:
         there = [stretch for delta in deltas if (stretch := delta.stretch(name, part))]
         if there:

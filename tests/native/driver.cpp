@@ -27,14 +27,15 @@ void gemloom_expert_product(char *, int, int, void *);
 void gemloom_attention(char *, int, int, void *);
 void gemloom_norm(char *, int, int, void *);
 void gemloom_gelu_mul(char *, int, int, void *);
+void gemloom_dense(char *, int, int, void *);
 }
 
 namespace {
 
 using Operation = void (*)(char *, int, int, void *);
-enum { PACK, QUANTIZE, PRODUCT, EXPERT_PRODUCT, ATTENTION, NORM, GELU_MUL };
+enum { PACK, QUANTIZE, PRODUCT, EXPERT_PRODUCT, ATTENTION, NORM, GELU_MUL, DENSE };
 const Operation operations[] = {nullptr,           gemloom_quantize, gemloom_product, gemloom_expert_product,
-                                gemloom_attention, gemloom_norm,     gemloom_gelu_mul};
+                                gemloom_attention, gemloom_norm,     gemloom_gelu_mul, gemloom_dense};
 
 struct Tensor {
     int64_t ne[4], nb[4];

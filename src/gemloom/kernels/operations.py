@@ -12,7 +12,7 @@ from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import F16, F32, Graph
 from gemloom.kernels.library import Attention, Stretch, Stretches, Weight
 
-I8 = GGMLQuantizationType.I8
+I8, BF16 = GGMLQuantizationType.I8, GGMLQuantizationType.BF16
 _CELLS, _LANES = 32, 16  # of which attention takes whole multiples
 _SEGMENT, _NARROW, _WIDE = 512, 16, 64  # cells and rows of its blocks, as in library.cpp
 
@@ -31,6 +31,17 @@ def product(g: Graph, w: Packed, x: Tensor) -> Tensor:
     shape = (int(w.weight.m), *x.shape[1:])
     address = g.kernels.address("product")
     return g.custom(address, F32, shape, (w.tensor, quantized(g, x)), w.weight)
+
+
+def serves_dense(g: Graph, w: Tensor) -> bool:
+    """Whether ``dense_product`` takes a matrix [k, m] or a slice of its rows."""
+    return bool(g.kernels and w.type == BF16 and w.shape[0] % _LANES == 0)
+
+
+def dense_product(g: Graph, w: Tensor, x: Tensor) -> Tensor:
+    """w bf16 [k, m], x [k, n] -> [m, n] = W x in f32; ggml would round x to bf16."""
+    assert g.kernels and w.shape[0] == x.shape[0], (w, x)
+    return g.custom(g.kernels.address("dense"), F32, (w.shape[1], *x.shape[1:]), (w, x))
 
 
 def expert_product(g: Graph, w: Packed, x: Tensor, ids: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 #include "attention.h"
 #include "delta.h"
+#include "dense.h"
 #include "elementwise.h"
 #include "lanes.h"
 #include "product.h"
@@ -23,6 +24,7 @@ const Kernels NAMED(kernels_, INSTRUCTION_SET) = {
     norm,
     gelu_mul,
     delta,
+    dense,
 };
 
 }  // namespace gemloom

@@ -50,6 +50,9 @@ struct Lanes {
     static Floats halves(const uint16_t *p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
     }
+    static Floats bfloats(const uint16_t *p) {
+        return _mm512_castsi512_ps(left<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p))));
+    }
     static Floats unsigned_bytes(const uint8_t *p) {
         return floats(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
     }
@@ -162,6 +165,12 @@ struct Lanes {
     static Floats halves(const uint16_t *p) {
         const __m128i *from = (const __m128i *)p;
         return {_mm256_cvtph_ps(_mm_loadu_si128(from)), _mm256_cvtph_ps(_mm_loadu_si128(from + 1))};
+    }
+    static Floats bfloats(const uint16_t *p) {
+        const __m128i *from = (const __m128i *)p;
+        Ints x = left<16>(Ints{_mm256_cvtepu16_epi32(_mm_loadu_si128(from)),
+                               _mm256_cvtepu16_epi32(_mm_loadu_si128(from + 1))});
+        return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)};
     }
     static Floats unsigned_bytes(const uint8_t *p) {
         return floats(Ints{_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)),
@@ -304,6 +313,9 @@ struct Lanes {
         return every([=](int i) {
             return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
         });
+    }
+    static Floats bfloats(const uint16_t *p) {
+        return every([=](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
     }
     static Floats unsigned_bytes(const uint8_t *p) {
         uint8x16_t x = vld1q_u8(p);

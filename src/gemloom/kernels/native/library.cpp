@@ -384,6 +384,21 @@ EXPORT void gemloom_delta(char *dst, int ith, int nth, void *list) {
     }
 }
 
+// bfloat16 w [k, m] and float x [k, ...] -> float [m, ...].
+EXPORT void gemloom_dense(char *dst, int ith, int nth, void *) {
+    const Tensor to{dst}, w = to.src(0), from = to.src(1);
+    const int64_t n = to.rows(), groups = (to.ne(0) + GROUP - 1) / GROUP;
+    std::vector<const float *> x(n);
+    std::vector<float *> y(n);
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = reinterpret_cast<const float *>(from.row(i));
+        y[i] = reinterpret_cast<float *>(to.row(i));
+    }
+    for (int64_t g = groups * ith / nth; g < groups * (ith + 1) / nth; g++) {  // so many as the second cache has room for
+        kernels->dense({w.ne(0), n, g * GROUP, std::min(to.ne(0), (g + 1) * GROUP), w.nb(1), w.data(), x.data(), y.data()});
+    }
+}
+
 // Packed experts, Activations [bytes, 1 or used, n], ids [used, n] -> float [m, used, n].
 EXPORT void gemloom_expert_product(char *dst, int ith, int nth, void *weight) {
     const Weight &w = *static_cast<const Weight *>(weight);

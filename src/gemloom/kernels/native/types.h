@@ -195,6 +195,15 @@ struct DeltaJob {
     float *scratch;  // 4 * r
 };
 
+// y[i][r] = w[r] . x[i] for n rows and rows `first` to `last` of w, which are bfloat16 [k], k a multiple
+// of 16.
+struct DenseJob {
+    int64_t k, n, first, last, w_stride;  // the last in bytes
+    const char *w;
+    const float *const *x;
+    float *const *y;
+};
+
 struct Kernels {
     const char *name;
     void (*product[TYPES])(const Job &);
@@ -203,6 +212,7 @@ struct Kernels {
     void (*norm)(const float *x, const float *weight, const float *add, float scale, float eps, int64_t n, float *y);
     void (*gelu_mul)(const float *gate, const float *up, int64_t n, float *y);
     void (*delta)(const DeltaJob &);
+    void (*dense)(const DenseJob &);
 };
 
 }  // namespace gemloom
