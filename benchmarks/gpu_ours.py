@@ -123,6 +123,7 @@ def speed(job: Job) -> Job:
         return {
             "prompt": {t.tokens: t.seconds for t in report.timings if t.kind == "prompt"},
             "decode": decode, "outside": outside, "load": loaded,
+            "milliseconds": {name: t.phases for name, t in singles.items()},
             "memory": model.memory(), "fallbacks": dict(model.fallbacks),
             "ranks": model._runner.ranks, "backends": model.backends,
         }  # fmt: skip
