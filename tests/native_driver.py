@@ -23,6 +23,7 @@ from kernel_cases import Array, Matrix, activations, bfloats, matrix, pack, roun
 
 OPERATIONS = (
     "pack", "quantize", "product", "expert_product", "attention", "norm", "gelu_mul", "dense",
+    "delta",
 )  # fmt: skip
 SEGMENT = 512  # cells, as in library.cpp
 F32 = np.float32
@@ -127,6 +128,7 @@ def all_cases() -> Iterator[Case]:
         yield Case("dense", right, F32, (bits, x), threads=2, error=5e-7, size=size)
     yield from _attention()
     yield from _elements()
+    yield from _deltas()
 
 
 def quantized(x: Array) -> Array:
@@ -226,6 +228,36 @@ def _elements() -> Iterator[Case]:
         argument = np.sqrt(8 / np.pi) * (x + 0.044715 * x.astype(np.float64) ** 3)
         gated = x / (1 + np.exp(-argument)) * up
         yield Case("gelu_mul", gated, F32, (x, up), threads=4, error=4e-6, size=np.abs(gated))
+
+
+def _deltas() -> Iterator[Case]:
+    """One stretch of all rows and two of some; odd ranks, and columns that are part of B's."""
+    rng = np.random.default_rng(5)
+    for n, k, m, rank, half in (
+        (1, 16, 16, 1, False), (3, 37, 150, 5, False), (3, 37, 150, 5, True),
+        (9, 128, 67, 4, True), (13, 70, 33, 3, False),
+    ):  # fmt: skip
+        x, y = rng.standard_normal((n, k)).astype(F32), rng.standard_normal((n, m)).astype(F32)
+        right, size = y.astype(np.float64), np.abs(y.astype(np.float64))
+        sources: list[Array] = [y, x]
+        for first, count in ((0, n),) if n < 9 else ((1, n // 2 - 1), (n // 2 + 1, n // 3)):
+            a = rng.standard_normal((rank, k)).astype(np.float16 if half else F32)
+            wide = rng.standard_normal((rank, m + 3)).astype(a.dtype)
+            b = wide.ravel()[: wide.size - 3]  # nothing behind the last row's columns
+            scale = rng.standard_normal(count).astype(F32)
+            numbers = np.array([first, count, rank, m + 3, half], np.int64)
+            rows, terms = slice(first, first + count), (scale[:, None], x[first : first + count])
+            right[rows] += _delta(*terms, a, wide[:, :m])
+            size[rows] += _delta(*map(np.abs, (*terms, a, wide[:, :m])))
+            sources += [a, b, scale, numbers]
+        for threads in (1, 3):
+            yield Case("delta", right, F32, tuple(sources), threads=threads, error=6e-7, size=size)
+
+
+def _delta(scale: Array, x: Array, a: Array, b: Array) -> Array:
+    """s B A x, in float64."""
+    scale, x, a, b = (array.astype(np.float64) for array in (scale, x, a, b))
+    return scale * (x @ a.T @ b)
 
 
 def _bits(x: float) -> int:

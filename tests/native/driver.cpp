@@ -8,6 +8,7 @@
 // bytes it has, and these. RESULTS are the bytes of the tensors written. Each tensor has memory of
 // just its size, so that a sanitizer sees any step beyond it. Exit status 3: no such kernels.
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -28,14 +29,16 @@ void gemloom_attention(char *, int, int, void *);
 void gemloom_norm(char *, int, int, void *);
 void gemloom_gelu_mul(char *, int, int, void *);
 void gemloom_dense(char *, int, int, void *);
+void gemloom_delta(char *, int, int, void *);
 }
 
 namespace {
 
 using Operation = void (*)(char *, int, int, void *);
-enum { PACK, QUANTIZE, PRODUCT, EXPERT_PRODUCT, ATTENTION, NORM, GELU_MUL, DENSE };
+enum { PACK, QUANTIZE, PRODUCT, EXPERT_PRODUCT, ATTENTION, NORM, GELU_MUL, DENSE, DELTA };
 const Operation operations[] = {nullptr,           gemloom_quantize, gemloom_product, gemloom_expert_product,
-                                gemloom_attention, gemloom_norm,     gemloom_gelu_mul, gemloom_dense};
+                                gemloom_attention, gemloom_norm,     gemloom_gelu_mul, gemloom_dense,
+                                gemloom_delta};
 
 struct Tensor {
     int64_t ne[4], nb[4];
@@ -50,6 +53,17 @@ struct Attention {
     int32_t halves;
     float *parts;
     std::atomic<int32_t> done;
+};
+
+struct Stretch {
+    const void *a, *b;
+    const float *scale;
+    int64_t first, count, rank, b_stride, halves;
+};
+
+struct Stretches {
+    int64_t count;
+    const Stretch *all;
 };
 
 void read(FILE *file, void *to, size_t size) {
@@ -86,9 +100,23 @@ void attend(Tensor &to, int threads, const int64_t (&numbers)[3]) {
     for (int twice = 0; twice < 2; twice++) on_threads(gemloom_attention, to, threads, &how);
 }
 
+// Sources: what is added to, x, and of each stretch its A, B, scales and numbers: first, count, rank,
+// b_stride, halves.
+void add_deltas(Tensor &to, int threads, const std::vector<Tensor> &tensors) {
+    std::vector<Stretch> all;
+    for (size_t i = 3; i < tensors.size(); i += 4) {
+        auto *n = reinterpret_cast<const int64_t *>(tensors[i + 3].data);
+        auto *scale = reinterpret_cast<const float *>(tensors[i + 2].data);
+        all.push_back({tensors[i].data, tensors[i + 1].data, scale, n[0], n[1], n[2], n[3], n[4]});
+    }
+    Stretches stretches{static_cast<int64_t>(all.size()), all.data()};
+    memcpy(to.data, tensors[1].data, to.bytes);
+    on_threads(gemloom_delta, to, threads, &stretches);
+}
+
 void run(int64_t operation, int threads, int64_t (&numbers)[3], std::vector<Tensor> &tensors) {
     Tensor &to = tensors[0];
-    for (size_t i = 1; i < tensors.size(); i++) to.src[i - 1] = &tensors[i];
+    for (size_t i = 1; i < std::min<size_t>(tensors.size(), 5); i++) to.src[i - 1] = &tensors[i];
     float eps = float_of(numbers[0]);
     if (operation == PACK) {
         const int64_t groups = (numbers[2] + 63) / 64;
@@ -96,6 +124,8 @@ void run(int64_t operation, int threads, int64_t (&numbers)[3], std::vector<Tens
         for (int64_t i = 0; i < groups; i++) gemloom_pack(numbers, from, to.data, i, i + 1);
     } else if (operation == ATTENTION) {
         attend(to, threads, numbers);
+    } else if (operation == DELTA) {
+        add_deltas(to, threads, tensors);
     } else {
         on_threads(operations[operation], to, threads, operation == NORM ? static_cast<void *>(&eps) : numbers);
     }
