@@ -148,12 +148,13 @@ def advise(blas: bool, missing: list[str], release: str) -> dict[str, Any] | Non
         because.append(f"ggml was not built for this CPU ({', '.join(missing)} unused)")
     if not because:
         return None
-    flags = "" if blas else 'CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS" '
+    more = "" if blas else "-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS "
     needs = "a C++ compiler" if blas else "libopenblas-dev or its like"
     return {
         "because": because,
         "needs": needs,
-        "command": f"{flags}pip install --force-reinstall --no-deps --no-cache-dir "
+        "command": f'CMAKE_ARGS="{more}-DGGML_RPC=ON" '
+        "pip install --force-reinstall --no-deps --no-cache-dir "
         f"--no-binary ggml-python ggml-python=={release}",
     }
 
