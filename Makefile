@@ -58,14 +58,19 @@ quality: $(VENV)/.bench $(VENV)/.demo
 clean:
 	rm -rf $(VENV) $(REFERENCE) .venv-peer .venv-peer-server
 
-# ggml-python has no wheels on the index: it compiles ggml for this machine, in about a minute.
+# ggml-python has no wheels on the index: it compiles ggml for this machine, in about a minute. RPC, for workers, is
+# three seconds of it. pip may have kept a build from before that, which is of no use then.
+RPC := CMAKE_ARGS="-DGGML_RPC=ON $$CMAKE_ARGS"
 %/.base: pyproject.toml hatch_build.py $(wildcard src/gemloom/kernels/build.py src/gemloom/kernels/native/*)
 	@command -v c++ >/dev/null || { echo "a C and C++ compiler is needed (Debian: g++)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "Python's venv is needed (Debian: python3-venv)"; exit 1; }
 	@echo "Setting up $* (ggml and our kernels are compiled for this machine; about a minute)"
 	$(PYTHON) -m venv $*
 	$*/bin/python $(PIP) --quiet 'pip>=25.1'
-	$*/bin/python $(PIP) --editable .
+	$(RPC) $*/bin/python $(PIP) --editable .
+	@$*/bin/python -c 'import ggml; raise SystemExit(not ggml.GGML_USE_RPC)' || \
+		$(RPC) $*/bin/python $(PIP) --force-reinstall --no-deps --no-cache-dir --no-binary ggml-python \
+			ggml-python==$$($*/bin/python -c 'import ggml; print(ggml.__version__)')
 	@touch $@
 
 %/.dev: %/.base

@@ -1,10 +1,12 @@
 """What workers cost: speed on the loopback, what the relay adds, and what crosses the network.
 
     python benchmarks/workers.py MODEL [--workers 2] [--prompt 256] [--decode 32] [--threads 1]
+                                       [--tensor-split 2,10] [--direct]
 
-Starts the workers, and computes the same alone (with ggml's plain kernels, which workers have),
-with the workers, and with ggml's client connected to them directly, without the relay. All of it
-shares one machine, so that is no speed of several; bytes and messages are what they are anywhere.
+Starts the workers, and computes the same alone (with ggml's plain kernels, which workers have)
+and with them; with --direct also with ggml's client connected to them without the relay, which
+ends the process where layers of one worker read what lies on another. All of it shares one
+machine, so that is no speed of several; bytes and messages are what they are anywhere.
 Prints a table.
 """
 
@@ -16,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import ggml
@@ -36,11 +38,12 @@ class Traffic:
     back: int = 0
     messages: int = 0
     waits: int = 0  # messages that had to be answered before the next
+    cpu: float = 0.0  # seconds that the relay took of a core
 
     def __sub__(self, other: Traffic) -> Traffic:
         return Traffic(
             self.out - other.out, self.back - other.back,
-            self.messages - other.messages, self.waits - other.waits,
+            self.messages - other.messages, self.waits - other.waits, self.cpu - other.cpu,
         )  # fmt: skip
 
 
@@ -68,7 +71,11 @@ class Counted(relay.Relay):
 
     def _pass_on(self, client: Any) -> bool:
         TRAFFIC.messages += 1
-        return super()._pass_on(client)
+        begin = thread_time()
+        try:
+            return super()._pass_on(client)
+        finally:
+            TRAFFIC.cpu += thread_time() - begin
 
     def _checked(self, command: int, request: bytes, size: int) -> bytes:
         TRAFFIC.waits += 1
@@ -150,34 +157,42 @@ def results(args: argparse.Namespace) -> dict[str, Result]:
     """Of each way, by its name."""
     found = {"alone": measure(args, device="cpu", kernels="plain")}
     with workers(args.workers, args.threads) as devices, ExitStack() as patched:
-        for name, owner, kind in (
-            ("with the relay", "Relay", Counted), ("without it", "Worker", Direct)
-        ):  # fmt: skip
+        ways: list[tuple[str, str, type]] = [("with workers", "Relay", Counted)]
+        if args.direct:
+            ways.append(("without the relay", "Worker", Direct))
+        for name, owner, kind in ways:
             before = getattr(rpc, owner)
             patched.callback(setattr, rpc, owner, before)
             setattr(rpc, owner, kind)
-            found[name] = measure(args, device=devices)
+            found[name] = measure(args, device=devices, tensor_split=args.tensor_split)
     return found
 
 
 def table(args: argparse.Namespace, found: dict[str, Result]) -> Table:
-    """Speeds of all, and the traffic of the one that was counted."""
+    """Speeds of all."""
     shown = Table(title=f"{args.workers} workers on the loopback, {args.threads} thread(s) each")
     for column in ("", "load, s", f"prompt {args.prompt}, tok/s", "decode, tok/s"):
         shown.add_column(column, justify="left" if not column else "right")
     for name, each in found.items():
         prompt, decode = args.prompt / each.prompt, args.decode / each.decode
         shown.add_row(name, f"{each.load:.1f}", f"{prompt:.1f}", f"{decode:.2f}")
-    counted = found["with the relay"]
-    shown.add_section()
-    load, prompt, decode = counted.load_traffic, counted.prompt_traffic, counted.decode_traffic
+    return shown
+
+
+def traffic_table(args: argparse.Namespace, counted: Result) -> Table:
+    """What went over the connections, and what the relay took of a core for it."""
+    shown = Table()
+    for column in ("", "kB out", "kB back", "messages", "waited for", "relay, ms"):
+        shown.add_column(column, justify="left" if not column else "right")
     for name, traffic, n in (
-        ("load, in all", load, 1), ("prompt, a token", prompt, args.prompt),
-        ("decode, a token", decode, args.decode),
-    ):  # fmt: skip
+        ("load, in all", counted.load_traffic, 1),
+        ("prompt, a token", counted.prompt_traffic, args.prompt),
+        ("decode, a token", counted.decode_traffic, args.decode),
+    ):
         shown.add_row(
-            name, f"{traffic.out / n / 1e3:,.1f} kB out", f"{traffic.back / n / 1e3:,.1f} kB back",
-            f"{traffic.messages / n:,.1f} messages, {traffic.waits / n:,.1f} waited for",
+            name, f"{traffic.out / n / 1e3:,.1f}", f"{traffic.back / n / 1e3:,.1f}",
+            f"{traffic.messages / n:,.1f}", f"{traffic.waits / n:,.1f}",
+            f"{1e3 * traffic.cpu / n:,.2f}",
         )  # fmt: skip
     return shown
 
@@ -187,8 +202,11 @@ def main() -> None:
     parser.add_argument("model")
     for name, value in (("workers", 2), ("prompt", 256), ("decode", 32), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--tensor-split", type=lambda text: [float(n) for n in text.split(",")])
+    parser.add_argument("--direct", action="store_true")
     args = parser.parse_args()
-    Console().print(table(args, results(args)))
+    found = results(args)
+    Console().print(table(args, found), traffic_table(args, found["with workers"]))
 
 
 if __name__ == "__main__":

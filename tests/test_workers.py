@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import ggml
 import numpy as np
@@ -17,6 +18,8 @@ from gemloom.errors import DeviceError
 from gemloom.ggml import relay, rpc
 from random_lora import random_lora
 from workers import Worker, needs_rpc, worker
+
+TCP = Path("/proc/net/tcp")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,18 @@ def test_a_worker_for_others_warns() -> None:
         f"whoever can reach 0.0.0.0:{started.port} may use this machine: "
         "there is no authentication\n"
     )
+
+
+@needs_rpc
+@pytest.mark.skipif(not TCP.exists(), reason="only Linux shows the timers of connections")
+def test_both_sides_ask_for_a_sign_of_life() -> None:
+    """Or a worker would wait for ever for a client that was switched off, and take no other."""
+    with worker() as started, closing(rpc.Worker("127.0.0.1", started.port)):
+        port, timers = f":{started.port:04X}", []
+        for _, local, remote, state, _, timer, *_ in map(str.split, TCP.read_text().splitlines()):
+            if state == "01" and (local.endswith(port) or remote.endswith(port)):
+                timers.append(timer[:2])
+    assert timers == ["02", "02"]  # keep-alive
 
 
 @needs_rpc

@@ -174,9 +174,9 @@ def advise(
 
 def _rebuild(options: str = "") -> str:
     """The command that builds ggml for this machine, as it always is from its source."""
-    before = f'CMAKE_ARGS="{options}" ' if options else ""
+    options = f"{options} -DGGML_RPC=ON".lstrip()
     return (
-        f"{before}pip install --force-reinstall --no-deps --no-cache-dir "
+        f'CMAKE_ARGS="{options}" pip install --force-reinstall --no-deps --no-cache-dir '
         f"--no-binary ggml-python ggml-python=={version('ggml-python')}"
     )
 

@@ -1,7 +1,7 @@
 """Devices of other machines: ggml's RPC backend, made safe by a relay; and the worker's side of it.
 
 A worker computes for one model at a time. Nothing on the way is encrypted, and whoever reaches a
-worker may use it: docs/devices.md says how to tunnel it.
+worker may use it: docs/workers.md says how to tunnel it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PREFIX = "rpc:"
 DEFAULT_PORT = 50052  # that of ggml's own server
 _INSTALL = (
     'CMAKE_ARGS="-DGGML_RPC=ON" pip install --force-reinstall --no-deps --no-cache-dir '
-    "--no-binary ggml-python ggml-python==0.0.45"
+    f"--no-binary ggml-python ggml-python=={ggml.__version__}"
 )
 _serial = itertools.count()
 
