@@ -21,15 +21,20 @@ BATCH, PIECE = 2048, 512
 
 
 class Peer:
-    """A loaded model with a context."""
+    """A loaded model with a context for each of some sequences, ``layers`` of it on devices."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(
+        self, path: str, threads: int, context: int, sequences: int = 1, layers: int = 0
+    ) -> None:
         api.llama_backend_init()
-        self.model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
+        loading = api.llama_model_default_params()
+        loading.n_gpu_layers = layers
+        self.model = api.llama_model_load_from_file(path.encode(), loading)
         if not self.model:
             sys.exit(f"error: llama.cpp cannot load {path}")
         params = api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = context, BATCH, PIECE
+        params.n_ctx, params.n_seq_max = context * sequences, sequences
+        params.n_batch, params.n_ubatch = BATCH, PIECE
         params.n_threads = params.n_threads_batch = threads
         params.swa_full = False
         self.context = api.llama_init_from_model(self.model, params)
@@ -44,13 +49,17 @@ class Peer:
         """Forget every position."""
         api.llama_memory_clear(api.llama_get_memory(self.context), True)
 
-    def evaluate(self, start: int, count: int) -> None:
+    def evaluate(self, start: int, count: int, sequence: int = 0) -> None:
         """Compute ``count`` random tokens from position ``start``; logits of the last one only."""
         for first in range(0, count, BATCH):
             n = min(BATCH, count - first)
-            self._fill(start + first, n, last=first + n == count)
-            if api.llama_decode(self.context, self.batch):
-                sys.exit(f"error: llama.cpp cannot compute {n} tokens at {start + first}")
+            last = first + n - 1 if first + n == count else -1
+            self._fill([(start + i, sequence, i == last) for i in range(first, first + n)])
+        api.llama_synchronize(self.context)
+
+    def step(self, position: int, sequences: int) -> None:
+        """Compute a random token of each sequence, with its logits."""
+        self._fill([(position, sequence, True) for sequence in range(sequences)])
         api.llama_synchronize(self.context)
 
     def use(self, adapter: object) -> None:
@@ -68,15 +77,18 @@ class Peer:
         self.evaluate(start, count)
         return perf_counter() - begin
 
-    def _fill(self, start: int, n: int, last: bool) -> None:
+    def _fill(self, rows: list) -> None:
+        """Have rows of (position, sequence, whether its logits are wanted) computed."""
         batch = self.batch
-        batch.n_tokens = n
-        for i in range(n):
+        batch.n_tokens = len(rows)
+        for i, (position, sequence, wanted) in enumerate(rows):
             batch.token[i] = self.random.randrange(self.n_vocab)
-            batch.pos[i] = start + i
+            batch.pos[i] = position
             batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = last and i == n - 1
+            batch.seq_id[i][0] = sequence
+            batch.logits[i] = wanted
+        if api.llama_decode(self.context, batch):
+            sys.exit(f"error: llama.cpp cannot compute {len(rows)} tokens at {rows[0][0]}")
 
 
 def speed(job: dict) -> dict:
@@ -95,6 +107,37 @@ def speed(job: dict) -> dict:
                 peer.evaluate(max(n, 1) + i, 1)
             decodes[n] = perf_counter() - start
     return {"prompt": {n: prompts[n] for n in job["prompts"]}, "decode": decodes}
+
+
+def device(job: dict) -> dict:
+    """Seconds of prompts, and of decoding by one sequence and by several, at each depth.
+
+    As ``speed``, each repeated, with all layers on the device that llama.cpp prefers.
+    """
+    most = max(job["sequences"])
+    peer = Peer(job["model"], job["threads"], job["context"], most, job["layers"])
+    peer.evaluate(0, 32)
+    prompts: dict = {n: [] for n in job["prompts"]}
+    decodes: dict = {}
+    for _ in range(job["repetitions"]):
+        for n in job["prompts"]:
+            prompts[n].append(peer.timed(0, n))
+        for depth in job["depths"]:
+            for count in job["sequences"]:
+                seconds = decodes.setdefault(f"{count} at {depth}", [])
+                seconds.append(_decoded(peer, count, max(depth, 1), job["decode"]))
+    return {"prompt": prompts, "decode": decodes}
+
+
+def _decoded(peer: Peer, count: int, depth: int, tokens: int) -> float:
+    """Seconds that so many sequences take to decode side by side after a prompt each."""
+    peer.clear()
+    for sequence in range(count):
+        peer.evaluate(0, depth, sequence)
+    start = perf_counter()
+    for i in range(tokens):
+        peer.step(depth + i, count)
+    return perf_counter() - start
 
 
 def start(job: dict) -> dict:
@@ -157,5 +200,8 @@ def _quiet(level: int, text: bytes, data: object) -> None:
 if __name__ == "__main__":
     api.llama_log_set(_quiet, None)
     wanted = json.loads(sys.argv[1])
-    tasks = {"speed": speed, "start": start, "adapters": adapters, "version": version}
+    tasks = {
+        "speed": speed, "start": start, "adapters": adapters, "version": version,
+        "device": device,
+    }  # fmt: skip
     print(json.dumps(tasks[wanted["task"]](wanted)))

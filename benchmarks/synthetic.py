@@ -23,7 +23,7 @@ import lzma
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -369,6 +369,24 @@ def make(model: str, path: Path, seed: int = 0) -> None:
     """Write one of MODELS."""
     shape, mix = MODELS[model]
     write(path, model, shape, mix, vocabulary(), seed)
+
+
+def make_tiny(model: str, path: Path) -> None:
+    """The structure of one of MODELS in a few megabytes, with the tokenizer of the tests."""
+    sys.path.insert(0, str(VOCABULARY.parent.parent))
+    import tiny
+
+    data = memoryview(tiny.gguf_bytes(tiny.VARIANTS["e2b"]))
+    keys = gguf.parse(Blob("tiny", [data])).metadata
+    words = {k: v for k, v in keys.items() if k.startswith("tokenizer.")}
+    shape, mix = MODELS[model]
+    small = replace(
+        shape, n_embd=256, n_head=4, n_ff=256, n_ff_shared=512 if shape.n_ff_shared else 0,
+        n_expert=min(shape.n_expert, 16), n_ff_exp=256 if shape.n_ff_exp else 0,
+        n_kv=min(shape.n_kv, 2), n_kv_full=min(shape.n_kv_full, 2),
+        head_dim=32, head_dim_full=64, window=16,
+    )  # fmt: skip
+    write(path, model, small, mix, gguf.Metadata("tiny", words))
 
 
 def main() -> None:

@@ -45,6 +45,14 @@ class Work:
         )
         return weights + cells
 
+    def stepped(self, depth: int, requests: int) -> float:
+        """Bytes to read for a token of each of so many requests, if no two use the same expert."""
+        once = sum(
+            info.nbytes * min(1.0, self._share(name) * (requests if "_exps" in name else 1))
+            for name, info in self.matrices.items()
+        )
+        return once + requests * (self.decoded(depth) - self.decoded(0))
+
     def _multiplied(self, name: str) -> float:
         return prod(self.matrices[name].shape) * self._share(name)
 

@@ -158,7 +158,7 @@ def test_every_end_lets_its_adapters_go(load: Load, monkeypatch: pytest.MonkeyPa
     idle(model)
     assert model.adapters.list()[0].users == 0
 
-    def fail(graph: Graph) -> None:
+    def fail(*_: Any) -> None:
         raise RuntimeError("lost")
 
     monkeypatch.setattr(Graph, "compute", fail)

@@ -193,6 +193,13 @@ def test_work_counts_each_matrix_once(model: Path) -> None:
     assert needs.decoded(0) == sum(gguf.nbytes(kinds[n], size) for n, size in matrices.items())
 
 
+def test_several_requests_read_weights_once_and_each_its_cells(model: Path) -> None:
+    needs = work.of(model)
+    assert needs.stepped(30, 1) == needs.decoded(30)
+    cells = needs.decoded(30) - needs.decoded(0)
+    assert needs.stepped(30, 8) == needs.decoded(0) + 8 * cells
+
+
 def test_work_grows_with_what_is_seen(model: Path) -> None:
     needs = work.of(model)
     sliding, full = 28 * 32, 7 * 64

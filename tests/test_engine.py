@@ -225,7 +225,7 @@ def test_a_failed_step_ends_everything_loudly(
     runs = [model.stream(prompt(5, seed=i), max_tokens=200, **endless(model)) for i in range(4)]
     next(runs[0])
 
-    def fail(graph: Graph) -> None:
+    def fail(*_: Any) -> None:
         raise fault
 
     monkeypatch.setattr(Graph, "compute", fail)

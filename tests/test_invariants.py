@@ -298,8 +298,8 @@ def test_a_look_that_failed_leaves_no_trace(load: Load, monkeypatch: pytest.Monk
     model.generate(ids, max_tokens=2, temperature=0)
     whole = Graph.compute
 
-    def interrupted(graph: Graph) -> None:
-        whole(graph)
+    def interrupted(graph: Graph, meanwhile: Any) -> None:
+        whole(graph, meanwhile)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Graph, "compute", interrupted)
@@ -316,9 +316,9 @@ def test_closing_in_the_middle_of_a_step(load: Load, monkeypatch: pytest.MonkeyP
     model = load()
     whole = Graph.compute
 
-    def closing(graph: Graph) -> None:
+    def closing(graph: Graph, meanwhile: Any) -> None:
         model.close()
-        whole(graph)
+        whole(graph, meanwhile)
 
     monkeypatch.setattr(Graph, "compute", closing)
     with pytest.raises(ClosedError):

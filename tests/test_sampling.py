@@ -300,7 +300,7 @@ def test_penalties_by_hand():
     params = SamplingParams(
         repetition_penalty=2, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={2: 1, 4: -3}
     )
-    got = sampling._adjusted(logits, params, history)
+    got = sampling.adjusted(logits, params, history)
     #                 4/2 - .5 - .25; -4*2; (2+1)/2 - .5 - 2*.25; 0*2; 1-3
     np.testing.assert_array_equal(got, row(1.25, -8, 0.5, 0, -2))
     np.testing.assert_array_equal(logits, row(4, -4, 2, 0, 1))
@@ -308,7 +308,7 @@ def test_penalties_by_hand():
 
 def test_presence_and_frequency_leave_the_prompt_alone():
     params = SamplingParams(presence_penalty=2, frequency_penalty=2)
-    np.testing.assert_array_equal(sampling._adjusted(row(1, 2), params, History({0, 1})), row(1, 2))
+    np.testing.assert_array_equal(sampling.adjusted(row(1, 2), params, History({0, 1})), row(1, 2))
 
 
 def test_a_bias_of_100_forces_a_token_and_no_bias_frees_a_suppressed_one():
@@ -346,7 +346,7 @@ def test_the_defaults_are_gemmas():
     assert (GEMMA_DEFAULTS.temperature, GEMMA_DEFAULTS.top_k, GEMMA_DEFAULTS.top_p) == (1, 64, 0.95)
     logits = row(1, 2)
     history = History({0, 1}, Counter({0: 3}))
-    assert sampling._adjusted(logits, GEMMA_DEFAULTS, history) is logits  # penalties are neutral
+    assert sampling.adjusted(logits, GEMMA_DEFAULTS, history) is logits  # penalties are neutral
 
 
 KINDS = {

@@ -157,8 +157,8 @@ class KVCache:
         padded = -(-end // PAD) * PAD
         return Extent(min(self.cells.full, padded), min(self.cells.sliding, padded))
 
-    def indices(self, slot: int, positions: np.ndarray, sliding: bool) -> np.ndarray:
-        """The rows of a store where a slot keeps these positions; i64 as ``positions``."""
+    def indices(self, slot: int | np.ndarray, positions: np.ndarray, sliding: bool) -> np.ndarray:
+        """The rows of a store where a slot, or one for each, keeps these positions; i64."""
         cells = self.cells.of(sliding)
         return (positions % cells if sliding else positions).astype(np.int64) + slot * cells
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-
 from gemloom.adapters.active import Marks, marks
 from gemloom.cache import KVCache
+from gemloom.candidates import Candidates
 from gemloom.errors import ClosedError, EngineError, GemloomError, LostError, QueueFullError
 from gemloom.options import Options
 from gemloom.runner import Runner
+from gemloom.sampling import Floats
 from gemloom.scheduler import plan
 from gemloom.sequence import Chunk, Sequence
 from gemloom.signals import undisturbed
@@ -239,9 +239,16 @@ class Engine:
             return
         for chunk in batch:
             self._prepare(chunk)
-        logits = self._runner.run(batch)
+        rows = self._compute(batch)
         self._counts["steps"] += 1
-        self._deliver(batch, logits)
+        self._deliver(batch, rows)
+
+    def _compute(self, batch: abc.Sequence[Chunk]) -> abc.Iterable[Floats | Candidates]:
+        """The wanted rows of a batch; their largest logits where those may do for some request."""
+        wanted = [self._running.get(chunk.slot) for chunk in batch if chunk.wanted]
+        if self._runner.ranks and any(sequence and sequence.few for sequence in wanted):
+            return self._runner.rank(batch)
+        return self._runner.run(batch)
 
     def _turn(self) -> list[Sequence]:
         """The requests of the next step: all, or where they have too many adapters for a graph,
@@ -344,7 +351,9 @@ class Engine:
             self._end(sequence)
             sequence.sink(_typed(error))
 
-    def _deliver(self, batch: abc.Sequence[Chunk], logits: np.ndarray) -> None:
+    def _deliver(
+        self, batch: abc.Sequence[Chunk], logits: abc.Iterable[Floats | Candidates]
+    ) -> None:
         rows = iter(logits)
         for chunk in batch:
             row = next(rows) if chunk.wanted else None
@@ -367,7 +376,7 @@ class Engine:
             if chunk.start < at <= chunk.end and self.slots.wants_snapshot(slot, at):
                 self.slots.keep(slot, at, self._kv.window_before(slot.index, at))
 
-    def _emit(self, sequence: Sequence, logits: np.ndarray) -> None:
+    def _emit(self, sequence: Sequence, logits: Floats | Candidates) -> None:
         """Pick the next token of a request and send it."""
         piece = sequence.accept(logits)
         self._counts["generated"] += 1

@@ -22,10 +22,12 @@ from gemloom.adapters.active import Stretch, Versioned, stretches
 from gemloom.adapters.delta import Delta
 from gemloom.adapters.loaded import Loaded
 from gemloom.cache import Extent, KVCache, Rows, Span
+from gemloom.candidates import COUNT, Candidates, candidates
 from gemloom.config import Config
 from gemloom.ggml.device import Device, Tensor
-from gemloom.ggml.graph import F16, I32, I64, SUMS, Graph, f16_mask
+from gemloom.ggml.graph import F16, I32, I64, SUMS, Graph, f16_mask, finds_largest
 from gemloom.models import ARCHITECTURES
+from gemloom.sampling import Floats, Ids
 from gemloom.sequence import Batch, Chunk
 from gemloom.weights import Tensors
 
@@ -49,8 +51,18 @@ class _Key:
     parts: tuple[_Part, ...]
     taps: frozenset[str] = frozenset()
     head: bool = True
+    rank: bool = False
     adapters: tuple[Stretch, ...] = ()  # on all rows
     wanted_adapters: tuple[Stretch, ...] = ()  # on those wanted
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """The largest logits of each row, where the device finds them itself."""
+
+    ids: Tensor  # i32 [COUNT, rows]
+    values: Tensor  # f32 [1, COUNT, rows]
+    sums: Tensor  # f32 [1, rows], of all logits: not finite where one is not
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,7 @@ class _Plan:
     rows: Rows
     wanted: Rows | None
     logits: Tensor | None
+    ranked: _Ranked | None
 
 
 def node_budget(config: Config, parts: int, taps: int = 0, adapters: int = 0) -> int:
@@ -78,8 +91,9 @@ def node_budget(config: Config, parts: int, taps: int = 0, adapters: int = 0) ->
 class Runner:
     """Runs batches on one model. Not thread-safe: one caller at a time. ``close()`` frees it.
 
-    ``times`` are the seconds since it was made by phase of ``run``: build (and allocate), input,
-    compute, read.
+    ``ranks`` says that the device that makes the logits can find the largest of them as well, so
+    that ``rank`` saves reading them all. ``times`` are the seconds since it was made by phase of
+    ``run``: build (and allocate), input, compute, read.
     """
 
     def __init__(self, device: Device, config: Config, weights: Tensors, kv: KVCache) -> None:
@@ -87,6 +101,9 @@ class Runner:
         self._device = device
         self._model = ARCHITECTURES[config.architecture](config, weights)
         self._plan: _Plan | None = None
+        head, count = weights.placement.head, min(COUNT, config.n_vocab)
+        self.ranks = finds_largest(device, head, config.n_vocab, count)
+        self._foreseen: dict[tuple[int, int, bool], np.ndarray] = {}  # masks of single rows
         self.times = dict.fromkeys(("build", "input", "compute", "read"), 0.0)
         self._warned: set[str] = set()
         places = weights.placement
@@ -114,8 +131,45 @@ class Runner:
         K/V of every row are in the cache afterwards. With ``taps``, ``tapped()`` has their values;
         with ``head`` False that is all there is, and the logits are not computed.
         """
+        plan = self._compute(batch, self._key(batch, taps, head))
+        if plan.logits is None:
+            return np.empty((0, self.config.n_vocab), np.float32)
+        return self._read(plan.logits)
+
+    def rank(self, batch: Batch) -> list[Floats | Candidates]:
+        """As ``run``, but of each row only its largest logits are read, until somebody wants all.
+
+        A row with a logit that is not finite is given whole.
+        """
+        plan = self._compute(batch, replace(self._key(batch, (), head=True), rank=True))
+        if plan.ranked is None:
+            return []
         start = perf_counter()
-        key = self._key(batch, taps, head)
+        ids, values = plan.ranked.ids.numpy(), plan.ranked.values.numpy()[..., 0]
+        sound = np.isfinite(plan.ranked.sums.numpy()[:, 0])
+        self.check()
+        values = self._model.softcap(values)
+        self._lap("read", start)
+        return [self._row(plan, i, ids[i], values[i], bool(sound[i])) for i in range(len(ids))]
+
+    def _row(
+        self, plan: _Plan, row: int, ids: Ids, values: Floats, sound: bool
+    ) -> Floats | Candidates:
+        assert plan.logits
+        read = partial(self._read, plan.logits, row)
+        return candidates(ids, values, self.config.n_vocab, read) if sound else read()
+
+    def _read(self, logits: Tensor, row: int | None = None) -> np.ndarray:
+        """All logits, float32 [rows, n_vocab], or those of one row, [n_vocab]."""
+        start = perf_counter()
+        values = self._model.softcap(logits.numpy() if row is None else logits.numpy_row(row))
+        self.check()
+        self._lap("read", start)
+        return values
+
+    def _compute(self, batch: Batch, key: _Key) -> _Plan:
+        """Run the graph of ``key``, built if need be, on a batch."""
+        start = perf_counter()
         if self._plan is None or self._plan.key != key:
             self._forget()
             self._plan = self._build(key)
@@ -130,14 +184,9 @@ class Runner:
             self._write_wanted(plan.wanted, batch)
             self._write_scales(plan.wanted, key.wanted_adapters)
         start = self._lap("input", start)
-        plan.graph.compute()
-        start = self._lap("compute", start)
-        if plan.logits is None:
-            return np.empty((0, self.config.n_vocab), np.float32)
-        logits = self._model.softcap(plan.logits.numpy())
-        self.check()
-        self._lap("read", start)
-        return logits
+        plan.graph.compute(partial(self._foresee, batch))
+        self._lap("compute", start)
+        return plan
 
     def check(self) -> None:
         """LostError where a device went away: what was read from it then is no result."""
@@ -255,10 +304,18 @@ class Runner:
             if all(part.wanted == part.count for part in parts):
                 wanted = rows
             logits = self._model.forward(g, rows, wanted, self.kv)
-            return _Plan(key, g, rows, wanted, g.output(logits) if logits and key.head else None)
+            logits = g.output(logits) if logits and key.head else None
+            ranked = self._ranked(g, logits) if logits and key.rank else None
+            return _Plan(key, g, rows, wanted, logits, ranked)
         except BaseException:
             g.close()
             raise
+
+    def _ranked(self, g: Graph, logits: Tensor) -> _Ranked:
+        n_vocab, n = logits.shape
+        ids = g.output(g.largest(logits, min(COUNT, n_vocab)))
+        values = g.get_experts(g.reshape(logits, 1, n_vocab, n), ids)
+        return _Ranked(ids, g.output(values), g.output(g.sum_rows(logits)))
 
     def _all_rows(self, g: Graph, key: _Key) -> Rows:
         parts = key.parts
@@ -302,9 +359,9 @@ class Runner:
         positions = [np.arange(chunk.start, chunk.end, dtype=np.int32) for chunk in batch]
         self._write(rows.tokens, [np.asarray(chunk.tokens, np.int32) for chunk in batch])
         self._write(rows.positions, positions)
+        slots = np.repeat([c.slot for c in batch], [len(c.tokens) for c in batch])
         for sliding, cells in ((False, rows.full_cells), (True, rows.sliding_cells)):
-            pairs = zip(batch, positions, strict=True)
-            self._write(cells, [self.kv.indices(c.slot, at, sliding) for c, at in pairs])
+            self._write(cells, [self.kv.indices(slots, np.concatenate(positions), sliding)])
         self._write_masks(rows, batch, positions)
 
     def _write_wanted(self, rows: Rows, batch: Batch) -> None:
@@ -324,9 +381,26 @@ class Runner:
     ) -> None:
         for span, chunk, at in zip(rows.spans, chunks, positions, strict=True):
             for sliding in (False, True):
-                cells = span.cells.of(sliding)
-                visible = self.kv.visible(at, chunk.end, cells, sliding)
-                self._write(span.mask(sliding), [f16_mask(visible)])
+                self._write(span.mask(sliding), [self._mask(at, chunk.end, sliding)])
+
+    def _mask(self, at: np.ndarray, end: int, sliding: bool) -> np.ndarray:
+        """f16 [rows, cells]: what rows at these positions see of a slot that holds ``end``."""
+        foreseen = self._foreseen.get((int(at[0]), end, sliding)) if len(at) == 1 else None
+        if foreseen is not None:
+            return foreseen
+        cells = self.kv.extent(end).of(sliding)
+        return f16_mask(self.kv.visible(at, end, cells, sliding))
+
+    def _foresee(self, batch: Batch) -> None:
+        """Make the masks of the next step, if all decode on: none depends on the tokens."""
+        self._foreseen = {
+            (chunk.end, chunk.end + 1, sliding): self._mask(
+                np.array([chunk.end]), chunk.end + 1, sliding
+            )
+            for chunk in batch
+            if chunk.wanted
+            for sliding in (False, True)
+        }
 
     @staticmethod
     def _write_scales(rows: Rows, there: Sequence[Stretch]) -> None:
@@ -335,10 +409,8 @@ class Runner:
 
     @staticmethod
     def _write(tensor: Tensor | None, arrays: Sequence[np.ndarray]) -> None:
-        if tensor is None or not tensor.allocated:
-            return  # an input that no node reads, such as a mask of a kind the model has not
-        dtype = {I32: np.int32, I64: np.int64, F16: np.float16}[tensor.type]
-        tensor.write(np.concatenate(arrays).astype(dtype, copy=False))
+        if tensor is not None and tensor.array is not None:  # else no node reads it
+            tensor.array[...] = np.concatenate(arrays)
 
 
 def _deltas(there: Sequence[Stretch]) -> tuple[Delta, ...]:

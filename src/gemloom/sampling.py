@@ -219,17 +219,20 @@ def sample(
     Raises GemloomError for NaN or +inf, RequestError where no token is left.
     """
     _best(logits)  # before suppress could hide what is broken
-    model = _suppressed(logits, suppress)
-    values = _adjusted(model, params, history)
-    if allowed is not None:
-        values = values + _barred(allowed)
-    token = _best(values)
-    if params.temperature > 0:
-        token = _draw(values, float(values[token]), params, rng.random())
+    model = suppressed(logits, suppress)
+    token = choose(adjusted(model, params, history, allowed), params, rng)
     if params.logprobs is None:
         return Sampled(token)
     logprob, top = _logprobs(model, token, params.logprobs)
     return Sampled(token, logprob, top)
+
+
+def choose(values: Floats, params: SamplingParams, rng: np.random.Generator) -> int:
+    """Steps 5 to 7, of logits that ``adjusted`` gave; raises as ``sample``."""
+    token = _best(values)
+    if params.temperature > 0:
+        return _draw(values, float(values[token]), params, rng.random())
+    return token
 
 
 def _barred(allowed: NDArray[np.bool_]) -> Floats:
@@ -256,7 +259,8 @@ def _best(values: Floats) -> int:
     return best
 
 
-def _suppressed(logits: Floats, suppress: Sequence[int]) -> Floats:
+def suppressed(logits: Floats, suppress: Sequence[int]) -> Floats:
+    """Step 1; the logits themselves where there is nothing to do."""
     if len(suppress) == 0:
         return logits
     model = logits.copy()
@@ -264,7 +268,18 @@ def _suppressed(logits: Floats, suppress: Sequence[int]) -> Floats:
     return model
 
 
-def _adjusted(logits: Floats, params: SamplingParams, history: History) -> Floats:
+def adjusted(
+    logits: Floats,
+    params: SamplingParams,
+    history: History,
+    allowed: NDArray[np.bool_] | None = None,
+) -> Floats:
+    """Steps 3 and 4; the logits themselves where there is nothing to do."""
+    values = _penalized(logits, params, history)
+    return values if allowed is None else values + _barred(allowed)
+
+
+def _penalized(logits: Floats, params: SamplingParams, history: History) -> Floats:
     """A copy with bias and penalties; the logits themselves where there are none."""
     repetition = params.repetition_penalty
     presence, frequency = params.presence_penalty, params.frequency_penalty

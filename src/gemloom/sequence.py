@@ -1,6 +1,6 @@
 """One request's state (Sequence), what one step computes (Batch), and what comes out (Piece).
 
-Nothing here touches a tensor: logits come in as numpy rows.
+Nothing here touches a tensor: logits come in as numpy rows, or as candidates of them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Protocol
 import numpy as np
 
 from gemloom.adapters.active import Active
+from gemloom.candidates import Candidates, sample, suffice
 from gemloom.errors import GemloomError
-from gemloom.sampling import History, SamplingParams, generator, sample
+from gemloom.sampling import Floats, History, SamplingParams, generator
 from gemloom.slots import Slot
 from gemloom.stopping import StopMatcher
 from gemloom.tokenizer import StreamDecoder, Tokenizer
@@ -122,6 +123,7 @@ class Sequence:
         self.finish_reason: str | None = None
         self.cancelled = False
         self.shifted = False  # whether positions have been dropped from the cells
+        self.few = suffice(params)  # whether candidates may do in place of whole rows
         self.times = {"sample": 0.0, "text": 0.0}
         self.started = self.first = self.last = 0.0
         self.boundaries = _boundaries(prompt, tokenizer.turn)
@@ -161,7 +163,7 @@ class Sequence:
         self.adapters = tuple(a.moved(keep, drop) for a in self.adapters)
         self.shifted = True
 
-    def accept(self, logits: np.ndarray) -> Piece:
+    def accept(self, logits: Floats | Candidates) -> Piece:
         """Pick the next token from logits float32 [n_vocab], and say what it brought."""
         start = perf_counter()
         allowed = self.constraint.mask() if self.constraint else None

@@ -37,10 +37,11 @@ class Tensor:
     """A ggml tensor: its pointer, and what Python needs to know of it without asking C.
 
     ``shape`` is in ggml order (fastest first) and has as many dimensions as were given. ``packed``
-    is the same matrix in the layout of our own kernels, where there is one for it.
+    is the same matrix in the layout of our own kernels, where there is one for it. ``array`` is
+    the memory of a graph's input, once it has some, in the shape of ``numpy()``.
     """
 
-    __slots__ = ("name", "packed", "pointer", "shape", "strides", "type")
+    __slots__ = ("array", "name", "packed", "pointer", "shape", "strides", "type")
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Tensor:
     ) -> None:
         self.pointer, self.type, self.shape, self.name = pointer, type, shape, name
         self.packed: Packed | None = None
+        self.array: np.ndarray[Any, Any] | None = None
         self.strides = strides or contiguous_strides(type, shape)
 
     def __repr__(self) -> str:
@@ -94,6 +96,20 @@ class Tensor:
     def numpy(self) -> np.ndarray[Any, Any]:
         """A copy as an array; the shape is reversed, slowest first, as numpy has it."""
         return np.frombuffer(self.read(), _NUMPY[self.type]).reshape(self.shape[::-1])
+
+    def map(self) -> None:
+        """Make ``array`` of its memory, which must be the host's; None where it has none."""
+        self.array = None
+        if self.allocated:
+            assert ggml.ggml_backend_buffer_is_host(self.pointer.contents.buffer), self
+            memory = (ctypes.c_uint8 * self.nbytes).from_address(self.pointer.contents.data)
+            flat = np.frombuffer(memoryview(memory), _NUMPY[self.type])
+            self.array = flat.reshape(self.shape[::-1])
+
+    def numpy_row(self, row: int) -> np.ndarray[Any, Any]:
+        """A copy of one row of a matrix."""
+        size = self.strides[1]
+        return np.frombuffer(self.read(row * size, size), _NUMPY[self.type])
 
 
 def contiguous_strides(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from math import prod
 from typing import Any, TypeVar
 
@@ -50,6 +50,7 @@ class Graph:
         self.kernels, self.threads = device.kernels, device.threads
         self._made: dict[tuple[str, int], Tensor] = {}
         self._kept: list[Any] = []
+        self._inputs: list[Tensor] = []
         self.names: list[str] = []
         self._marks = None if device.on_host else Marks(self._context, 0)
         self._split = False
@@ -58,12 +59,13 @@ class Graph:
     # -- inputs, outputs, running ------------------------------------------------------------
 
     def input(self, name: str, kind: GGMLQuantizationType, *shape: int) -> Tensor:
-        """A tensor to be written before each ``compute()``."""
+        """A tensor whose ``array`` is to be written before each ``compute()``."""
         sizes = (ctypes.c_int64 * len(shape))(*shape)
         pointer = ggml.ggml_new_tensor(self._context, int(kind), len(shape), sizes)
         ggml.ggml_set_input(pointer)
         ggml.ggml_set_name(pointer, name.encode())
-        return Tensor(pointer, kind, shape, name=name)
+        self._inputs.append(Tensor(pointer, kind, shape, name=name))
+        return self._inputs[-1]
 
     def output(self, x: Tensor) -> Tensor:
         """Keep ``x`` so that it can be read after ``compute()``, and compute all it needs.
@@ -125,6 +127,8 @@ class Graph:
             raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
         self._device.current = self
         self._device.measure()
+        for tensor in self._inputs:
+            tensor.map()
 
     def _reset(self) -> None:
         """Make the scheduler forget the graph before. It changes this one: once is all."""
@@ -139,10 +143,18 @@ class Graph:
         """What devices lack of it, by operation, and of how many nodes; needs no memory."""
         return survey(self._device, self._graph, self._marks) if self._marks else (Counter(), 0)
 
-    def compute(self) -> None:
-        """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails."""
+    def compute(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails.
+
+        ``meanwhile`` is called while a device computes: after all was computed on the CPU.
+        """
         assert self._device.current is self
-        status = ggml.ggml_backend_sched_graph_compute(self._device.scheduler, self._graph)
+        scheduler = self._device.scheduler
+        status = ggml.ggml_backend_sched_graph_compute_async(scheduler, self._graph)
+        try:
+            meanwhile()
+        finally:
+            ggml.ggml_backend_sched_synchronize(scheduler)
         if status != ggml.GGML_STATUS_SUCCESS:
             reason = ggml.ggml_status_to_string(status).decode()
             raise DeviceError(f"the backend failed to compute: {reason}")
@@ -345,6 +357,11 @@ class Graph:
         result = ggml.ggml_argsort_top_k(self._context, x.pointer, k)
         return Tensor(result, I32, (k, *x.shape[1:]), contiguous_strides(I32, x.shape))
 
+    def largest(self, x: Tensor, k: int) -> Tensor:
+        """x [n, m] -> i32 [k, m]: where the k largest are, in any order, and any of equals."""
+        assert k <= x.shape[0], (x, k)
+        return Tensor(ggml.ggml_top_k(self._context, x.pointer, k), I32, (k, *x.shape[1:]))
+
     def _binary(self, op: Any, a: Tensor, b: Tensor) -> Tensor:
         wide = b.shape + (1,) * (len(a.shape) - len(b.shape))
         assert all(m % n == 0 for m, n in zip(a.shape, wide, strict=True)), (a, b)
@@ -441,3 +458,11 @@ class Graph:
 def f16_mask(visible: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """bool [n, cells] -> f16 mask for ``attention``: 0 where visible, minus infinity elsewhere."""
     return np.where(visible, np.float16(0), np.float16(-np.inf))
+
+
+def finds_largest(device: Device, index: int, n: int, k: int) -> bool:
+    """Whether a device that is not the host's CPU finds the k largest of n numbers itself."""
+    if index == device.host:
+        return False
+    with closing(Graph(device, 8)) as g:
+        return device.supports(index, g.largest(g.input("x", F32, n, 1), k).pointer)

@@ -1,0 +1,299 @@
+"""Gemloom on a GPU, beside the CPU for rightness and beside llama.cpp's CUDA build for speed.
+
+    python benchmarks/gpu.py --fetch DIR             where there is an index: under 64 MiB
+    python benchmarks/gpu.py --from DIR --only build on the machine with the GPU, no network
+    python benchmarks/gpu.py --from DIR [--only PART ...]
+    python benchmarks/gpu.py --device cpu --tiny     the whole course in a minute, on any machine
+
+The parts: build (ggml-python and llama.cpp for the chip at hand), bandwidth (what the device's
+memory does at most), parity, e2b, e4b, 26b. Each may be a command of its own; what a part found
+is kept in ``results/NAME.json`` (a dry run's among the models) and not measured again unless
+``--again``. A build that was stopped goes on. Without ``--from`` the ggml-python that is installed
+is measured, and llama.cpp only with ``--peer``. Until the build is done nothing but Python's own
+library is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import gpu_build
+
+HERE = Path(__file__).parent
+MODELS = {"e2b": "e2b-q4_k_m", "e4b": "e4b-q4_k_m", "26b": "26b-cut"}
+PARTS = ("build", "bandwidth", "parity", *MODELS)
+ALL_LAYERS = 999
+Found = dict[str, Any]
+FULL: Found = {
+    "prompts": [128, 512, 2048, 8192], "depths": [0, 2048, 8192], "sequences": [1, 8],
+    "decode": 64, "repetitions": 3,
+}  # fmt: skip
+TINY: Found = {
+    "prompts": [8, 24], "depths": [0, 24], "sequences": [1, 2], "decode": 4, "repetitions": 1,
+}  # fmt: skip
+PARITY: Found = {
+    "structures": ["e2b", "e4b", "12b", "26b"],
+    "types": ["f32", "q4_k", "q6_k", "q4_0", "q8_0"],
+}
+TINY_PARITY: Found = {"structures": ["e2b"], "types": ["f32", "q4_k"]}
+# Mean errors of logits, in deviations, that are no rounding. With quantized weights the inputs of
+# each product are rounded to 8 bits too, by each backend in blocks of its own; a mistake in the
+# structure shows in f32.
+WORST_F32, WORST_QUANTIZED = 0.02, 0.25
+
+
+def measure(options: argparse.Namespace) -> Path:
+    """All parts that ``options`` name; gives where the figures are.
+
+    GemloomError, OSError where something fails; what was found before is kept.
+    """
+    from rich.console import Console
+    from sides import Side, run
+
+    def ask(script: str, python: str, job: Found) -> Found:
+        given = {"device": options.device, "threads": options.threads}
+        with Console(stderr=True).status(f"{script}: {job.get('model', '')} {job['task']}"):
+            return run(Side(script, python, script), given | job).answer
+
+    ours = lambda job: ask("gpu_ours.py", sys.executable, job)  # noqa: E731
+    peer = (lambda job: ask("peer.py", options.peer, job)) if options.peer else None
+    folder = options.cache if options.tiny else HERE / "results"
+    path = folder / f"{options.name}.json"
+    result = _begin(path, options, ours)
+    parts = result["parts"]
+    for part in options.only:
+        if part == "build" or (part in parts and not options.again):
+            continue
+        if part == "bandwidth":
+            size = 1 << 20 if options.tiny else 1 << 30
+            parts[part] = ours({"task": "bandwidth", "bytes": size, "repetitions": 5})
+        elif part == "parity":
+            parts[part] = ours({"task": "parity", **(TINY_PARITY if options.tiny else PARITY)})
+        else:
+            parts[part] = _model(part, options, ours, peer)
+        _save(path, result)
+    return path
+
+
+def _begin(path: Path, options: argparse.Namespace, ours: Any) -> Found:
+    """What was found before on this device, or the head of a new result."""
+    from machine import describe
+
+    device = ours({"task": "device"})
+    if path.is_file():
+        before: Found = json.loads(path.read_text(encoding="utf-8"))
+        if before["device"]["description"] == device["description"]:
+            return before
+    return {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe(options.threads), "device": device, "parts": {},
+    }  # fmt: skip
+
+
+def _save(path: Path, result: Found) -> None:
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _model(part: str, options: argparse.Namespace, ours: Any, peer: Any) -> Found:
+    """Both sides on one model, and the bytes that a step has to read."""
+    import work
+
+    plan = TINY if options.tiny else FULL
+    file = _file(part, options)
+    deepest = max(*plan["prompts"], *plan["depths"])
+    context = -(-(deepest + plan["decode"] + 2) // 256) * 256
+    job = {**plan, "model": str(file), "context": context, "layers": ALL_LAYERS}
+    model = work.of(file)
+    return {
+        "plan": plan,
+        "gemloom": ours({"task": "speed", **job}),
+        "llama.cpp": peer({"task": "device", **job}) if peer else None,
+        "bytes": {
+            f"{n} at {depth}": model.stepped(depth, n)
+            for n in plan["sequences"]
+            for depth in plan["depths"]
+        },
+    }
+
+
+def _file(part: str, options: argparse.Namespace) -> Path:
+    """The model's file, written if need be and in the page cache."""
+    import synthetic
+    from machine import warm
+
+    kind = "tiny-" if options.tiny else ""
+    path = options.cache / f"{kind}{MODELS[part]}-{synthetic.VERSION}.gguf"
+    if not path.is_file():
+        options.cache.mkdir(parents=True, exist_ok=True)
+        print(f"writing {path}", file=sys.stderr)
+        (synthetic.make_tiny if options.tiny else synthetic.make)(MODELS[part], path)
+    warm(path)
+    return path
+
+
+# --- showing ------------------------------------------------------------------
+
+
+def tables(result: Found) -> str:
+    """What was found, in Markdown."""
+    device, parts = result["device"], result["parts"]
+    lines = [f"{device['description']} ({device['name']}), ggml {device['ggml']}, {result['when']}"]
+    best = parts.get("bandwidth", {}).get("bytes")
+    if best:
+        lines += ["", f"Memory: {best / 1e9:,.0f} GB/s read and written, measured"]
+    if "parity" in parts:
+        lines += ["", *_parity_table(parts["parity"])]
+    models = [part for part in MODELS if part in parts]
+    if models:
+        columns = "model|test|Gemloom, tok/s|llama.cpp, tok/s|ratio|of memory|outside ggml"
+        lines += ["", f"| {columns.replace('|', ' | ')} |", "|---|---|--:|--:|--:|--:|--:|"]
+        lines += [row for part in models for row in _speed_rows(part, parts[part], best)]
+    for part in models:
+        if lacking := parts[part]["gemloom"]["fallbacks"]:
+            lines += ["", f"{part}: on the CPU, as the device lacks them: {lacking}"]
+    return "\n".join(lines)
+
+
+def _parity_table(found: Found) -> list[str]:
+    head = "| logits beside the CPU's | mean error, deviations | largest | same greedy tokens |"
+    return [head, "|---|--:|--:|--:|"] + [
+        f"| {name} | {each['mean']:.5f} | {each['max']:.4f} | {each['greedy']} |"
+        for name, each in found.items()
+    ]
+
+
+def _speed_rows(part: str, found: Found, best: float | None) -> list[str]:
+    ours, peer, plan = found["gemloom"], found["llama.cpp"], found["plan"]
+    rows = []
+    for n, seconds in ours["prompt"].items():
+        rows.append(_row(part, f"prompt {n}", int(n), seconds, peer and peer["prompt"][n]))
+    for name, seconds in ours["decode"].items():
+        requests, test = int(name.split()[0]), f"decode {name}"
+        share = found["bytes"][name] * plan["decode"] / median(seconds) / best if best else 0
+        more = (f"{share:.0%}" if best else "", f"{ours['outside'][name]:.1%}")
+        other = peer and peer["decode"][name]
+        rows.append(_row(part, test, plan["decode"] * requests, seconds, other, *more))
+    return rows
+
+
+def _row(
+    part: str, test: str, tokens: int, ours: list[float], peer: list[float] | None,
+    share: str = "", outside: str = "",
+) -> str:  # fmt: skip
+    speed = tokens / median(ours)
+    other = ratio = ""
+    if peer:
+        other, ratio = f"{tokens / median(peer):,.1f}", f"{median(peer) / median(ours):.2f}"
+    return f"| {part} | {test} | {speed:,.1f} | {other} | {ratio} | {share} | {outside} |"
+
+
+def wrong(result: Found) -> list[str]:
+    """The parity checks whose error is no rounding."""
+    found = result["parts"].get("parity", {})
+    return [
+        name
+        for name, each in found.items()
+        if not each["mean"] < (WORST_F32 if name.endswith("f32") else WORST_QUANTIZED)
+    ]
+
+
+# --- the command ----------------------------------------------------------------
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Build what is to be built, and have it imported here and in the processes that measure."""
+    folder = options.folder
+    if folder:
+        if "build" in options.only:
+            gpu_build.build(folder, cuda=options.device != "cpu", architectures=options.arch)
+        elif not gpu_build.built(folder):
+            raise gpu_build.BuildError(f"{folder} is not built: run with --only build first")
+        options.peer = options.peer or sys.executable
+    paths = [str(gpu_build.site(folder).resolve())] if folder else []
+    paths.append(str(HERE.parent / "src"))
+    sys.path[:0] = paths
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, before] if before else paths)
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Gemloom on a GPU, beside llama.cpp.", epilog=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--fetch", type=Path, metavar="DIR", help="fill DIR with what a build needs"
+    )
+    parser.add_argument(
+        "--python",
+        default=".".join(platform.python_version_tuple()[:2]),
+        help="of the machine with the GPU, for --fetch",
+    )
+    parser.add_argument("--machine", default=platform.machine(), help="its processor, for --fetch")
+    parser.add_argument(
+        "--from", dest="folder", type=Path, metavar="DIR", help="as --fetch filled it"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help=", ".join(PARTS),
+    )
+    parser.add_argument("--device", default="cuda0", help="as gemloom names it (cuda0)")
+    parser.add_argument("--arch", default="native", help="CUDA architectures to build for (native)")
+    parser.add_argument("--peer", metavar="PYTHON", help="of an environment with llama-cpp-python")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and prompts: a dry run")
+    parser.add_argument("--again", action="store_true", help="measure what was measured before")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="for the models")
+    parser.add_argument("--name", default="gpu", help="of the JSON file (gpu)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = read_options()
+    try:
+        if options.fetch:
+            size = gpu_build.fetch(options.fetch, options.python, options.machine)
+            print(f"{options.fetch}: {size / 2**20:.0f} MiB")
+            return
+        prepare(options)
+        if options.only == ["build"]:
+            return
+        result = _run(options)
+    except (gpu_build.BuildError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(tables(result))
+    if failed := wrong(result):
+        sys.exit(f"error: these do not compute what the CPU does: {', '.join(failed)}")
+
+
+def _run(options: argparse.Namespace) -> Found:
+    from gemloom.errors import GemloomError
+
+    try:
+        path = measure(options)
+    except GemloomError as error:
+        sys.exit(f"error: {error}")
+    print(path, file=sys.stderr)
+    result: Found = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What a machine with CUDA and compilers but no network needs: fetched elsewhere, built there.
+
+Used by gpu.py; the standard library alone, since nothing else need be there yet. ``fetch`` fills
+a folder where there is an index: wheels of what Gemloom imports, the sources of ggml-python and of
+llama-cpp-python (less what no build reads, which is most of it). ``build`` unpacks and compiles
+them below that folder, with cmake and a C++ and a CUDA compiler from the machine; stopped and run
+again it goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+WHEELS = [  # what Gemloom imports to load, compute and measure, and llama_cpp to be imported
+    "numpy>=1.26", "gguf>=0.17,<0.20", "pyyaml", "tokenizers>=0.21,<1", "jinja2>=3.1.6",
+    "markupsafe", "typing-extensions", "rich>=13", "markdown-it-py", "mdurl", "pygments",
+    "diskcache",
+]  # fmt: skip
+SOURCES = {"ggml-python": "0.0.45", "llama-cpp-python": "0.3.36"}
+UNREAD = ("models", "docs", "tests", "media", "benches", "examples", "pocs", "gguf-py", "tools")
+PLATFORMS = ["manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1"]
+GRAPHS = "-DGGML_CUDA_GRAPHS=ON"  # off by default in ggml itself, on in llama.cpp
+MOST = 64 << 20  # bytes of the folder
+
+
+class BuildError(Exception):
+    """What failed, in a line."""
+
+
+# --- where there is an index ----------------------------------------------------
+
+
+def fetch(folder: Path, python: str, machine: str) -> int:
+    """Fill the folder for such a Python ("3.12") and processor ("x86_64"); bytes of all.
+
+    BuildError where the index does not give what is wanted, or it is more than MOST.
+    """
+    for part in ("wheels", "sources"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+        (folder / part).mkdir(parents=True)
+    platforms = [f"--platform={name}_{machine}" for name in PLATFORMS]
+    _pip(
+        "download", "--no-deps", "--only-binary=:all:", f"--python-version={python}",
+        "--implementation=cp", *platforms, "--dest", str(folder / "wheels"), *WHEELS,
+    )  # fmt: skip
+    for name, version in SOURCES.items():
+        sources = folder / "sources"
+        _pip(
+            "download", "--no-deps", "--no-binary=:all:", "--dest", str(sources),
+            f"{name}=={version}",
+        )  # fmt: skip
+        _trim(sources / f"{_stem(name)}.tar.gz")
+    there = [*folder.glob("wheels/*"), *folder.glob("sources/*")]
+    size = sum(path.stat().st_size for path in there)
+    if size > MOST:
+        raise BuildError(f"{folder} has {size >> 20} MiB, more than {MOST >> 20}")
+    return size
+
+
+def _pip(*arguments: str) -> None:
+    _do([sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments])
+
+
+def _stem(name: str) -> str:
+    return f"{name.replace('-', '_')}-{SOURCES[name]}"
+
+
+def _trim(path: Path) -> None:
+    """Leave out of a source archive what no build of the libraries reads."""
+    part = path.with_name(path.name + ".part")
+    with tarfile.open(path) as whole, tarfile.open(part, "w:gz", compresslevel=9) as kept:
+        for member in whole:
+            if not _unread(member.name):
+                kept.addfile(member, whole.extractfile(member) if member.isreg() else None)
+    part.replace(path)
+
+
+def _unread(name: str) -> bool:
+    """Whether a member is history, or in a folder of llama.cpp or ggml that is left out."""
+    parts = name.split("/")[1:]  # less the package's own folder
+    below = parts[2:] if parts[:1] == ["vendor"] else []
+    below = below[1:] if below[:1] == ["ggml"] else below
+    return parts[:1] == [".git"] or (len(below) > 1 and below[0] in UNREAD)
+
+
+# --- where there is none --------------------------------------------------------
+
+
+def site(folder: Path) -> Path:
+    """Where the built packages are, to be put on Python's path."""
+    return folder / "site"
+
+
+def build(folder: Path, *, cuda: bool, architectures: str = "native") -> None:
+    """Unpack the wheels, compile both libraries; what is done already is not done again.
+
+    ``architectures`` is CMake's list for CUDA. BuildError where the folder lacks something, a
+    compiler is missing or fails.
+    """
+    for tool in ["cmake", "c++", *(["nvcc"] if cuda else [])]:
+        if not shutil.which(tool):
+            raise BuildError(f"{tool} is not on the PATH: it is needed to build")
+    _unpack(folder)
+    options = ["-DGGML_CUDA=OFF"]
+    if cuda:
+        options = ["-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}", GRAPHS]
+    _compile(folder, "ggml-python", "ggml", options)
+    _compile(folder, "llama-cpp-python", "llama_cpp", [*options, "-DLLAVA_BUILD=OFF"])
+
+
+def built(folder: Path) -> bool:
+    """Whether ``build`` came to its end."""
+    return all((folder / "build" / name / "done").is_file() for name in SOURCES)
+
+
+def _unpack(folder: Path) -> None:
+    wheels = sorted((folder / "wheels").glob("*.whl"))
+    if not wheels:
+        raise BuildError(f"{folder} has no wheels: fill it with --fetch where there is an index")
+    if not site(folder).is_dir():
+        part = folder / "site.part"
+        shutil.rmtree(part, ignore_errors=True)
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(part)
+        part.rename(site(folder))
+    for name in SOURCES:
+        source = folder / "source" / _stem(name)
+        if not source.is_dir():
+            with tarfile.open(folder / "sources" / f"{_stem(name)}.tar.gz") as archive:
+                archive.extractall(folder / "source.part", filter="data")
+            source.parent.mkdir(exist_ok=True)
+            (folder / "source.part" / _stem(name)).rename(source)
+
+
+def _compile(folder: Path, name: str, package: str, options: list[str]) -> None:
+    """Compile a package's libraries and put it below ``site``, unless that is done."""
+    source, build = folder / "source" / _stem(name), folder / "build" / name
+    done, target = build / "done", site(folder) / package
+    if done.is_file():
+        return
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    _do(
+        [
+            "cmake", "-S", str(source), "-B", str(build), *generator, *options,
+            "-DCMAKE_BUILD_TYPE=Release", f"-DSKBUILD_PROJECT_NAME={name.replace('-', '_')}",
+            f"-DSKBUILD_PROJECT_VERSION={SOURCES[name]}", "-DSKBUILD_STATE=wheel",
+            f"-DSKBUILD_PLATLIB_DIR={site(folder).resolve()}",
+            f"-DCMAKE_INSTALL_PREFIX={(build / 'installed').resolve()}",
+        ]
+    )  # fmt: skip
+    _do(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
+    shutil.copytree(source / package, target, dirs_exist_ok=True)
+    _do(["cmake", "--install", str(build)])
+    done.touch()
+
+
+def _do(command: list[str]) -> None:
+    """Run a command, its output where ours goes."""
+    try:
+        done = subprocess.run(command, stdout=sys.stderr)
+    except OSError as error:
+        raise BuildError(f"{command[0]}: {error.strerror}") from error
+    if done.returncode:
+        raise BuildError(f"{' '.join(command[:4])} ... failed with status {done.returncode}")
