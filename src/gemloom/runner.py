@@ -147,6 +147,7 @@ class Runner:
         start = perf_counter()
         ids, values = plan.ranked.ids.numpy(), plan.ranked.values.numpy()[..., 0]
         sound = np.isfinite(plan.ranked.sums.numpy()[:, 0])
+        self.check()
         values = self._model.softcap(values)
         self.check()
         self._lap("read", start)
@@ -184,8 +185,11 @@ class Runner:
             self._write_wanted(plan.wanted, batch)
             self._write_scales(plan.wanted, key.wanted_adapters)
         start = self._lap("input", start)
+<<<<<<< HEAD
         for chunk in batch:
             self.kv.mark(chunk.slot, chunk.end)
+=======
+>>>>>>> w_rpc
         plan.graph.compute(partial(self._foresee, batch))
         self._lap("compute", start)
         return plan
