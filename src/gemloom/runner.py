@@ -185,11 +185,8 @@ class Runner:
             self._write_wanted(plan.wanted, batch)
             self._write_scales(plan.wanted, key.wanted_adapters)
         start = self._lap("input", start)
-<<<<<<< HEAD
         for chunk in batch:
             self.kv.mark(chunk.slot, chunk.end)
-=======
->>>>>>> w_rpc
         plan.graph.compute(partial(self._foresee, batch))
         self._lap("compute", start)
         return plan
