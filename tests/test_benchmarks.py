@@ -236,7 +236,7 @@ def test_our_side_measures_adapters(
     job = {"task": "adapters", "model": str(model), "adapter": str(file), "threads": 1}
     sizes = {"requests": 3, "prompt": 40, "decode": 4, "rounds": 2, "context": 256}
     answer = sides.run(sides.OURS, job | sizes).answer
-    counts = {"prompt": (2, 2), "decode": (2, 2), "together": (2, 2, 2), "switch": (4, 4)}
+    counts = {"prompt": (2, 2), "decode": (2, 2), "together": (2, 2, 2), "switch": (16, 16)}
     for name, expected in counts.items():
         assert tuple(map(len, answer[name].values())) == expected
         assert all(seconds > 0 for values in answer[name].values() for seconds in values)

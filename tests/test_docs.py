@@ -67,7 +67,7 @@ def test_options(page: Path) -> None:
     every = set().union(*commands().values())
     for line in code(page):
         told = line.split("#")[0]
-        if re.match(r"(curl|hf|pip) ", told):
+        if re.match(r"(\w+=(\"[^\"]*\"|\S+) )*(curl|hf|pip|ssh) ", told):
             continue
         found = re.search(r"gemloom (adapter \w+|\w+)|(\w+\.py)", told)
         name = found and (found[1] or found[2])
