@@ -1,16 +1,18 @@
 # Everything runs in virtual environments of its own below this folder.
 VENV := .venv
 REFERENCE := .venv-reference
+VULKAN := .venv-vulkan
 PIP := -m pip --disable-pip-version-check install
 PYTHON ?= python3
 
-.PHONY: help demo test test-slow test-reference test-neon lint types format bench bench-scale bench-serving quality clean
+.PHONY: help demo test test-slow test-reference test-neon test-vulkan lint types format bench bench-scale bench-serving quality clean
 help:
 	@echo "make demo            set up, and complete a sentence with the real Gemma 3 270M"
 	@echo "make test            set up, and run the tests"
 	@echo "make test-slow       those that take more than ten seconds, sanitizers of the kernels among them"
 	@echo "make test-reference  compare live with transformers and torch (downloads both)"
 	@echo "make test-neon       the kernels for ARM (Debian: g++-aarch64-linux-gnu, qemu-user)"
+	@echo "make test-vulkan     models on Vulkan, in software (Debian: glslc libvulkan-dev spirv-headers mesa-vulkan-drivers)"
 	@echo "make lint types      ruff; mypy --strict"
 	@echo "make format          ruff format"
 	@echo "make bench           beside llama.cpp, on synthetic models (20 GB of disk, most of an hour)"
@@ -30,6 +32,12 @@ test-reference: $(REFERENCE)/.reference $(REFERENCE)/.demo
 
 test-neon: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest tests/test_kernels_neon.py
+
+# Mesa's driver shows its one device twice, for a model over two. Half floats in products blur what is compared;
+# the second run is with them. Compiling the shaders takes the first runs minutes; Mesa keeps them.
+test-vulkan: $(VULKAN)/.vulkan
+	GGML_VK_VISIBLE_DEVICES=0,0 GGML_VK_DISABLE_F16=1 $(VULKAN)/bin/python -m pytest tests/vulkan --timeout 1200
+	GGML_VK_VISIBLE_DEVICES=0 $(VULKAN)/bin/python -m pytest tests/vulkan --timeout 1200 -k "test_layers and (e2b or 31b)"
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -56,7 +64,7 @@ quality: $(VENV)/.bench $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/quality.py
 
 clean:
-	rm -rf $(VENV) $(REFERENCE) .venv-peer .venv-peer-server
+	rm -rf $(VENV) $(REFERENCE) $(VULKAN) .venv-peer .venv-peer-server
 
 # ggml-python has no wheels on the index: it compiles ggml for this machine, in about a minute. RPC, for workers, is
 # three seconds of it. pip may have kept a build from before that, which is of no use then.
@@ -88,6 +96,17 @@ RPC := CMAKE_ARGS="-DGGML_RPC=ON $$CMAKE_ARGS"
 
 %/.reference: %/.dev
 	$*/bin/python $(PIP) --group reference
+	@touch $@
+
+$(VULKAN)/.vulkan: tests/vulkan/headers.sh
+	@command -v glslc >/dev/null || { echo "Debian: glslc libvulkan-dev spirv-headers mesa-vulkan-drivers"; exit 1; }
+	@echo "Compiling ggml with Vulkan (some 10 minutes on two cores)"
+	$(PYTHON) -m venv $(VULKAN)
+	tests/vulkan/headers.sh $(VULKAN)/vulkan
+	$(VULKAN)/bin/python $(PIP) --quiet 'pip>=25.1'
+	CMAKE_ARGS="-DGGML_VULKAN=ON -DGGML_RPC=ON -DVulkan_INCLUDE_DIR=$(CURDIR)/$(VULKAN)/vulkan/include" \
+		$(VULKAN)/bin/python $(PIP) --no-cache-dir --no-binary ggml-python --editable .
+	$(VULKAN)/bin/python $(PIP) --quiet --group dev
 	@touch $@
 
 .venv-peer-server/.peer:

@@ -152,7 +152,7 @@ def plan(
         found = _fit(sizes(choice), choice, spaces, wanted, tied)
         if isinstance(found, Placement):
             return replace(found, kept=kept)
-        problem = problem or found
+        problem = found  # that of the last one, which asks for least
     raise DeviceError(problem)
 
 
@@ -261,5 +261,5 @@ def _problem(lacking: tuple[Use, int, int], count: int, host: int, choice: Choic
         f"({use.weights / _MIB:,.0f} of weights, {use.kv / _MIB:,.0f} of K/V cells for a context "
         f"of {choice.context:,} in {choice.kv_type}, {use.compute / _MIB:,.0f} to compute), "
         f"{usable / _MIB:,.0f} can be used; take {'fewer gpu_layers, ' if host and count else ''}"
-        f"a smaller context or chunk, or kv_type q8_0"
+        f"a smaller context or chunk{'' if choice.kv_type == 'q8_0' else ', or kv_type q8_0'}"
     )

@@ -32,11 +32,12 @@ def worker(
 ) -> None:  # fmt: skip
     """Lend this machine's devices to a model on another one.
 
-    There, the device rpc:HOST:PORT is this one, for one model at a time. Nothing is encrypted and nobody
-    is asked who they are: whoever reaches the port may use the machine, and see
-    what is computed. So only this machine can, unless --listen says otherwise;
-    between machines use a tunnel (ssh -L, WireGuard). Both sides need the same
-    version of ggml-python. Ctrl-C or SIGTERM ends it at once.
+    There, the device rpc:HOST:PORT is this one, for one model at a time. Nothing
+    is encrypted and nobody is asked who they are: whoever reaches the port may
+    use the machine, and see what is computed. So only this machine can, unless
+    --listen says otherwise; between machines use a tunnel (ssh -L, WireGuard).
+    Both sides need the same version of ggml-python. Ctrl-C or SIGTERM ends it
+    at once.
 
     \b
     Examples:

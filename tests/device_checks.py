@@ -1,0 +1,166 @@
+"""What must hold on any device: logits, cells and adapters as on the CPU alone.
+
+Run with the CPU as further devices in ``test_devices.py``, with Vulkan in ``vulkan/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import gemloom
+import tiny
+from conftest import Load, endless, prompt
+from gemloom.sequence import Chunk
+from random_lora import random_lora
+
+Names = str | list[str]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Of errors, in deviations of the logits."""
+
+    mean: float
+    most: float
+
+    def close(self, got: np.ndarray, wanted: np.ndarray) -> None:
+        error = np.abs(got - wanted) / wanted.std()
+        assert error.mean() < self.mean and error.max() < self.most, (error.mean(), error.max())
+
+
+@dataclass(frozen=True)
+class Checks:
+    """The checks on one device; ``options`` are those of every model on it."""
+
+    load: Load
+    device: Names
+    bound: Bound
+
+    def model(self, variant: str, **options: Any) -> gemloom.Model:
+        model = self.load(variant, threads=1, **{"device": self.device, **options})
+        assert not model.placement.on_host and not model.fallbacks
+        return model
+
+    def host(self, variant: str, **options: Any) -> gemloom.Model:
+        return self.load(variant, device="cpu", kernels="plain", threads=1, **options)
+
+    def layers(self, variant: str) -> None:
+        """Any number of layers there, in one go."""
+        ids, n = prompt(40), tiny.VARIANTS[variant].n_layer
+        wanted = self.host(variant).logits(ids)
+        for count in (1, n // 2, n):
+            model = self.model(variant, gpu_layers=count)
+            assert sum(index == 0 for index in model.placement.layers) == count
+            self.bound.close(model.logits(ids), wanted)
+            assert model.memory()["on_devices"] > 0 and not model.fallbacks
+            model.close()
+
+    def pieces(self, variant: str, **options: Any) -> None:
+        """In one go, in chunks, and a token at a time."""
+        ids = prompt(60)
+        wanted = self.model(variant, **options).logits(ids)
+        for chunk in (7, 17):
+            self.bound.close(self.model(variant, chunk=chunk, **options).logits(ids), wanted)
+        model = self.model(variant, chunk=32, **options)
+        run(model, Chunk(0, 0, ids[:30]), Chunk(0, 30, ids[30:50]))
+        rows = [run(model, Chunk(0, i, [ids[i]], [0])) for i in range(50, 60)]
+        self.bound.close(np.concatenate(rows), wanted[50:])
+
+    def cells(self, variant: str, kv_type: str, bound: Bound) -> None:
+        """K/V cells of other types, against those on the CPU."""
+        ids = prompt(60)
+        wanted = self.host(variant, kv_type=kv_type).logits(ids)
+        bound.close(self.model(variant, kv_type=kv_type).logits(ids), wanted)
+
+    def ragged(self, variant: str, **options: Any) -> None:
+        """Prefill and decode rows of three sequences in a step: each as alone."""
+        a, b, c = prompt(40, seed=1), prompt(70, seed=2), prompt(25, seed=3)
+        model, host = self.model(variant, slots=3, chunk=64, **options), self.host(variant)
+        run(model, Chunk(0, 0, a[:39]), Chunk(2, 0, c[:10], [9]))
+        run(model, Chunk(1, 0, b[:40], [5]), Chunk(2, 10, c[10:24]))
+        got = run(
+            model, Chunk(2, 24, c[24:], [0]), Chunk(0, 39, a[39:], [0]),
+            Chunk(1, 40, b[40:], [3, 29]),
+        )  # fmt: skip
+        alone = [host.logits(x) for x in (c, a, b)]
+        wanted = np.stack([alone[0][24], alone[1][39], alone[2][43], alone[2][69]])
+        self.bound.close(got, wanted)
+
+    def adapters(self, variant: str, **options: Any) -> None:
+        """Every kind of matrix changed, tables and head among them; then without again."""
+        ids = prompt(40)
+        model, host = self.model(variant, **options), self.host(variant)
+        without = model.logits(ids)
+        lora = random_lora(host)
+        for opened in (model, host):
+            opened.adapters.load("a", lora, 0.7)
+        wanted = host.logits(ids, adapters={"a": None})
+        assert np.abs(wanted - without).mean() > 0.05 * without.std()
+        self.bound.close(model.logits(ids, adapters={"a": None}), wanted)
+        assert np.array_equal(model.logits(ids), without) and not model.fallbacks
+        model.adapters.unload("a")
+
+    def state(self, variant: str, **options: Any) -> None:
+        """Saved here it goes on here, and on the CPU, as if it had never been away."""
+        ids, options = prompt(50), {"chunk": 16, **options}
+        model = self.model(variant, **options)
+        model.generate(ids, max_tokens=1, **endless(model), temperature=0)
+        saved, cells = model.save_state(), self._cells(model, len(ids))
+        wanted = model.logits([*ids, 5, 6, 7], rows="last")
+        for other in (self.model(variant, **options), self.host(variant, chunk=16)):
+            assert other.load_state(saved) == len(ids)
+            assert self._cells(other, len(ids)) == cells
+            rows = run(other, Chunk(0, len(ids), [5, 6, 7], [2]))
+            self.bound.close(rows, wanted)
+
+    @staticmethod
+    def _cells(model: gemloom.Model, count: int) -> list[bytes]:
+        return [bytes(part) for part in model._kv.export(0, count)]
+
+    def snapshots(self, variant: str, **options: Any) -> None:
+        """Coming back to an earlier turn after the rings have wrapped."""
+        model = self.model(variant, chunk=16, context=512, **options)
+        first, greedy = prompt(60), {"temperature": 0, **endless(model)}
+        said = model.generate(first, max_tokens=4, **greedy)
+        model.generate([*first, *prompt(80, seed=4)], max_tokens=4, **greedy)
+        again = model.generate([*first, *prompt(9, seed=5)], max_tokens=6, **greedy)
+        assert again.usage.cached_tokens >= len(first) - 1 and said.tokens
+        cold = self.model(variant, chunk=16, context=512, **options)
+        assert cold.generate([*first, *prompt(9, seed=5)], max_tokens=6, **greedy).tokens == (
+            again.tokens
+        )
+
+    def shift(self, variant: str, **options: Any) -> None:
+        """Keys are turned back as on the CPU, from the same cells."""
+        keep, drop, n = 4, 20, 60
+        model, host = self.model(variant, chunk=64, **options), self.host(variant, chunk=64)
+        run(model, Chunk(0, 0, prompt(n)))
+        host._kv.restore(0, n, memoryview(b"".join(self._cells(model, n))))
+        for opened in (model, host):
+            call(opened, lambda opened=opened: opened._runner.shift(0, keep, drop, n))
+        for got, wanted in zip(
+            self._cells(model, n - drop), self._cells(host, n - drop), strict=True
+        ):
+            assert np.allclose(*(np.frombuffer(x, np.float32) for x in (got, wanted)), atol=1e-4)
+
+    def goes_on(self, variant: str, **options: Any) -> None:
+        """Past the end of the context."""
+        model = self.model(variant, context=64, keep=4, chunk=8, **options)
+        done = model.generate(prompt(40), max_tokens=60, temperature=0, **endless(model))
+        assert done.usage.completion_tokens == 60
+
+
+def call(model: gemloom.Model, function: Callable[[], Any]) -> Any:
+    """In the thread that computes."""
+    return model._engine.call(function)
+
+
+def run(model: gemloom.Model, *chunks: Chunk) -> np.ndarray:
+    """One step a time where chunks are of one slot, else one step."""
+    if len({chunk.slot for chunk in chunks}) < len(chunks):
+        return [run(model, chunk) for chunk in chunks][-1]
+    return np.asarray(call(model, lambda: model._runner.run(chunks)))
