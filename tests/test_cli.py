@@ -28,7 +28,7 @@ from gemloom.source import DEFAULT_MODEL
 
 COMMANDS = (
     "run", "chat", "serve", "inspect", "tokenize", "quantize", "doctor", "perplexity", "compare",
-    "imatrix", "seal", "unseal",
+    "imatrix", "seal", "unseal", "worker",
 )  # fmt: skip
 
 

@@ -30,19 +30,20 @@ def worker(
         ),
     ] = None,
 ) -> None:  # fmt: skip
-    """Lend this machine's devices to one model elsewhere.
+    """Lend this machine's devices to a model on another one.
 
-    There, the device rpc:HOST:PORT is this one. Nothing is encrypted and nobody
-    is asked who they are: whoever reaches the port may use the machine, and see
-    what is computed. So only this machine can, unless --listen says otherwise;
-    between machines use a tunnel (ssh -L, WireGuard). Both sides need the same
-    version of ggml-python. Ctrl-C or SIGTERM ends it at once.
+    There, the device rpc:HOST:PORT is this one, for one model at a time. Nothing
+    is encrypted and nobody is asked who they are: whoever reaches the port may
+    use the machine, and see what is computed. So only this machine can, unless
+    --listen says otherwise; between machines use a tunnel (ssh -L, WireGuard).
+    Both sides need the same version of ggml-python. Ctrl-C or SIGTERM ends it
+    at once.
 
     \b
     Examples:
       gemloom worker
       gemloom worker --device cuda0 --listen 10.8.0.2:50052
-      gemloom run big.gguf --device rpc:10.8.0.2:50052,cpu "The capital of France is"
+      gemloom chat big.gguf --device rpc:10.8.0.2:50052,cpu
     """
     from gemloom.ggml import backends, rpc
     from gemloom.ggml.device import usable_cores
