@@ -4,6 +4,7 @@ REFERENCE := .venv-reference
 VULKAN := .venv-vulkan
 PIP := -m pip --disable-pip-version-check install
 PYTHON ?= python3
+TWO := -n 2 --dist loadfile  # processes; what tests of a file share is made once
 
 .PHONY: help demo test test-slow test-reference test-neon test-vulkan lint types format bench bench-scale bench-serving quality clean
 help:
@@ -22,10 +23,10 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/gemloom run --temperature 0 --max-tokens 48 "The capital of France is"
 
 test: $(VENV)/.dev $(VENV)/.demo
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest $(TWO) -m "not slow"
 
 test-slow: $(VENV)/.dev $(VENV)/.demo
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest $(TWO) -m slow
 
 test-reference: $(REFERENCE)/.reference $(REFERENCE)/.demo
 	$(REFERENCE)/bin/python -m pytest tests/reference

@@ -4,6 +4,8 @@ import os
 import signal
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy loads: it would fight with ggml
+# Threads that wait for others sleep: more of them than cores are free would spin for each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,11 +26,25 @@ if os.environ.get("CI"):
     settings.load_profile("gate")
 
 Load = Callable[..., gemloom.Model]
+QUICK = 10.0  # seconds: what takes longer gets the marker "slow"
+_overdue: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note a test that should have the marker."""
+    if report.when == "call" and report.duration > QUICK and "slow" not in report.keywords:
+        _overdue.append(f"{report.duration:.1f} s: {report.nodeid}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List what was noted: not an error, since the machine may have been busy."""
+    for line in _overdue:
+        terminalreporter.write_line(f"not marked slow, took {line}")
 
 
 @pytest.fixture
 def load() -> Iterator[Load]:
-    """``load("e2b", chunk=7, forms={"untied": True}, context=128)``: a tiny model.
+    """``load("e2b", chunk=7, forms={"untied": True}, context=128)``: a tiny model, with one thread.
 
     "e2b_wide" has rows that K-quants can hold.
     """
@@ -40,7 +56,7 @@ def load() -> Iterator[Load]:
             made = tiny.VARIANTS[variant.removesuffix("_wide")]
             made = made.wide() if variant.endswith("_wide") else made
             data = tiny.gguf_bytes(made, **(forms or {}))
-            options = {"kv_type": "f32", "context": 256, **options}
+            options = {"kv_type": "f32", "context": 256, "threads": 1, **options}
             return stack.enter_context(gemloom.load(data, **options))
 
         yield make

@@ -34,6 +34,7 @@ def shell(line: str, folder: Path) -> str:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_walk_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

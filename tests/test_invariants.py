@@ -62,6 +62,13 @@ def test_any_chunks_are_one_shot(load: Load, variant: str, size: int) -> None:
 
 
 @variants
+@pytest.mark.parametrize("threads", [2, 5])
+def test_any_threads_are_one(load: Load, variant: str, threads: int) -> None:
+    ids = prompt(60)
+    assert_same(load(variant, threads=threads, chunk=50).logits(ids), reference(load, variant, ids))
+
+
+@variants
 def test_ragged_chunks(load: Load, variant: str) -> None:
     ids, model = prompt(100), load(variant, chunk=32)
     cuts = [0, 1, 4, 20, 21, 53, 54, 86, 100]

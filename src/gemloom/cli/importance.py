@@ -44,7 +44,7 @@ def imatrix(
     Examples:
       gemloom imatrix gemma-f16.gguf book.txt gemma.imatrix.gguf
       gemloom imatrix gemma-f16.gguf book.txt gemma.imatrix.gguf --resume
-      gemloom imatrix gemma-f16.gguf book.txt gemma.dat --chunks 100 --json
+      gemloom imatrix gemma-f16.gguf book.txt imatrix.dat --chunks 100 --json
     """
     from gemloom.perplexity import Cut
 
