@@ -97,7 +97,10 @@ class Tensor:
         """Set ``length`` bytes from byte ``offset`` on to 0."""
         if offset + length > self.nbytes or not self.allocated:
             raise AssertionError(f"{self}: cannot clear {length} bytes at {offset}")
-        ggml.ggml_backend_tensor_memset(self.pointer, 0, offset, length)
+        if ggml.ggml_backend_buffer_is_host(self.pointer.contents.buffer):
+            ggml.ggml_backend_tensor_memset(self.pointer, 0, offset, length)
+        else:  # not every device can, a worker among them; ggml aborts where one cannot
+            self.write(bytes(length), offset)
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """A copy as an array; the shape is reversed, slowest first, as numpy has it."""
