@@ -107,9 +107,9 @@ class Tensor:
         return np.frombuffer(self.read(), _NUMPY[self.type]).reshape(self.shape[::-1])
 
     def map(self) -> None:
-        """Make ``array`` of its memory, which must be the host's; None where it has none."""
+        """Make ``array`` of its memory, which must be the host's; None without any, or a dtype."""
         self.array = None
-        if self.allocated:
+        if self.allocated and self.type in _NUMPY:
             assert ggml.ggml_backend_buffer_is_host(self.pointer.contents.buffer), self
             memory = (ctypes.c_uint8 * self.nbytes).from_address(self.pointer.contents.data)
             flat = np.frombuffer(memoryview(memory), _NUMPY[self.type])
