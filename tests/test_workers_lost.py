@@ -110,7 +110,7 @@ def test_what_was_read_of_a_lost_worker_is_no_result(
 def test_a_worker_lost_while_loading(
     load: Load, pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = gemloom.model.KVCache
+    made, before = gemloom.model.KVCache, set(threading.enumerate())
 
     def dying(*args: Any) -> Any:
         pair[1].process.kill()
@@ -120,7 +120,7 @@ def test_a_worker_lost_while_loading(
     monkeypatch.setattr(gemloom.model, "KVCache", dying)
     with pytest.raises(LostError, match=f"the worker {pair[1].device[4:]} was lost"):
         load("e2b", device=[w.device for w in pair], threads=1)
-    until(lambda: not [t for t in threading.enumerate() if t.name.startswith("gemloom")])
+    until(lambda: not [t for t in set(threading.enumerate()) - before if "gemloom" in t.name])
 
 
 # -- the server ------------------------------------------------------------------------------------
