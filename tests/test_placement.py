@@ -126,7 +126,7 @@ def test_what_is_left_open_gives_way_in_order() -> None:
     assert choice(3000, None) == (10, CHOICES[0])
     assert choice(2000, None) == (8, CHOICES[0])
     assert choice(2000, 10) == (10, CHOICES[1])
-    with pytest.raises(DeviceError, match=r"gpu0 needs 2,251 MiB .* 372 can be used; .*gpu_layers"):
+    with pytest.raises(DeviceError, match=r"gpu0 needs 751 MiB .* 372 can be used; .*gpu_layers"):
         choice(500, 10)
 
 
