@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
+
 import ggml
 import numpy as np
 import pytest
+from rich.console import Console
 
 import cpu_devices
 import gemloom
 import tiny
 from conftest import Load, prompt
 from device_checks import Bound, Checks
-from gemloom import gguf
+from gemloom import bench, gguf
 from gemloom.errors import DeviceError, OptionError
 from gemloom.ggml import backends
 from gemloom.ggml.backends import DeviceInfo, Found
@@ -147,3 +150,13 @@ def test_a_device_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     # Layers give way where nobody insists, and all of them where there is no room at all.
     with gemloom.load(data, device="auto") as model:
         assert model.placement.on_host and model.backends[-1] == "CPU"
+
+
+def test_a_benchmark_tells_what_a_device_lacks(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_devices.lack(monkeypatch, [ggml.GGML_OP_GLU])
+    model = load("gemma3", device="cpu0", context=64, **PLAIN)
+    report = bench.bench(model, prompts=(8,), generate=(), depths=(0,), repetitions=1)
+    assert report.machine.fallbacks == {"geglu": model.config.n_layer}
+    console = Console(file=io.StringIO(), width=100)
+    console.print(bench.render(report))
+    assert "so on the CPU: geglu (12)" in console.file.getvalue()

@@ -45,6 +45,7 @@ class Machine:
     kernels: list[str]  # what multiplies the weights
     features: list[str]  # instruction sets this build of ggml uses
     ggml: str  # version
+    fallbacks: dict[str, int]  # operations of a step that devices lack, so the CPU's
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +246,7 @@ def _machine(model: Model) -> Machine:
         kernels=_kernels(model),
         features=[name for name, there in cpu_features().items() if there],
         ggml=ggml_version(),
+        fallbacks=model.fallbacks,
     )
 
 
@@ -273,6 +275,9 @@ def render(report: Report) -> Group:
         f"{machine.processor}, {machine.threads} threads, {' + '.join(machine.backends)}, "
         f"kernels {', '.join(machine.kernels)}, ggml {machine.ggml}"
     )
+    if machine.fallbacks:
+        lacking = ", ".join(f"{op} ({n})" for op, n in machine.fallbacks.items())
+        head += f"\nnot on the device, so on the CPU: {lacking}"
     parts = [
         _speed_table(report.timings),
         _phase_table(report.timings),
