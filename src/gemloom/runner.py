@@ -111,12 +111,18 @@ class Runner:
         self._attention_on_host = sum(places.layers[i] != places.cells[i] for i in owners)
 
     def reserve(self) -> None:
-        """Take the compute memory of the largest prefill step now, rather than in a request."""
-        count = min(self.kv.chunk, self.kv.cells.full)
-        part = _Part(0, count, 1, self.kv.cells)
-        plan = self._build(_Key((part,)))
-        plan.graph.reserve()
-        plan.graph.close()
+        """Take the compute memory of the largest steps now, rather than in a request.
+
+        Those are a prompt's part alone, and parts of as many prompts as there are slots.
+        OutOfMemoryError where there is none.
+        """
+        count, slots = min(self.kv.chunk, self.kv.cells.full), self.kv.slots
+        each = -(-count // slots)
+        alone = (_Part(0, count, 1, self.kv.cells),)
+        shared = tuple(_Part(slot, each, 1, self.kv.cells) for slot in range(slots))
+        for parts in dict.fromkeys((alone, shared)):
+            with closing(self._build(_Key(parts, rank=self.ranks)).graph) as graph:
+                graph.reserve()
 
     def survey(self) -> tuple[Counter[str], int]:
         """What devices lack of the largest prefill step, and of how many nodes."""
@@ -173,8 +179,7 @@ class Runner:
         start = perf_counter()
         if self._plan is None or self._plan.key != key:
             self._forget()
-            self._plan = self._build(key)
-            self._plan.graph.allocate()
+            self._plan = self._allocated(key)
             self._warn()
         plan = self._plan
         plan.graph.allocate()
@@ -189,6 +194,15 @@ class Runner:
             self.kv.mark(chunk.slot, chunk.end)
         plan.graph.compute(partial(self._foresee, batch))
         self._lap("compute", start)
+        return plan
+
+    def _allocated(self, key: _Key) -> _Plan:
+        plan = self._build(key)
+        try:
+            plan.graph.allocate()
+        except BaseException:
+            plan.graph.close()
+            raise
         return plan
 
     def check(self) -> None:
