@@ -142,7 +142,7 @@ def measure(
     compute = compute_bytes(config, options, choice.context)
     return Sizes(
         tuple(layers), tuple(each), head + duplicate, shared, tables, compute, duplicate,
-        not options.mmap,
+        not options.mmap, owners=tuple(spec.kv_owner for spec in config.layers),
     )  # fmt: skip
 
 
