@@ -27,7 +27,13 @@ def sizes_for(
 
     def sizes(choice: Choice) -> Sizes:
         each = cells * choice.context // 8192 * (2 if choice.kv_type == "f16" else 1)
-        kinds = {"head": 100 * MIB, "shared": MIB, "tables": 300 * MIB, "compute": 50 * MIB}
+        kinds = {
+            "head": 100 * MIB,
+            "shared": MIB,
+            "tables": 300 * MIB,
+            "compute": 50 * MIB,
+            "inputs": 20 * MIB,
+        }
         owners = (*range(own), *(max(0, own - 1 - i % 2) for i in range(readers)))
         held = (each,) * own + (0,) * readers
         return Sizes(layers, held, owners=owners, **(kinds | more))

@@ -45,7 +45,8 @@ class Sizes:
     head: int  # the matrix and the norm before it
     shared: int  # what every device with layers has
     tables: int  # of which rows are read, always on the host
-    compute: int  # for intermediate results, on each device in use
+    compute: int  # for intermediate results, where layers run
+    inputs: int  # for those on a host where none do, and no cells are
     duplicate: int = 0  # of the head's bytes, those of a matrix that the host has among its tables
     copied: bool = False  # the host's weights are no pages of a file
     moves: tuple[bool, ...] = ()  # of each layer, if devices can compute with its cells; (): all
@@ -251,9 +252,9 @@ def _table(
         weights = sum(sizes.layers[i] for i in own) + (sizes.shared if own else 0)
         weights += sizes.head if index == head else 0
         weights += sizes.tables - (sizes.duplicate if head == host else 0) if index == host else 0
-        used = bool(own) or index == host
         kv = sum(size for size, at in zip(sizes.cells, cells, strict=True) if at == index)
-        compute = sizes.compute if used else 0
+        idle = sizes.inputs if index == host else 0
+        compute = sizes.compute if own or kv else idle
         yield Use(space.name, len(own), weights, kv, compute, space.free)
 
 
