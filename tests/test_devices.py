@@ -76,6 +76,11 @@ def test_part_of_the_layers(checks: Checks, variant: str) -> None:
     checks.shift(variant, **PART)
 
 
+@pytest.mark.parametrize("variant", ["e2b", "26b"])
+def test_requests_at_once(checks: Checks, variant: str) -> None:
+    checks.together(variant, **PART)
+
+
 def test_going_back_and_on(checks: Checks) -> None:
     checks.snapshots("e2b", **PART)
     checks.goes_on("e2b", **PART)
