@@ -64,7 +64,7 @@ def test_controls_reach_a_pipe_but_no_terminal(model: Path, opened: gemloom.Mode
 
 def test_a_reader_that_goes_away(model: Path, opened: gemloom.Model) -> None:
     process = subprocess.Popen(
-        command("run", model, "hello", *endless(opened)),
+        command("run", model, "hello", *endless(opened), "--threads", "1"),
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout
@@ -87,7 +87,7 @@ def test_a_full_disk() -> None:
 
 def test_ctrl_c_ends_run(model: Path, opened: gemloom.Model) -> None:
     process = subprocess.Popen(
-        command("run", model, "hello", *endless(opened)),
+        command("run", model, "hello", *endless(opened), "--threads", "1"),
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout
@@ -121,7 +121,7 @@ def test_chat_answers_as_the_model_does(model: Path, opened: gemloom.Model) -> N
 def test_chat_with_a_base_model(base: Path) -> None:
     result = talk(base, "hello", options=["--stop", "zz"])
     assert "base model" in result.stderr.splitlines()[0]
-    with gemloom.load(base, context=256) as opened:
+    with gemloom.load(base, context=256, threads=1) as opened:
         prompt = transcript([{"role": "user", "content": "hello"}])
         done = opened.generate(prompt, max_tokens=6, temperature=0, stop=["zz", "\nUser:"])
     assert prompt == "User: hello\nAssistant:"
@@ -246,7 +246,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
 
 
 def test_ctrl_d_ends_the_chat(model: Path) -> None:
-    with terminal("chat", model) as shown:
+    with terminal("chat", model, "--threads", "1") as shown:
         shown.read("> ")
         shown.type("\x04")
         status, rest = shown.finish()
@@ -271,7 +271,7 @@ def test_cancel_stops_between_two_steps_and_keeps_the_cells(opened: gemloom.Mode
 
 def test_cancel_before_the_first_token(model: Path) -> None:
     ids = [2, *range(20, 60)]
-    with gemloom.load(model, chunk=8) as opened:
+    with gemloom.load(model, chunk=8, threads=1) as opened:
         with paced(opened):
             run = opened.stream(ids)
             run.cancel()

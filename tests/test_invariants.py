@@ -334,7 +334,7 @@ def test_closing_in_the_middle_of_a_step(load: Load, monkeypatch: pytest.MonkeyP
 
 def test_models_nobody_holds_are_freed() -> None:
     data = tiny.gguf_bytes(VARIANTS["e2b"])
-    model = gemloom.load(data, context=64)
+    model = gemloom.load(data, context=64, threads=1)
     engine = weakref.ref(model._engine)
     model.generate([2], max_tokens=1)
     del model
