@@ -4,12 +4,12 @@ Used by gpu.py; the standard library alone, since nothing else need be there yet
 a folder where there is an index: wheels of what Gemloom imports, the sources of ggml-python and of
 llama-cpp-python (less what no build reads, which is most of it). ``build`` unpacks and compiles
 them below that folder, with cmake and a C++ and a CUDA compiler from the machine; stopped and run
-again it goes on.
+again it goes on. Each library brings a ggml of its own: theirs differ by a dozen releases, so that
+neither could use the other's CUDA kernels.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +25,13 @@ WHEELS = [  # what Gemloom imports to load, compute and measure, and llama_cpp t
 SOURCES = {"ggml-python": "0.0.45", "llama-cpp-python": "0.3.36"}
 UNREAD = ("models", "docs", "tests", "media", "benches", "examples", "pocs", "gguf-py", "tools")
 PLATFORMS = ["manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1"]
-GRAPHS = "-DGGML_CUDA_GRAPHS=ON"  # off by default in ggml itself, on in llama.cpp
+CUDA = [
+    "-DGGML_CUDA=ON",
+    "-DGGML_CUDA_GRAPHS=ON",  # off by default in ggml itself, on in llama.cpp
+    "-DGGML_CUDA_FA_ALL_QUANTS=OFF",  # both sides' cells are f16, or q8_0 for K and V alike
+    "-DGGML_CUDA_NCCL=OFF",  # several GPUs
+]
+PEER = ["-DLLAVA_BUILD=OFF", "-DLLAMA_OPENSSL=OFF"]  # no pictures, no downloads
 MOST = 64 << 20  # bytes of the folder
 
 
@@ -97,21 +103,37 @@ def site(folder: Path) -> Path:
     return folder / "site"
 
 
-def build(folder: Path, *, cuda: bool, architectures: str = "native") -> None:
+def build(folder: Path, *, cuda: bool, architectures: str | None = None, jobs: int = 1) -> None:
     """Unpack the wheels, compile both libraries; what is done already is not done again.
 
-    ``architectures`` is CMake's list for CUDA. BuildError where the folder lacks something, a
-    compiler is missing or fails.
+    ``architectures`` is CMake's list for CUDA, that of the machine's own chips if None; ``jobs``
+    compilers run at once. BuildError where the folder lacks something, a compiler is missing or
+    fails.
     """
     for tool in ["cmake", "c++", *(["nvcc"] if cuda else [])]:
         if not shutil.which(tool):
             raise BuildError(f"{tool} is not on the PATH: it is needed to build")
-    _unpack(folder)
     options = ["-DGGML_CUDA=OFF"]
     if cuda:
-        options = ["-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}", GRAPHS]
-    _compile(folder, "ggml-python", "ggml", options)
-    _compile(folder, "llama-cpp-python", "llama_cpp", [*options, "-DLLAVA_BUILD=OFF"])
+        options = [*CUDA, f"-DCMAKE_CUDA_ARCHITECTURES={architectures or _own_architectures()}"]
+    _unpack(folder)
+    _compile(folder, "ggml-python", "ggml", options, jobs)
+    _compile(folder, "llama-cpp-python", "llama_cpp", [*options, *PEER], jobs)
+
+
+def _own_architectures() -> str:
+    """Those of the machine's chips, compiled for and nothing else: "90-real" for an H100 or H200.
+
+    Without "-real" there would be code in it as well that the driver compiles for other chips.
+    """
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    except OSError:
+        told = []
+    if not told or not all(one.replace(".", "").isdecimal() for one in told):
+        raise BuildError("nvidia-smi does not tell the GPU's architecture: name it by --arch")
+    return ";".join(f"{one.replace('.', '')}-real" for one in sorted(set(told)))
 
 
 def built(folder: Path) -> bool:
@@ -139,7 +161,7 @@ def _unpack(folder: Path) -> None:
             (folder / "source.part" / _stem(name)).rename(source)
 
 
-def _compile(folder: Path, name: str, package: str, options: list[str]) -> None:
+def _compile(folder: Path, name: str, package: str, options: list[str], jobs: int) -> None:
     """Compile a package's libraries and put it below ``site``, unless that is done."""
     source, build = folder / "source" / _stem(name), folder / "build" / name
     done, target = build / "done", site(folder) / package
@@ -155,7 +177,7 @@ def _compile(folder: Path, name: str, package: str, options: list[str]) -> None:
             f"-DCMAKE_INSTALL_PREFIX={(build / 'installed').resolve()}",
         ]
     )  # fmt: skip
-    _do(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
+    _do(["cmake", "--build", str(build), "--parallel", str(jobs)])
     shutil.copytree(source / package, target, dirs_exist_ok=True)
     _do(["cmake", "--install", str(build)])
     done.touch()
