@@ -10,6 +10,8 @@ neither could use the other's CUDA kernels.
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ WHEELS = [  # what Gemloom imports to load, compute and measure, and llama_cpp t
     "diskcache",
 ]  # fmt: skip
 SOURCES = {"ggml-python": "0.0.45", "llama-cpp-python": "0.3.36"}
+PACKAGES = {"ggml-python": "ggml", "llama-cpp-python": "llama_cpp"}  # what Python calls them
 UNREAD = ("models", "docs", "tests", "media", "benches", "examples", "pocs", "gguf-py", "tools")
 PLATFORMS = ["manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1"]
 CUDA = [
@@ -103,22 +106,26 @@ def site(folder: Path) -> Path:
     return folder / "site"
 
 
-def build(folder: Path, *, cuda: bool, architectures: str | None = None, jobs: int = 1) -> None:
-    """Unpack the wheels, compile both libraries; what is done already is not done again.
+def build(
+    folder: Path, name: str, *, cuda: bool, architectures: str | None = None, jobs: int = 1
+) -> None:
+    """Unpack all, compile one of SOURCES; what is done already is not done again.
 
     ``architectures`` is CMake's list for CUDA, that of the machine's own chips if None; ``jobs``
-    compilers run at once. BuildError where the folder lacks something, a compiler is missing or
-    fails.
+    compilers run at once. CMAKE_ARGS in the environment are given to CMake too. BuildError where
+    the folder lacks something, a compiler is missing or fails.
     """
+    if built(folder, name):
+        return
     for tool in ["cmake", "c++", *(["nvcc"] if cuda else [])]:
         if not shutil.which(tool):
             raise BuildError(f"{tool} is not on the PATH: it is needed to build")
     options = ["-DGGML_CUDA=OFF"]
     if cuda:
         options = [*CUDA, f"-DCMAKE_CUDA_ARCHITECTURES={architectures or _own_architectures()}"]
+    options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
     _unpack(folder)
-    _compile(folder, "ggml-python", "ggml", options, jobs)
-    _compile(folder, "llama-cpp-python", "llama_cpp", [*options, *PEER], jobs)
+    _compile(folder, name, options + (PEER if name == "llama-cpp-python" else []), jobs)
 
 
 def _own_architectures() -> str:
@@ -136,9 +143,9 @@ def _own_architectures() -> str:
     return ";".join(f"{one.replace('.', '')}-real" for one in sorted(set(told)))
 
 
-def built(folder: Path) -> bool:
+def built(folder: Path, name: str) -> bool:
     """Whether ``build`` came to its end."""
-    return all((folder / "build" / name / "done").is_file() for name in SOURCES)
+    return (folder / "build" / name / "done").is_file()
 
 
 def _unpack(folder: Path) -> None:
@@ -161,12 +168,10 @@ def _unpack(folder: Path) -> None:
             (folder / "source.part" / _stem(name)).rename(source)
 
 
-def _compile(folder: Path, name: str, package: str, options: list[str], jobs: int) -> None:
-    """Compile a package's libraries and put it below ``site``, unless that is done."""
+def _compile(folder: Path, name: str, options: list[str], jobs: int) -> None:
+    """Compile a package's libraries and put it below ``site``."""
     source, build = folder / "source" / _stem(name), folder / "build" / name
-    done, target = build / "done", site(folder) / package
-    if done.is_file():
-        return
+    package = site(folder) / PACKAGES[name]
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     _do(
         [
@@ -178,9 +183,21 @@ def _compile(folder: Path, name: str, package: str, options: list[str], jobs: in
         ]
     )  # fmt: skip
     _do(["cmake", "--build", str(build), "--parallel", str(jobs)])
-    shutil.copytree(source / package, target, dirs_exist_ok=True)
+    shutil.copytree(source / PACKAGES[name], package, dirs_exist_ok=True)
     _do(["cmake", "--install", str(build)])
-    done.touch()
+    for library in package.glob("lib/libggml-cuda.so"):
+        _check_loads(library)
+    (build / "done").touch()
+
+
+def _check_loads(library: Path) -> None:
+    """BuildError where a library that it needs is not found, which importing would not say."""
+    code = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(library.resolve())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        why = done.stderr.strip().rpartition("\n")[2]
+        raise BuildError(f"{why}; if CUDA's own: name its folder in LD_LIBRARY_PATH, run it again")
 
 
 def _do(command: list[str]) -> None:
