@@ -11,6 +11,7 @@ neither could use the other's CUDA kernels.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -33,7 +34,13 @@ CUDA = [
     "-DGGML_CUDA_GRAPHS=ON",  # off by default in ggml itself, on in llama.cpp
     "-DGGML_CUDA_FA_ALL_QUANTS=OFF",  # both sides' cells are f16, or q8_0 for K and V alike
     "-DGGML_CUDA_NCCL=OFF",  # several GPUs
+    "-DCMAKE_INSTALL_RPATH_USE_LINK_PATH=ON",  # toolkits may lie where no loader looks
 ]
+DRIVERS = [
+    f"{place}/libcuda.so.1" for place in ("/usr/local/nvidia/lib64", "/usr/lib/x86_64-linux-gnu")
+]
+BLAS = "cublas_v2.h"
+BLAS_HEADERS = {BLAS, "cublas.h", "cublas_api.h", "cublasLt.h", "cublasXt.h"}
 PEER = ["-DLLAVA_BUILD=OFF", "-DLLAMA_OPENSSL=OFF"]  # no pictures, no downloads
 MOST = 64 << 20  # bytes of the folder
 
@@ -123,6 +130,8 @@ def build(
     options = ["-DGGML_CUDA=OFF"]
     if cuda:
         options = [*CUDA, f"-DCMAKE_CUDA_ARCHITECTURES={architectures or _own_architectures()}"]
+        toolkit = _toolkit()
+        options += [*_driver(), *_runtime(toolkit), *_blas(folder, toolkit)]
     options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
     _unpack(folder)
     _compile(folder, name, options + (PEER if name == "llama-cpp-python" else []), jobs)
@@ -141,6 +150,54 @@ def _own_architectures() -> str:
     if not told or not all(one.replace(".", "").isdecimal() for one in told):
         raise BuildError("nvidia-smi does not tell the GPU's architecture: name it by --arch")
     return ";".join(f"{one.replace('.', '')}-real" for one in sorted(set(told)))
+
+
+def _driver() -> list[str]:
+    """CMake's option that names the driver's library; toolkits from Python's index have none."""
+    try:
+        told = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout
+    except OSError:
+        told = ""
+    known = [line.rpartition("=> ")[2] for line in told.splitlines() if "libcuda.so.1 " in line]
+    there = [path for path in [*known, *DRIVERS] if Path(path).is_file()]
+    return [f"-DCUDA_cuda_driver_LIBRARY={there[0]}"] if there else []
+
+
+def _toolkit() -> list[Path]:
+    """Where nvcc says that its toolkit has headers and libraries."""
+    told = subprocess.run(["nvcc", "--dryrun", "nothing.cu"], capture_output=True, text=True).stderr
+    tops = [
+        Path(top.strip()).resolve() for top in re.findall(r"^#\$ TOP=(.*)$", told, re.MULTILINE)
+    ]
+    return [top / below for top in tops for below in (".", "targets/x86_64-linux")]
+
+
+def _runtime(toolkit: list[Path]) -> list[str]:
+    """CMake's option by which CUDA's runtime is found again where no loader looks for it."""
+    places = [place / below for place in toolkit for below in ("lib64", "lib")]
+    there = [place for place in places if any(place.glob("libcudart.so*"))]
+    return [f"-DCMAKE_SHARED_LINKER_FLAGS=-Wl,-rpath,{there[0].resolve()}"] if there else []
+
+
+def _blas(folder: Path, toolkit: list[Path]) -> list[str]:
+    """CMake's options for cuBLAS from a package of this Python's, where the toolkit has none.
+
+    Its headers alone are copied below ``folder``: others beside them may be of another version.
+    """
+    headers = [place / "include" / BLAS for place in [*toolkit, Path("/usr")]]
+    if not toolkit or any(header.is_file() for header in headers):
+        return []
+    for include in (path for base in sys.path for path in Path(base).glob("nvidia/*/include")):
+        if (include / BLAS).is_file():
+            copies, libraries = folder / "cublas", include.parent / "lib"
+            shutil.rmtree(copies, ignore_errors=True)
+            shutil.copytree(include, copies, ignore=lambda _, names: set(names) - BLAS_HEADERS)
+            return [f"-DCMAKE_CUDA_FLAGS=-I{copies.resolve()}"] + [
+                f"-DCUDA_{name}_LIBRARY={path}"
+                for name in ("cublas", "cublasLt")
+                for path in sorted(libraries.glob(f"lib{name}.so*"))[-1:]
+            ]
+    raise BuildError("neither CUDA's toolkit nor a package of this Python has cuBLAS")
 
 
 def built(folder: Path, name: str) -> bool:

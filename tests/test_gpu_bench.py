@@ -191,7 +191,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("cmake", "c++", "nvcc"):
         tool = place / name
         tool.write_text(
-            f'#!/bin/sh\necho "$@" >>{place}/notes\n'
+            f'#!/bin/sh\ntest {name} != cmake || echo "$@" >>{place}/notes\n'
             f'test "$1" != -S || mkdir -p "$4"\ntest ! -e {place}/fail\n'
         )
         tool.chmod(0o755)
@@ -239,6 +239,29 @@ def test_a_build_is_for_the_chips_that_are_there(folder: Path, tools: Path) -> N
     build(folder, architectures=None)
     notes = (tools / "notes").read_text()
     assert notes.count("-DCMAKE_CUDA_ARCHITECTURES=86-real;90-real ") == 2
+
+
+def test_what_a_toolkit_lacks_comes_from_packages(
+    folder: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuBLAS, which a toolkit of Python's packages does not have in the compiler's own."""
+    top, package = folder / "cuda", folder / "packages" / "nvidia" / "cu13"
+    (top / "lib").mkdir(parents=True)
+    (top / "lib" / "libcudart.so.13").touch()
+    (tools / "nvcc").write_text(f"#!/bin/sh\necho '#$ TOP={top}/bin/..' >&2\n")
+    (top / "bin").mkdir()
+    monkeypatch.setattr(sys, "path", [str(folder / "packages")])
+    with pytest.raises(gpu_build.BuildError, match="has cuBLAS"):
+        build(folder)
+    for name in ("include/cublas_v2.h", "include/cuda.h", "lib/libcublas.so.13"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).touch()
+    build(folder)
+    notes = (tools / "notes").read_text()
+    assert notes.count(f"-DCUDA_cublas_LIBRARY={package}/lib/libcublas.so.13 ") == 2
+    assert notes.count(f"-DCMAKE_CUDA_FLAGS=-I{folder}/cublas ") == 2
+    assert notes.count(f"-DCMAKE_SHARED_LINKER_FLAGS=-Wl,-rpath,{top}/lib ") == 2
+    assert [path.name for path in (folder / "cublas").iterdir()] == ["cublas_v2.h"]
 
 
 def test_what_a_build_lacks_is_named(
