@@ -93,7 +93,9 @@ class Runner:
 
     ``ranks`` says that the device that makes the logits can find the largest of them as well, so
     that ``rank`` saves reading them all. ``times`` are the seconds since it was made by phase of
-    ``run``: build (and allocate), input, compute, read.
+    ``run``: build (and allocate), input, launch (handing the graph to devices, and what of it runs
+    on the CPU; nothing where all does), ahead (Python's work on the next step meanwhile), compute,
+    read.
     """
 
     def __init__(self, device: Device, config: Config, weights: Tensors, kv: KVCache) -> None:
@@ -104,7 +106,7 @@ class Runner:
         head, count = weights.placement.head, min(COUNT, config.n_vocab)
         self.ranks = finds_largest(device, head, config.n_vocab, count)
         self._foreseen: dict[tuple[int, int, bool], np.ndarray] = {}  # masks of single rows
-        self.times = dict.fromkeys(("build", "input", "compute", "read"), 0.0)
+        self.times = dict.fromkeys(("build", "input", "launch", "ahead", "compute", "read"), 0.0)
         self._warned: set[str] = set()
         places = weights.placement
         owners = [spec.kv_owner for spec in config.layers]
@@ -192,8 +194,16 @@ class Runner:
         start = self._lap("input", start)
         for chunk in batch:
             self.kv.mark(chunk.slot, chunk.end)
-        plan.graph.compute(partial(self._foresee, batch))
-        self._lap("compute", start)
+        waiting = start
+
+        def meanwhile() -> None:
+            nonlocal waiting
+            launched = self._lap("compute" if self._device.on_host else "launch", start)
+            self._foresee(batch)
+            waiting = self._lap("ahead", launched)
+
+        plan.graph.compute(meanwhile)
+        self._lap("compute", waiting)
         return plan
 
     def _allocated(self, key: _Key) -> _Plan:
