@@ -11,12 +11,14 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import cpu_devices
 import gemloom
 import tiny
 
@@ -156,6 +158,20 @@ def test_a_window_of_one_cell_more_is_no_rounding(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(gpu_parity, "_loaded", wider)
     assert gpu_parity._beside(data, job)["worst"] > 4 * gpu.WORST_F32
+
+
+@pytest.mark.parametrize(("heads", "told"), [(8, {}), (2, {"attention": 1})])
+def test_attention_that_is_not_on_the_device_is_told(
+    heads: int, told: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two heads of 512 to one of K/V are what CUDA says it takes, and aborts at."""
+    cpu_devices.add(monkeypatch)
+    data = tiny.gguf_bytes(replace(gpu_parity.variant("12b"), n_head=heads, n_kv=1))
+    job = {
+        "device": "cpu0", "threads": 1, "sequences": 2, "cells": "f16", "window": 128, "chunk": 128,
+    }  # fmt: skip
+    found = gpu_parity._beside(data, job)
+    assert found["lacking"] == told and found["worst"] < gpu.WORST_F32
 
 
 # --- building -------------------------------------------------------------------
