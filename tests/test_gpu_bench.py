@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 import cpu_devices
 import gemloom
 import tiny
+from gemloom.errors import DeviceError
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -62,6 +64,36 @@ def test_a_dry_run_measures_each_part_once(tmp_path: Path) -> None:
     assert after["parts"].pop("bandwidth")["bytes"] > 0
     assert after == before  # nothing of it was measured again
     assert "GB/s" in second.stdout and "| e2b f32, f16 cells |" in second.stdout
+
+
+def test_what_was_found_before_a_failure_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def begin(path: Path, *_: Any) -> Any:
+        return json.loads(path.read_text()) if path.is_file() else {"parts": {}}
+
+    def step(name: str) -> str:
+        asked.append(name)
+        if asked == ["a", "llama.cpp"]:
+            raise DeviceError("gone")
+        return name
+
+    steps = {name: partial(step, name) for name in ("a", "llama.cpp")}
+    monkeypatch.setattr(gpu, "_begin", begin)
+    monkeypatch.setattr(gpu, "_steps", lambda *_: steps)
+    options = Namespace(
+        tiny=True, cache=tmp_path, out=None, name="kept", only=["e2b"], again=False, folder=None,
+        peer=None,
+    )  # fmt: skip
+    with pytest.raises(DeviceError):
+        gpu.measure(options)
+    gpu.measure(options)
+    gpu.measure(options)
+    assert asked == ["a", "llama.cpp", "llama.cpp"]
+    found = json.loads((tmp_path / "kept.json").read_text())
+    assert found["parts"]["e2b"] == {"a": "a", "llama.cpp": "llama.cpp"}
 
 
 def test_an_unknown_device_is_named(tmp_path: Path) -> None:
