@@ -21,7 +21,9 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +34,9 @@ HERE = Path(__file__).parent
 MODELS = {"e2b": "e2b-q4_k_m", "e4b": "e4b-q4_k_m", "26b": "26b-cut"}
 PARTS = ("build", "bandwidth", "parity", "peer", *MODELS)
 ALL_LAYERS = 999
+LAST = "llama.cpp"  # of what is found of a model
 Found = dict[str, Any]
+Ask = Callable[[Found], Found]  # one measurement in a process of its own
 FULL: Found = {
     "prompts": [128, 512, 2048, 8192], "chunks": [512, 2048], "depths": [0, 2048, 8192],
     "sequences": [1, 8], "decode": 64, "repetitions": 3,
@@ -78,35 +82,45 @@ def measure(options: argparse.Namespace) -> Path:
         with Console(stderr=True).status(f"{script}: {job.get('model', '')} {job['task']}"):
             return run(Side(script, python, script), given | job).answer
 
-    ours = lambda job: ask("gpu_ours.py", sys.executable, job)  # noqa: E731
-    beside = lambda job: ask("gpu_parity.py", sys.executable, job)  # noqa: E731
-    peer = lambda job: ask("peer.py", options.peer, job)  # noqa: E731
+    ours, beside = (
+        partial(ask, script, sys.executable) for script in ("gpu_ours.py", "gpu_parity.py")
+    )
     folder = options.cache if options.tiny or options.out else HERE / "results"
     path = folder / f"{options.name}.json"
     result = _begin(path, options, ours)
     parts = result["parts"]
-    for part in options.only:
-        if part == "build" or (part in parts and not options.again):
-            continue
-        if part == "peer":
-            _build(options, "llama-cpp-python")
-            continue
-        if part == "bandwidth":
-            size = 1 << 20 if options.tiny else 1 << 30
-            parts[part] = ours({"task": "bandwidth", "bytes": size, "repetitions": 5})
-        elif part == "parity":
-            parts[part] = beside({"task": "small", **(TINY_SMALL if options.tiny else SMALL)})
-        else:
-            _need_peer(options)
-            parts[part] = _model(part, options, ours, peer if options.peer else None)
-            parts[part]["parity"] = _parity(part, options, beside)
+
+    def keep() -> None:
         _save(path, result)
         if options.out:
             _publish(options.out / options.name, result)
+
+    for part in options.only:
+        if part == "peer":
+            _build(options, "llama-cpp-python")
+        elif part in MODELS and (options.again or LAST not in parts.get(part, {})):
+            _need_peer(options)
+            peer = partial(ask, "peer.py", options.peer) if options.peer else None
+            found = parts[part] = {} if options.again else parts.get(part, {})
+            for name, step in _steps(part, options, ours, peer, beside).items():
+                if name not in found:
+                    found[name] = step()
+                    keep()
+        elif part in ("bandwidth", "parity") and (options.again or part not in parts):
+            parts[part] = _first(part, options, ours, beside)
+            keep()
     return path
 
 
-def _begin(path: Path, options: argparse.Namespace, ours: Any) -> Found:
+def _first(part: str, options: argparse.Namespace, ours: Ask, beside: Ask) -> Found:
+    """The device's bandwidth, or small models beside the CPU."""
+    if part == "bandwidth":
+        size = 1 << 20 if options.tiny else 1 << 30
+        return ours({"task": "bandwidth", "bytes": size, "repetitions": 5})
+    return beside({"task": "small", **(TINY_SMALL if options.tiny else SMALL)})
+
+
+def _begin(path: Path, options: argparse.Namespace, ours: Ask) -> Found:
     """What was found before on this device, or the head of a new result."""
     from machine import describe
 
@@ -134,8 +148,13 @@ def _publish(path: Path, result: Found) -> None:
     path.with_name(path.name + ".md").write_text(tables(result) + "\n", encoding="utf-8")
 
 
-def _model(part: str, options: argparse.Namespace, ours: Any, peer: Any) -> Found:
-    """Both sides on one model, and the bytes that a step has to read."""
+def _steps(
+    part: str, options: argparse.Namespace, ours: Ask, peer: Ask | None, beside: Ask
+) -> dict[str, Callable[[], Any]]:
+    """What is found of one model, each kept by itself: it takes minutes, and another may fail.
+
+    ``bytes`` are what a step has to read.
+    """
     import work
 
     plan = TINY if options.tiny else FULL
@@ -143,25 +162,16 @@ def _model(part: str, options: argparse.Namespace, ours: Any, peer: Any) -> Foun
     deepest = max(*plan["prompts"], *plan["depths"])
     context = -(-(deepest + plan["decode"] + 2) // 256) * 256
     job = {**plan, "model": str(file), "context": context, "layers": ALL_LAYERS}
-    model = work.of(file)
+    compared = {"model": str(file), "chunk": plan["chunks"][0], "types": CELLS}
+    compared["sequences"] = max(plan["sequences"])
+    each = [(n, depth) for n in plan["sequences"] for depth in plan["depths"]]
     return {
-        "plan": plan,
-        "gemloom": ours({"task": "speed", **job}),
-        "llama.cpp": peer({"task": "device", **job}) if peer else None,
-        "bytes": {
-            f"{n} at {depth}": model.stepped(depth, n)
-            for n in plan["sequences"]
-            for depth in plan["depths"]
-        },
+        "plan": lambda: plan,
+        "bytes": lambda: {f"{n} at {depth}": work.of(file).stepped(depth, n) for n, depth in each},
+        "parity": lambda: beside({"task": "real", **compared}),
+        "gemloom": lambda: ours({"task": "speed", **job}),
+        LAST: lambda: peer({"task": "device", **job}) if peer else None,
     }
-
-
-def _parity(part: str, options: argparse.Namespace, beside: Any) -> Found:
-    """The same model beside the CPU, with cells of each type."""
-    plan = TINY if options.tiny else FULL
-    job = {"model": str(_file(part, options)), "chunk": plan["chunks"][0], "types": CELLS}
-    found: Found = beside({"task": "real", "sequences": max(plan["sequences"]), **job})
-    return found
 
 
 def _file(part: str, options: argparse.Namespace) -> Path:
@@ -191,7 +201,7 @@ def tables(result: Found) -> str:
         lines += ["", f"Memory: {best / 1e9:,.0f} GB/s read and written, measured"]
     if compared := _compared(parts):
         lines += ["", *_parity_table(compared)]
-    models = [part for part in MODELS if part in parts]
+    models = [part for part in MODELS if "gemloom" in parts.get(part, {})]
     if models:
         columns = (
             "model|test|Gemloom, tok/s|llama.cpp, tok/s|ratio|of memory|outside ggml|launching"
@@ -228,7 +238,7 @@ def _parity_table(found: Found) -> list[str]:
 
 
 def _speed_rows(part: str, found: Found, best: float | None) -> list[str]:
-    ours, peer, plan = found["gemloom"], found["llama.cpp"], found["plan"]
+    ours, peer, plan = found["gemloom"], found.get("llama.cpp"), found["plan"]
     rows = []
     for chunk, prompts in ours["prompt"].items():
         for n, seconds in prompts.items():

@@ -11,14 +11,18 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import cpu_devices
 import gemloom
 import tiny
+from gemloom.errors import DeviceError
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -60,6 +64,36 @@ def test_a_dry_run_measures_each_part_once(tmp_path: Path) -> None:
     assert after["parts"].pop("bandwidth")["bytes"] > 0
     assert after == before  # nothing of it was measured again
     assert "GB/s" in second.stdout and "| e2b f32, f16 cells |" in second.stdout
+
+
+def test_what_was_found_before_a_failure_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def begin(path: Path, *_: Any) -> Any:
+        return json.loads(path.read_text()) if path.is_file() else {"parts": {}}
+
+    def step(name: str) -> str:
+        asked.append(name)
+        if asked == ["a", "llama.cpp"]:
+            raise DeviceError("gone")
+        return name
+
+    steps = {name: partial(step, name) for name in ("a", "llama.cpp")}
+    monkeypatch.setattr(gpu, "_begin", begin)
+    monkeypatch.setattr(gpu, "_steps", lambda *_: steps)
+    options = Namespace(
+        tiny=True, cache=tmp_path, out=None, name="kept", only=["e2b"], again=False, folder=None,
+        peer=None,
+    )  # fmt: skip
+    with pytest.raises(DeviceError):
+        gpu.measure(options)
+    gpu.measure(options)
+    gpu.measure(options)
+    assert asked == ["a", "llama.cpp", "llama.cpp"]
+    found = json.loads((tmp_path / "kept.json").read_text())
+    assert found["parts"]["e2b"] == {"a": "a", "llama.cpp": "llama.cpp"}
 
 
 def test_an_unknown_device_is_named(tmp_path: Path) -> None:
@@ -156,6 +190,20 @@ def test_a_window_of_one_cell_more_is_no_rounding(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(gpu_parity, "_loaded", wider)
     assert gpu_parity._beside(data, job)["worst"] > 4 * gpu.WORST_F32
+
+
+@pytest.mark.parametrize(("heads", "told"), [(8, {}), (2, {"attention": 1})])
+def test_attention_that_is_not_on_the_device_is_told(
+    heads: int, told: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two heads of 512 to one of K/V are what CUDA says it takes, and aborts at."""
+    cpu_devices.add(monkeypatch)
+    data = tiny.gguf_bytes(replace(gpu_parity.variant("12b"), n_head=heads, n_kv=1))
+    job = {
+        "device": "cpu0", "threads": 1, "sequences": 2, "cells": "f16", "window": 128, "chunk": 128,
+    }  # fmt: skip
+    found = gpu_parity._beside(data, job)
+    assert found["lacking"] == told and found["worst"] < gpu.WORST_F32
 
 
 # --- building -------------------------------------------------------------------
