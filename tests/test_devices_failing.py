@@ -76,8 +76,12 @@ def test_a_step_without_memory_ends_its_requests_and_no_others(load: Load, own0:
     with pytest.raises(OutOfMemoryError):
         model.trace(prompt(200), model.tap_names())
     assert model.generate(prompt(30), **GREEDY).tokens == wanted
+    own0.buffers = 0
+    with pytest.raises(OutOfMemoryError, match="on own0"):
+        model.adapters.load("more", random_lora(model))
     stats = model.stats()
     assert not stats.error and not stats.running and not stats.slots_busy
+    own0.buffers = 100
     own0.most *= 100
     assert model.generate(prompt(30), **GREEDY, adapters={"all": None}).tokens
 
