@@ -1,9 +1,11 @@
 """A worker that dies: every request is told, nothing hangs, and another one can take its place."""
 
 import signal
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ import pytest
 import gemloom
 import tiny
 from conftest import Load, endless, prompt
+from fake_worker import FakeWorker
+from gemloom.adapters import registry
 from gemloom.adapters.gguf_lora import write_gguf
-from gemloom.errors import EngineError, LostError
+from gemloom.errors import EngineError, GemloomError, LostError
 from gemloom.ggml import relay
+from gemloom.ggml.wire import Command
 from gemloom.server import recovery
 from gemloom.server.adapters import AdapterFile
 from random_lora import random_lora
@@ -110,7 +115,7 @@ def test_what_was_read_of_a_lost_worker_is_no_result(
 def test_a_worker_lost_while_loading(
     load: Load, pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, before = gemloom.model.KVCache, set(threading.enumerate())
+    made = gemloom.model.KVCache
 
     def dying(*args: Any) -> Any:
         pair[1].process.kill()
@@ -118,9 +123,79 @@ def test_a_worker_lost_while_loading(
         return made(*args)
 
     monkeypatch.setattr(gemloom.model, "KVCache", dying)
-    with pytest.raises(LostError, match=f"the worker {pair[1].device[4:]} was lost"):
+    with nothing_left(), pytest.raises(LostError, match=f"worker {pair[1].device[4:]} was lost"):
         load("e2b", device=[w.device for w in pair], threads=1)
+
+
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    """Every connection to a worker that is made inside ends: its thread, and what it has open."""
+    before, files = set(threading.enumerate()), open_files()
+    yield
     until(lambda: not [t for t in set(threading.enumerate()) - before if "gemloom" in t.name])
+    until(lambda: open_files() <= files)
+
+
+def open_files() -> int:
+    return len(list(Path("/dev/fd").iterdir()))
+
+
+def test_an_adapter_loaded_while_a_worker_is_lost_goes_with_the_model(
+    load: Load, pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its buffers hold ggml's connection."""
+    made = registry.Loaded
+
+    def dying(*args: Any) -> Any:
+        loaded = made(*args)
+        pair[1].process.kill()
+        pair[1].process.wait()
+        until(lambda: any(worker._relay.lost for worker in model._device._workers))
+        return loaded
+
+    monkeypatch.setattr(registry, "Loaded", dying)
+    with nothing_left():
+        model = load("e2b", device=[w.device for w in pair], threads=1)
+        with pytest.raises(LostError, match="was lost"):
+            model.adapters.load("style", random_lora(model, 3))
+        model.close()
+
+
+@pytest.mark.parametrize("part", ["Engine", "Adapters"])
+def test_a_model_that_cannot_start_lets_its_workers_go(
+    load: Load, survivor: Worker, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(gemloom.model, part, fail)
+    with nothing_left(), pytest.raises(RuntimeError, match="new thread"):
+        load("e2b", device=survivor.device, threads=1)
+
+
+def test_a_worker_without_memory_ends_all_requests(load: Load) -> None:
+    """ggml cannot bear that a graph gets none: the relay gives it some, and tells."""
+    full = False
+
+    def twist(asked: Command, right: bytes) -> bytes:
+        return struct.pack("<3Q", 16, 0, 0) if full and asked == Command.ALLOC_BUFFER else right
+
+    with closing(FakeWorker(twist)) as fake:
+        model = load("e2b", device=f"rpc:127.0.0.1:{fake.port}", slots=4)
+        taps = [name for name in model.tap_names() if "attn" in name]
+        runs = [model.stream(prompt(5, seed=i), **FOREVER, **endless(model)) for i in range(3)]
+        next(runs[0])
+        full = True
+        with pytest.raises(GemloomError, match="it has no memory for"):
+            model.trace(prompt(90), taps)
+        for run in runs:
+            with pytest.raises(EngineError, match=r"the worker .* cannot go on: it has no memory"):
+                list(run)
+        assert "it has no memory" in str(model.stats().error)
+        assert not model.stats().lost
+        with pytest.raises(EngineError, match="the model must be loaded again"):
+            model.generate(prompt(5))
+        model.close()
 
 
 # -- the server ------------------------------------------------------------------------------------

@@ -106,15 +106,22 @@ class Model:
             self.tokenizer = tokenizer.result()
             self.fingerprint = state.fingerprint(file, self.config, self._weights.first_bytes)
             self._runner.check()
-            free = stack.pop_all()
-        self._engine = Engine(self._runner, self._kv, options, self.context, free.close)
-        self.adapters = Adapters(
-            self._device, self.placement, self.config, layout.required, self._engine,
-            self._runner.discard,
-        )  # fmt: skip
-        free.callback(self.adapters.close)
-        self._close = weakref.finalize(self, self._engine.close)
+            self._start_engine(layout.required, stack.pop_all())
         trim_memory()  # the tokenizer was made from much that is not needed any more
+
+    def _start_engine(self, shapes: Mapping[str, tuple[int, ...]], free: ExitStack) -> None:
+        """Have requests computed. ``free`` is closed with the engine, or if it does not start."""
+        with ExitStack() as stack:
+            stack.enter_context(free)
+            self._engine = Engine(self._runner, self._kv, self.options, self.context, free.close)
+            stack.callback(self._engine.close)
+            self.adapters = Adapters(
+                self._device, self.placement, self.config, shapes, self._engine,
+                self._runner.discard,
+            )  # fmt: skip
+            free.callback(self.adapters.close)
+            self._close = weakref.finalize(self, self._engine.close)
+            stack.pop_all()
 
     def _safely(self) -> AbstractContextManager[None]:
         """Around what speaks to workers in the caller's own thread."""
