@@ -106,6 +106,8 @@ class Direct(rpc.Worker):
 
     def check(self) -> None: ...
 
+    def abandon(self) -> None: ...
+
     def close(self) -> None:
         ggml.ggml_backend_buffer_free(self._held)
 

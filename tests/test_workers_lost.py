@@ -19,7 +19,7 @@ from conftest import Load, endless, prompt
 from fake_worker import FakeWorker
 from gemloom.adapters import registry
 from gemloom.adapters.gguf_lora import write_gguf
-from gemloom.errors import EngineError, GemloomError, LostError
+from gemloom.errors import ClosedError, EngineError, GemloomError, LostError
 from gemloom.ggml import relay
 from gemloom.ggml.wire import Command
 from gemloom.server import recovery
@@ -171,6 +171,47 @@ def test_a_model_that_cannot_start_lets_its_workers_go(
     monkeypatch.setattr(gemloom.model, part, fail)
     with nothing_left(), pytest.raises(RuntimeError, match="new thread"):
         load("e2b", device=survivor.device, threads=1)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_closing_waits_for_no_worker(load: Load, pair: tuple[Worker, Worker], busy: bool) -> None:
+    with nothing_left():
+        model = load("e2b", device=[w.device for w in pair], threads=1)
+        run = model.stream(prompt(5), **FOREVER, **endless(model))
+        next(run)
+        if not busy:
+            run.cancel()
+            until(lambda: not model.stats().slots_busy)
+        stop(pair[1].process)
+        time.sleep(0.1)
+        asked = time.monotonic()
+        model.close()
+        assert time.monotonic() - asked < 2
+        if busy:
+            with pytest.raises(ClosedError):
+                list(run)
+
+
+def test_a_slow_worker_gets_more_time_when_it_is_loaded_again(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a step that takes longer than any answer may would be tried for ever."""
+    monkeypatch.setattr(relay, "PATIENCE", 0.25)
+
+    def slow(asked: Command, right: bytes) -> bytes:
+        time.sleep(0.4 * (asked == Command.GET_TENSOR))
+        return right
+
+    with closing(FakeWorker(slow)) as fake:
+        device = f"rpc:127.0.0.1:{fake.port}"
+        with load("e2b", device=device) as model:
+            with pytest.raises(
+                EngineError, match=r"not answer in 0\.25 seconds; loaded again, it gets 0\.5"
+            ):
+                model.generate(prompt(5), max_tokens=2)
+            assert model.stats().lost
+        with load("e2b", device=device) as model:
+            assert len(model.logits(prompt(5))) == 5
 
 
 def test_a_worker_without_memory_ends_all_requests(load: Load) -> None:

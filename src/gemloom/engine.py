@@ -40,6 +40,7 @@ from gemloom.signals import undisturbed
 from gemloom.slots import Slot, Slots
 
 T = TypeVar("T")
+_LAST_STEP = 0.5  # seconds that workers get to end the step under way when a model is closed
 MOST_STRETCHES = 32  # of rows with an adapter in one step: each adds thousands of nodes
 _log = logging.getLogger("gemloom.engine")
 
@@ -190,6 +191,9 @@ class Engine:
             self._closing = True
             self._wake.notify()
         if threading.current_thread() is not self._thread:  # a garbage collector runs anywhere
+            self._thread.join(_LAST_STEP)
+            if self._thread.is_alive():
+                self._runner.abandon()
             self._thread.join()
 
     def _check(self) -> None:
@@ -209,7 +213,8 @@ class Engine:
                     try:
                         self.step()
                     except BaseException as error:
-                        self._fail(error)
+                        if not self._closing:  # else the device was let go of in the middle
+                            self._fail(error)
             except BaseException as error:  # a bug of ours: nobody may wait for ever even so
                 self._fail(error)
             finally:

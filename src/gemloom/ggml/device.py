@@ -242,6 +242,11 @@ class Device:
         for worker in self._workers:
             worker.check()
 
+    def abandon(self) -> None:
+        """Wait for no worker any more, from any thread; ``check`` raises LostError from then on."""
+        for worker in self._workers:
+            worker.abandon()
+
     @contextmanager
     def allocating(self) -> Iterator[None]:
         """Around giving a graph memory, which workers must not refuse. As ``check``."""

@@ -19,6 +19,7 @@ from typing import Any
 import ggml
 
 from gemloom.errors import DeviceError, LostError
+from gemloom.ggml import relay
 from gemloom.ggml.relay import Relay, greet, keep_alive
 from gemloom.ggml.wire import MalformedError
 from gemloom.signals import undisturbed
@@ -29,7 +30,9 @@ _INSTALL = (
     'CMAKE_ARGS="-DGGML_RPC=ON" pip install --force-reinstall --no-deps --no-cache-dir '
     f"--no-binary ggml-python ggml-python=={ggml.__version__}"
 )
+_MOST_PATIENCE = 3600.0  # seconds
 _serial = itertools.count()
+_patience: dict[str, float] = {}  # seconds for an answer, of workers that once took longer
 
 
 def check_built() -> None:
@@ -72,7 +75,7 @@ class Worker:
             ) from None
         except MalformedError as error:
             raise DeviceError(f"the worker {self.name} cannot be used: {error}") from None
-        self._relay = Relay(connection, facts)
+        self._relay = Relay(connection, facts, _patience.get(self.name, relay.PATIENCE))
         self._held: Any = None
         try:
             with undisturbed():
@@ -108,9 +111,26 @@ class Worker:
     def check(self) -> None:
         """LostError where the worker has gone; DeviceError where it had no memory for a graph."""
         if self._relay.lost:
-            raise LostError(f"the worker {self.name} was lost: {self._relay.lost}")
+            stalled = f"; loaded again, it gets {self._next:g}" if self._relay.stalled else ""
+            raise LostError(f"the worker {self.name} was lost: {self._relay.lost}{stalled}")
         if self._relay.refused:
             raise DeviceError(f"the worker {self.name} cannot go on: {self._relay.refused}")
+
+    @property
+    def _next(self) -> float:
+        """Seconds for an answer when it is connected to again, after it took too long for one.
+
+        Nobody can tell one that stalls from one that has much to compute: its system answers for
+        both.
+        """
+        return min(2 * self._relay.patience, _MOST_PATIENCE)
+
+    def abandon(self) -> None:
+        """Let go of it at once, from any thread: who waits for it gets zeros, and ``check`` tells.
+
+        It must be closed all the same.
+        """
+        self._relay.close()
 
     def close(self) -> None:
         """Let go of it, so that it can work for somebody else; never waits for one that is gone."""
@@ -118,6 +138,8 @@ class Worker:
             with undisturbed():
                 ggml.ggml_backend_buffer_free(self._held)
             self._held = None
+        if self._relay.stalled:
+            _patience[self.name] = self._next
         self._relay.close()
 
 
