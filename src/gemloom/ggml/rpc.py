@@ -55,8 +55,9 @@ def parse_address(text: str) -> tuple[str, int]:
 class Worker:
     """A connection to a worker, with the devices it has. Free it after all that lies there.
 
-    ``devices`` are ggml's; they and everything on them stay safe to use when the worker is lost,
-    and ``check()`` raises LostError then: before that, no result is to be believed.
+    ``devices`` are ggml's, ``facts`` what each says of itself. They and everything on them stay
+    safe to use when the worker is lost, and ``check()`` raises LostError then: before that, no
+    result is to be believed.
     Raises DeviceError where there is no worker, or none that can be used.
     """
 
@@ -76,6 +77,7 @@ class Worker:
         except MalformedError as error:
             raise DeviceError(f"the worker {self.name} cannot be used: {error}") from None
         self._relay = Relay(connection, facts, _patience.get(self.name, relay.PATIENCE))
+        self.facts = facts  # of each device
         self._held: Any = None
         try:
             with undisturbed():

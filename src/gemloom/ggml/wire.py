@@ -30,6 +30,8 @@ _TENSORS = {  # where the descriptions of tensors are in a request, and how many
     6: (0, 1), 7: (0, 1), 8: (0, 1), 9: (0, 2), 12: (0, 1), 13: (4, 1 + _SOURCES),  # follow nodes
 }  # fmt: skip
 _MOST = 1 << 48  # bytes; more than any memory, and few enough for sums of them
+_CPU_ALIGNMENT = 32  # bytes; ggml's TENSOR_ALIGNMENT
+_NO_LIMIT = (1 << 64) - 1  # bytes of one buffer
 _SMALLEST_LIMIT = 1 << 20  # of a buffer's size: ggml spreads a graph over 16 buffers at most
 
 
@@ -86,6 +88,11 @@ class Facts:
     max_size: int  # of one buffer
     free: int
     total: int
+
+    @property
+    def of_cpu(self) -> bool:
+        """Whether it is a CPU: of ggml's devices that alone has both of these."""
+        return self.alignment == _CPU_ALIGNMENT and self.max_size == _NO_LIMIT
 
 
 def answer_size(command: int, request: bytes) -> int | None:
