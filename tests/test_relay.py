@@ -20,7 +20,7 @@ from command_line import ENVIRONMENT
 from gemloom.errors import DeviceError
 from gemloom.ggml import relay, wire
 from gemloom.ggml.rpc import Worker, parse_address
-from gemloom.ggml.wire import Command, Facts
+from gemloom.ggml.wire import Command, Facts, Ledger
 from workers import closed_port, needs_rpc
 
 HERE = Path(__file__).parent
@@ -185,6 +185,18 @@ def test_an_answer_must_come_whole_in_time() -> None:
         ended.set()
         passing.close()
     dripping.join()
+
+
+def test_what_is_remembered_has_a_bound() -> None:
+    """Every new length of a prompt asks for the sizes of other tensors."""
+    ledger, answer = Ledger([Facts(32, 1 << 30, 1, 1)]), struct.pack("<Q", 1 << 20)
+    for i in range(1, 10_000):
+        request = bytearray(4 + 11 * 296)
+        struct.pack_into("<4I", request, 4 + 20, i, 1, 1, 1)
+        assert ledger.known(Command.GET_ALLOC_SIZE, bytes(request)) is None
+        assert ledger.checked(Command.GET_ALLOC_SIZE, bytes(request), answer) == answer
+        assert ledger.known(Command.GET_ALLOC_SIZE, bytes(request)) == answer
+    assert len(ledger._sizes) < 5000
 
 
 @needs_rpc

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import ggml
 import numpy as np
@@ -19,9 +20,12 @@ import tiny
 from command_line import ENVIRONMENT, call, fine, write
 from conftest import Load, endless, prompt
 from fake_worker import FakeWorker
+from gemloom import fitting, gguf
 from gemloom.errors import DeviceError
 from gemloom.ggml import relay, rpc
 from gemloom.ggml.graph import F32, Graph
+from gemloom.options import Options
+from gemloom.source import resolve
 from random_lora import random_lora
 from workers import Worker, needs_rpc, worker
 
@@ -97,6 +101,23 @@ def test_signals_do_not_end_the_process(load: Load, pair: tuple[Worker, Worker])
 
 
 @needs_rpc
+def test_signals_wait_while_doctor_asks_a_worker(
+    pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed, blocked = fitting.place, list[bool]()
+
+    def watched(*args: Any) -> Any:
+        blocked.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return placed(*args)
+
+    monkeypatch.setattr(fitting, "place", watched)
+    file = gguf.read(resolve(tiny.gguf_bytes(tiny.VARIANTS["e2b"])))
+    for device in (pair[0].device, "cpu"):
+        fitting.propose(file, Options(device=device, context=256))
+    assert blocked == [True, False]
+
+
+@needs_rpc
 def test_what_a_cpu_lacks_is_known_of_a_worker_too(load: Load, pair: tuple[Worker, Worker]) -> None:
     """ggml says that workers can do everything; they end at what they cannot."""
     model = load("e2b", device=pair[0].device, threads=1)
@@ -124,6 +145,14 @@ def test_doctor_says_where_to_ask(pair: tuple[Worker, Worker], tmp_path: Path) -
     told = f"what {pair[0].device} lacks cannot be asked from here: gemloom doctor there tells"
     assert told in fine(*asked).stdout
     assert json.loads(fine(*asked, "--json").stdout)["workers"] == [pair[0].device]
+
+
+@needs_rpc
+def test_what_must_be_given_is_refused_again_after_a_failure() -> None:
+    with closing(FakeWorker()) as fake, closing(rpc.Worker("127.0.0.1", fake.port)) as worker:
+        with pytest.raises(ZeroDivisionError), worker.must_give():
+            raise ZeroDivisionError
+        assert not worker._relay.must_give
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import signal
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 
 import gemloom
 import tiny
+from command_line import ENVIRONMENT, command, write
 from conftest import Load, endless, prompt
 from fake_worker import FakeWorker
 from gemloom.adapters import registry
@@ -323,6 +325,34 @@ def test_a_server_that_ends_stops_trying(load: Load, pair: tuple[Worker, Worker]
     assert "gemloom-recovery" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_a_model_from_a_pipe_is_not_loaded_again(
+    pair: tuple[Worker, Worker], tmp_path: Path
+) -> None:
+    """There is nothing more to read: health says what to do, and the log once."""
+    options = ("--device", ",".join(w.device for w in pair), "--context", "256", "--port", "0")
+    with write(tmp_path).open("rb") as file:
+        cat = subprocess.Popen(["cat"], stdin=file, stdout=subprocess.PIPE)
+        server = subprocess.Popen(
+            command("serve", "/dev/stdin", *options),
+            stdin=cat.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=ENVIRONMENT,
+        )  # fmt: skip
+    try:
+        assert server.stdout
+        with http(server.stdout.readline().split()[-1]) as client:
+            pair[1].kill()
+            until(lambda: client.get("/health").status_code == 503)
+            message = client.get("/health").json()["error"]["message"]
+            time.sleep(2.5)  # more than one pause before a try
+    finally:
+        server.kill()
+        told = server.communicate()[1]
+        cat.communicate()
+    assert message.endswith("; the model must be loaded again: restart the server")
+    assert told.count("the model must be loaded again") == 1
+    assert "cannot be loaded again yet" not in told
+
+
 @pytest.mark.usefixtures("quickly")
 def test_other_failures_are_not_cured_by_loading_again(
     load: Load, monkeypatch: pytest.MonkeyPatch
@@ -342,4 +372,4 @@ def test_other_failures_are_not_cured_by_loading_again(
         assert client.post("/v1/completions", json=ASKED).status_code == 503
         assert not tried.wait(0.3)
         message = client.get("/health").json()["error"]["message"]
-        assert message.endswith("boom; the model must be loaded again")
+        assert message.endswith("boom; the model must be loaded again: restart the server")

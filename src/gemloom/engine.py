@@ -414,14 +414,13 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         lost = self._loss()  # whatever failed, that is why
-        if isinstance(lost, DeviceError):
-            _log.error("%s", lost)
-        else:
+        if not isinstance(lost, DeviceError):
             _log.error("a step failed", exc_info=lost or error)
         with self._wake:
             line = " ".join(str(lost or error).split()) or type(lost or error).__name__
             self._failure = f"the engine stopped: {line}"
             self._lost = isinstance(lost, LostError)
+        _log.error("%s", self._refusal())
         self._end_all(self._refusal())
 
     def _refusal(self) -> EngineError:

@@ -90,8 +90,10 @@ class Graph:
         """As ``at``, for a while."""
         before = self._marks.now if self._marks else 0
         self.at(index)
-        yield
-        self.at(before)
+        try:
+            yield
+        finally:
+            self.at(before)
 
     def name(self, x: Tensor, name: str) -> Tensor:
         """Name an intermediate, so that it can be tapped; returns it."""

@@ -12,8 +12,8 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import ggml
@@ -39,6 +39,11 @@ def check_built() -> None:
     """DeviceError where this build of ggml has no RPC."""
     if not ggml.GGML_USE_RPC:
         raise DeviceError(f"this build of ggml has no RPC, which workers need: {_INSTALL}")
+
+
+def speaking(names: Iterable[str]) -> AbstractContextManager[None]:
+    """Around what speaks to workers among devices of these names, in a caller's own thread."""
+    return undisturbed() if any(name.startswith(PREFIX) for name in names) else nullcontext()
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -107,8 +112,10 @@ class Worker:
     def must_give(self) -> Iterator[None]:
         """Around what ends the process where there is no memory; ``check()`` tells then."""
         self._relay.must_give = True
-        yield
-        self._relay.must_give = False
+        try:
+            yield
+        finally:
+            self._relay.must_give = False
 
     def check(self) -> None:
         """LostError where the worker has gone; DeviceError where it had no memory for a graph."""

@@ -32,6 +32,7 @@ _TENSORS = {  # where the descriptions of tensors are in a request, and how many
 _MOST = 1 << 48  # bytes; more than any memory, and few enough for sums of them
 _CPU_ALIGNMENT = 32  # bytes; ggml's TENSOR_ALIGNMENT
 _NO_LIMIT = (1 << 64) - 1  # bytes of one buffer
+_MOST_SIZES = 4096  # of tensors that are remembered, each with a kilobyte that it is known by
 _SMALLEST_LIMIT = 1 << 20  # of a buffer's size: ggml spreads a graph over 16 buffers at most
 
 
@@ -200,6 +201,8 @@ class Ledger:
             size = _u64(answer)
             if not _nbytes(request) <= size <= _MOST:
                 raise MalformedError(f"it asked for {size:,} bytes for a tensor")
+            if len(self._sizes) == _MOST_SIZES:
+                self._sizes.clear()
             self._sizes[_form(request)] = answer  # it is asked for at each graph, and again
         elif command == Command.GET_DEVICE_MEMORY:
             free, total = struct.unpack("<QQ", answer)
