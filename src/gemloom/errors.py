@@ -15,7 +15,9 @@
     │   └── StateError            400  invalid_state        saved state that does not fit this model
     ├── OutputError               500  output_error         a file that cannot be written
     ├── DeviceError               500  device_error         a backend missing or out of memory
-    │   └── LostError             503  device_lost          it was there, and is not any more
+    │   ├── LostError             503  device_lost          it was there, and is not any more
+    │   ├── MalformedError        500  device_error         a worker's answer that cannot be
+    │   └── RefusedError          500  device_error         a worker has no memory for something
     ├── QueueFullError            429  queue_full           more requests than may wait
     ├── EngineError               503  engine_failed        a step failed; nothing is computed since
     └── ClosedError               503  model_closed         used after close()
@@ -126,6 +128,17 @@ class LostError(DeviceError):
 
     status = 503
     code = "device_lost"
+
+
+class MalformedError(DeviceError):
+    """An answer of a worker that ggml must not see; says what is wrong with it."""
+
+
+class RefusedError(DeviceError):
+    """A worker has no memory for so many bytes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"it has no memory for {size / 2**20:,.1f} MiB")
 
 
 class QueueFullError(GemloomError):

@@ -19,8 +19,9 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
+from gemloom.errors import MalformedError, RefusedError
 from gemloom.ggml import wire
-from gemloom.ggml.wire import HEAD, SIZE, Command, Facts, Ledger, MalformedError, RefusedError
+from gemloom.ggml.wire import HEAD, SIZE, Command, Facts, Ledger
 
 GREETING = 5.0  # seconds a worker has to take a connection, and to answer each first question
 PATIENCE = 120.0  # seconds for any answer: those to a long prompt's step come when it is computed

@@ -18,10 +18,9 @@ from typing import Any
 
 import ggml
 
-from gemloom.errors import DeviceError, LostError
+from gemloom.errors import DeviceError, LostError, MalformedError
 from gemloom.ggml import relay
 from gemloom.ggml.relay import Relay, greet, keep_alive
-from gemloom.ggml.wire import MalformedError
 from gemloom.signals import undisturbed
 
 PREFIX = "rpc:"
