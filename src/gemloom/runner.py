@@ -192,7 +192,10 @@ class Runner:
         return plan
 
     def check(self) -> None:
-        """LostError where a device went away: what was read from it then is no result."""
+        """LostError where a device went away, DeviceError where a worker had no memory for a graph.
+
+        What was read from it then is no result.
+        """
         self._device.check()
 
     def abandon(self) -> None:
