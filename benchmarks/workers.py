@@ -102,10 +102,6 @@ class Direct(rpc.Worker):
         self.facts = [Facts(32, 2**64 - 1, 0, 0)]  # as those of a CPU
         self.devices = [ggml.ggml_backend_reg_dev_get(registry, 0)]
 
-    @contextmanager
-    def must_give(self) -> Iterator[None]:
-        yield
-
     def check(self) -> None: ...
 
     def abandon(self) -> None: ...

@@ -147,14 +147,6 @@ def test_doctor_says_where_to_ask(pair: tuple[Worker, Worker], tmp_path: Path) -
     assert json.loads(fine(*asked, "--json").stdout)["workers"] == [pair[0].device]
 
 
-@needs_rpc
-def test_what_must_be_given_is_refused_again_after_a_failure() -> None:
-    with closing(FakeWorker()) as fake, closing(rpc.Worker("127.0.0.1", fake.port)) as worker:
-        with pytest.raises(ZeroDivisionError), worker.must_give():
-            raise ZeroDivisionError
-        assert not worker._relay.must_give
-
-
 # -- the command -----------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from conftest import Load, endless, prompt
 from fake_worker import FakeWorker
 from gemloom.adapters import registry
 from gemloom.adapters.gguf_lora import write_gguf
-from gemloom.errors import ClosedError, EngineError, GemloomError, LostError
+from gemloom.errors import ClosedError, DeviceError, EngineError, LostError, OutOfMemoryError
 from gemloom.ggml import relay
 from gemloom.ggml.wire import Command
 from gemloom.server import recovery
@@ -216,29 +216,43 @@ def test_a_slow_worker_gets_more_time_when_it_is_loaded_again(
             assert len(model.logits(prompt(5))) == 5
 
 
-def test_a_worker_without_memory_ends_all_requests(load: Load) -> None:
-    """ggml cannot bear that a graph gets none: the relay gives it some, and tells."""
+def test_a_worker_without_memory_ends_the_request_that_needs_it(load: Load) -> None:
     full = False
 
     def twist(asked: Command, right: bytes) -> bytes:
         return struct.pack("<3Q", 16, 0, 0) if full and asked == Command.ALLOC_BUFFER else right
 
     with closing(FakeWorker(twist)) as fake:
-        model = load("e2b", device=f"rpc:127.0.0.1:{fake.port}", slots=4)
+        model = load("e2b", device=f"rpc:127.0.0.1:{fake.port}", slots=1)
         taps = [name for name in model.tap_names() if "attn" in name]
-        runs = [model.stream(prompt(5, seed=i), **FOREVER, **endless(model)) for i in range(3)]
-        next(runs[0])
         full = True
-        with pytest.raises(GemloomError, match="it has no memory for"):
+        with pytest.raises(OutOfMemoryError, match=rf"no memory on rpc:127.0.0.1:{fake.port}"):
             model.trace(prompt(90), taps)
-        for run in runs:
-            with pytest.raises(EngineError, match=r"the worker .* cannot go on: it has no memory"):
-                list(run)
-        assert "it has no memory" in str(model.stats().error)
-        assert not model.stats().lost
-        with pytest.raises(EngineError, match="the model must be loaded again"):
-            model.generate(prompt(5))
+        full = False
+        assert len(model.generate(prompt(5), **FOREVER, **endless(model)).tokens) == 200
+        assert model.stats().error is None
         model.close()
+
+
+def test_whatever_a_device_is_not_well_of_ends_all_requests(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss or not: it is the reason that everybody is told."""
+    model = load("e2b", slots=2)
+    runs = [model.stream(prompt(5, seed=i), **FOREVER, **endless(model)) for i in range(3)]
+    next(runs[0])
+
+    def unwell() -> None:
+        raise DeviceError("it is not well")
+
+    monkeypatch.setattr(model._device, "check", unwell)
+    for run in runs:
+        with pytest.raises(EngineError, match="the engine stopped: it is not well"):
+            list(run)
+    assert "it is not well" in str(model.stats().error)
+    assert not model.stats().lost
+    with pytest.raises(EngineError, match="the model must be loaded again"):
+        model.generate(prompt(5))
 
 
 # -- the server ------------------------------------------------------------------------------------

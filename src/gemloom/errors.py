@@ -14,10 +14,10 @@
     │   ├── ContextError          400  context_length_exceeded
     │   └── StateError            400  invalid_state        saved state that does not fit this model
     ├── OutputError               500  output_error         a file that cannot be written
-    ├── DeviceError               500  device_error         a backend missing or out of memory
+    ├── DeviceError               500  device_error         a backend missing or of no use here
+    │   ├── OutOfMemoryError      507  out_of_memory        a device, or the host, has no room
     │   ├── LostError             503  device_lost          it was there, and is not any more
-    │   ├── MalformedError        500  device_error         a worker's answer that cannot be
-    │   └── RefusedError          500  device_error         a worker has no memory for something
+    │   └── MalformedError        500  device_error         a worker's answer that cannot be
     ├── QueueFullError            429  queue_full           more requests than may wait
     ├── EngineError               503  engine_failed        a step failed; nothing is computed since
     └── ClosedError               503  model_closed         used after close()
@@ -123,6 +123,13 @@ class DeviceError(GemloomError):
     code = "device_error"
 
 
+class OutOfMemoryError(DeviceError):
+    """A device or the host has no memory for something: it may have some for less, or later."""
+
+    status = 507
+    code = "out_of_memory"
+
+
 class LostError(DeviceError):
     """A device that went away, with all that lay there; it may come back."""
 
@@ -132,13 +139,6 @@ class LostError(DeviceError):
 
 class MalformedError(DeviceError):
     """An answer of a worker that ggml must not see; says what is wrong with it."""
-
-
-class RefusedError(DeviceError):
-    """A worker has no memory for so many bytes."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(f"it has no memory for {size / 2**20:,.1f} MiB")
 
 
 class QueueFullError(GemloomError):

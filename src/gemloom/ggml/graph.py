@@ -17,9 +17,8 @@ import ggml
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from gemloom.errors import DeviceError
 from gemloom.ggml.device import Device, Tensor, contiguous_strides
-from gemloom.ggml.pinning import Marks, pin, survey
+from gemloom.ggml.pinning import Marks, pins, survey
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 I32, I64 = GGMLQuantizationType.I32, GGMLQuantizationType.I64
@@ -53,7 +52,8 @@ class Graph:
         self._inputs: list[Tensor] = []
         self.names: list[str] = []
         self._marks = None if device.on_host else Marks(self._context, 0)
-        self._split = False
+        self._built: bytes | None = None  # its memory before the scheduler cut it
+        self._pins: list[tuple[Any, Any]] | None = None  # nodes and their backends
         self.fallbacks: Counter[str] = Counter()  # nodes that a device lacks, by operation
 
     # -- inputs, outputs, running ------------------------------------------------------------
@@ -110,43 +110,53 @@ class Graph:
         return name in self._taps
 
     def reserve(self) -> None:
-        """Let the scheduler take the memory this graph needs. DeviceError if there is none."""
-        self._reset()
-        with self._device.allocating():
-            there = ggml.ggml_backend_sched_reserve(self._device.scheduler, self._graph)
-        if not there:
-            raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
-        self._device.measure()
+        """Let the scheduler take the memory this graph needs.
+
+        OutOfMemoryError where there is none; another graph may have been given less.
+        """
+        self._begin()
+        self._device.reserve(self._graph)
 
     def allocate(self) -> None:
-        """Give every tensor memory, taking it from the graph that had it before."""
+        """Give every tensor memory, taking it from the graph that had it before. As ``reserve``."""
         if self._device.current is self:
             return
-        self._reset()
-        with self._device.allocating():
-            there = ggml.ggml_backend_sched_alloc_graph(self._device.scheduler, self._graph)
-        if not there:
-            raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
+        self.reserve()
+        self._begin()
+        there = ggml.ggml_backend_sched_alloc_graph(self._device.scheduler, self._graph)
+        assert there, "what was reserved is there"
         self._device.current = self
-        self._device.measure()
         for tensor in self._inputs:
             tensor.map()
 
-    def _reset(self) -> None:
-        """Make the scheduler forget the graph before. It changes this one: once is all."""
+    def _begin(self) -> None:
+        """Make the scheduler forget the graph before, and tell it where the nodes of this one run.
+
+        Where it cuts a graph it changes what nodes read, so that is put back first.
+        """
         self._device.current = None
         ggml.ggml_backend_sched_reset(self._device.scheduler)
         if self._marks:
-            assert not self._split, "a graph over several devices has memory once"
-            self._split = True
-            self.fallbacks = pin(self._device, self._graph, self._marks)
+            self._restore()
+            if self._pins is None:
+                self._pins, self.fallbacks = pins(self._device, self._graph, self._marks)
+            for node, backend in self._pins:
+                ggml.ggml_backend_sched_set_tensor_backend(self._device.scheduler, node, backend)
+
+    def _restore(self) -> None:
+        """Make nodes and tensors what they were when this was called first."""
+        start = ggml.ggml_get_mem_buffer(self._context)
+        if self._built is None:
+            self._built = ctypes.string_at(start, ggml.ggml_used_mem(self._context))
+        ctypes.memmove(start, self._built, len(self._built))
 
     def survey(self) -> tuple[Counter[str], int]:
         """What devices lack of it, by operation, and of how many nodes; needs no memory."""
         return survey(self._device, self._graph, self._marks) if self._marks else (Counter(), 0)
 
     def compute(self, meanwhile: Callable[[], object] = lambda: None) -> None:
-        """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails.
+        """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails,
+        LostError if on a device.
 
         ``meanwhile`` is called while a device computes: after all was computed on the CPU.
         """
@@ -158,8 +168,7 @@ class Graph:
         finally:
             ggml.ggml_backend_sched_synchronize(scheduler)
         if status != ggml.GGML_STATUS_SUCCESS:
-            reason = ggml.ggml_status_to_string(status).decode()
-            raise DeviceError(f"the backend failed to compute: {reason}")
+            self._device.fail(ggml.ggml_status_to_string(status).decode())
         self._device.check()
 
     def close(self) -> None:

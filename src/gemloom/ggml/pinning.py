@@ -46,13 +46,14 @@ class Marks:
         return self._places[bisect_right(self._starts, address) - 1]
 
 
-def pin(device: Device, graph: Any, marks: Marks) -> Counter[str]:
-    """Tell the scheduler where each node runs; gives how many the devices lack, by operation.
+def pins(device: Device, graph: Any, marks: Marks) -> tuple[list[tuple[Any, Any]], Counter[str]]:
+    """The backend on which each node runs, and how many the devices lack, by operation.
 
     DeviceError where a device lacks what has to run there, since it writes into a tensor there.
     """
     lacking: Counter[str] = Counter()
     places: dict[int, int] = {}
+    pinned = []
     for node in _nodes(graph):
         address = ctypes.addressof(node.contents)
         index = places.get(_root(node), marks.of(address))
@@ -63,8 +64,8 @@ def pin(device: Device, graph: Any, marks: Marks) -> Counter[str]:
             lacking[name] += 1
             index = device.host
         places[address] = index
-        ggml.ggml_backend_sched_set_tensor_backend(device.scheduler, node, device.backends[index])
-    return lacking
+        pinned.append((node, device.backends[index]))
+    return pinned, lacking
 
 
 def survey(device: Device, graph: Any, marks: Marks) -> tuple[Counter[str], int]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
-from gemloom.errors import MalformedError, RefusedError
+from gemloom.errors import MalformedError
 from gemloom.ggml import wire
 from gemloom.ggml.wire import HEAD, SIZE, Command, Facts, Ledger
 
@@ -116,13 +116,11 @@ class Relay:
     The client connects to ``port`` of the loopback, some times one after another; after
     ``settle()`` its connection is the last, and its end ends all. ``lost`` is why the worker is
     not there any more, or ""; ``stalled`` whether it was given up since no answer came within
-    ``patience`` seconds. ``refused`` is what it had no memory for while the client could not
-    bear that (``must_give``), and makes results worthless as well.
+    ``patience`` seconds.
     """
 
     def __init__(self, worker: socket.socket, devices: list[Facts], patience: float) -> None:
-        self.lost = self.refused = ""
-        self.must_give = self.stalled = False
+        self.lost, self.stalled = "", False
         self.patience = patience
         self._worker, self._ledger = worker, Ledger(devices)
         self._settled = False
@@ -132,11 +130,6 @@ class Relay:
         self._part = memoryview(bytearray(_PART))
         self._thread = threading.Thread(target=self._serve, name="gemloom-worker", daemon=True)
         self._thread.start()
-
-    @property
-    def gone(self) -> bool:
-        """Whether the worker is not asked any more."""
-        return bool(self.lost or self.refused)
 
     def settle(self) -> None:
         """Take no further connection: nobody else on this machine shall find the worker here."""
@@ -238,7 +231,7 @@ class Relay:
 
     def _send(self, data: bytes | bytearray | memoryview) -> None:
         """To the worker, if it is there."""
-        if self.gone:
+        if self.lost:
             return
         try:
             self._worker.settimeout(self.patience)
@@ -248,22 +241,18 @@ class Relay:
 
     def _checked(self, command: int, request: bytes, size: int) -> bytes:
         """The worker's answer of so many bytes, or what stands in for it."""
-        if not self.gone:
+        if not self.lost:
             try:
                 answer = _answer(self._worker, size, self._end(size))
                 return self._ledger.checked(command, request, answer)
             except (OSError, MalformedError) as error:
                 self._lose(error)
-            except RefusedError as error:
-                if not self.must_give:
-                    return wire.NO_BUFFER
-                self.refused = str(error)
         return self._ledger.stand_in(command, request)
 
     def _pass_back(self, client: socket.socket, left: int) -> None:
         """A tensor of so many bytes from the worker to the client; zeros where none come."""
         end = self._end(left)
-        if not self.gone:
+        if not self.lost:
             try:
                 _expect(self._worker, left, end)
             except (OSError, MalformedError) as error:
@@ -280,7 +269,7 @@ class Relay:
 
     def _receive(self, most: int, end: float) -> memoryview:
         """What comes from the worker of the next ``most`` bytes; all of them, zeros, if it went."""
-        if not self.gone:
+        if not self.lost:
             try:
                 self._worker.settimeout(_left(end))
                 if count := self._worker.recv_into(self._part[:most]):

@@ -12,8 +12,8 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import ggml
@@ -107,22 +107,11 @@ class Worker:
         self._relay.settle()
         return [ggml.ggml_backend_reg_dev_get(registry, index) for index in range(count)]
 
-    @contextmanager
-    def must_give(self) -> Iterator[None]:
-        """Around what ends the process where there is no memory; ``check()`` tells then."""
-        self._relay.must_give = True
-        try:
-            yield
-        finally:
-            self._relay.must_give = False
-
     def check(self) -> None:
-        """LostError where the worker has gone; DeviceError where it had no memory for a graph."""
+        """LostError where the worker has gone."""
         if self._relay.lost:
             stalled = f"; loaded again, it gets {self._next:g}" if self._relay.stalled else ""
             raise LostError(f"the worker {self.name} was lost: {self._relay.lost}{stalled}")
-        if self._relay.refused:
-            raise DeviceError(f"the worker {self.name} cannot go on: {self._relay.refused}")
 
     @property
     def _next(self) -> float:

@@ -14,7 +14,7 @@ from enum import IntEnum
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from gemloom.errors import MalformedError, RefusedError
+from gemloom.errors import MalformedError
 
 PROTOCOL = (4, 0, 1)  # the last number changes with ggml's list of operations: all must be equal
 HEAD = struct.Struct("<BQ")  # command and size of a request
@@ -35,9 +35,7 @@ _CPU_ALIGNMENT = 32  # bytes; ggml's TENSOR_ALIGNMENT
 _NO_LIMIT = (1 << 64) - 1  # bytes of one buffer
 _MOST_SIZES = 4096  # of tensors that are remembered, each with a kilobyte that it is known by
 _SMALLEST_LIMIT = 1 << 20  # of a buffer's size: ggml spreads a graph over 16 buffers at most
-
-
-NO_BUFFER = bytes(16)  # an answer to ALLOC_BUFFER
+_NO_BUFFER = bytes(16)  # an answer to ALLOC_BUFFER
 _names = itertools.count(1)  # of buffers, for all workers
 
 
@@ -193,7 +191,7 @@ class Ledger:
     def checked(self, command: int, request: bytes, answer: bytes) -> bytes:
         """What ggml is to get for a worker's answer of the right size.
 
-        MalformedError for one that cannot be; RefusedError where there is no memory.
+        MalformedError for one that cannot be.
         """
         if command == Command.ALLOC_BUFFER:
             return self._new_buffer(request, answer)
@@ -219,21 +217,15 @@ class Ledger:
         device, wanted = struct.unpack("<IQ", request)
         theirs, size = struct.unpack("<QQ", answer)
         if not theirs:
-            raise RefusedError(wanted)
+            return _NO_BUFFER
         if not wanted <= size <= _MOST:
             raise MalformedError(f"it gave {size:,} bytes for {wanted:,}")
-        return self._named(theirs, device, size)
-
-    def _named(self, theirs: int, device: int, size: int) -> bytes:
         ours = next(_names)
         self._buffers[ours] = theirs, device
         return struct.pack("<QQ", ours, size)
 
     def stand_in(self, command: int, request: bytes) -> bytes:
         """What ggml can go on with where the worker is gone; GET_TENSOR's zeros are not here."""
-        if command == Command.ALLOC_BUFFER:  # where a graph gets none, ggml reads at address 0
-            device, wanted = struct.unpack("<IQ", request)
-            return self._named(0, device, wanted)
         if command == Command.BUFFER_GET_BASE:
             return SIZE.pack(_MOST)
         if command == Command.GET_ALLOC_SIZE:
