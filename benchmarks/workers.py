@@ -28,6 +28,7 @@ from rich.table import Table
 
 import gemloom
 from gemloom.ggml import relay, rpc
+from gemloom.ggml.wire import Facts
 
 
 @dataclass
@@ -98,9 +99,12 @@ class Direct(rpc.Worker):
         self._held = ggml.ggml_backend_buft_alloc_buffer(
             ggml.ggml_backend_rpc_buffer_type(endpoint, 0), 1
         )
+        self.facts = [Facts(32, 2**64 - 1, 0, 0)]  # as those of a CPU
         self.devices = [ggml.ggml_backend_reg_dev_get(registry, 0)]
 
     def check(self) -> None: ...
+
+    def abandon(self) -> None: ...
 
     def close(self) -> None:
         ggml.ggml_backend_buffer_free(self._held)

@@ -45,11 +45,16 @@ class FakeWorker:
 
     def _serve(self) -> None:
         with suppress(OSError):
-            connection, _ = self._listener.accept()
-            with connection, connection.makefile("rb") as requests:
-                while head := requests.read(9):
-                    command, size = struct.unpack("<BQ", head)
-                    self._answer(connection, Command(command), requests.read(size))
+            while True:
+                connection, _ = self._listener.accept()
+                with connection, suppress(ConnectionError):
+                    self._attend(connection)
+
+    def _attend(self, connection: socket.socket) -> None:
+        with connection.makefile("rb") as requests:
+            while head := requests.read(9):
+                command, size = struct.unpack("<BQ", head)
+                self._answer(connection, Command(command), requests.read(size))
 
     def _answer(self, connection: socket.socket, command: Command, request: bytes) -> None:
         self.asked.append(command)

@@ -241,6 +241,35 @@ def test_a_failed_step_ends_everything_loudly(
     model.close()
 
 
+@pytest.mark.parametrize("where", ["_wait", "_end_all"])
+def test_what_escapes_from_the_loop_ends_everything_too(
+    load: Load, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A bug of ours outside of any step: nobody waits for ever, and health knows."""
+    model = load(slots=1)
+    engine, freed = model._engine, threading.Event()
+    free, right = engine._free, getattr(engine, where)
+    runs = [model.stream(prompt(5, seed=i), max_tokens=200, **endless(model)) for i in range(3)]
+    next(runs[0])
+
+    def fail_once(*args: Any) -> None:
+        monkeypatch.setattr(engine, where, right)
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(engine, "_free", lambda: (free(), freed.set()))
+    monkeypatch.setattr(engine, where, fail_once)
+    if where == "_end_all":
+        monkeypatch.setattr(model._kv, "mark", None)  # which fails a step
+    for run in runs:
+        with pytest.raises(EngineError, match="a bug"):
+            list(run)
+    assert freed.wait(10)
+    assert "a bug" in str(model.stats().error)
+    with pytest.raises(EngineError, match="a bug; the model must be loaded again"):
+        model.generate(prompt(5))
+    model.close()
+
+
 class Broken:
     """A constraint that fails, or leaves nothing to say."""
 

@@ -1,10 +1,12 @@
 """Each graph op against numpy in float64, through one graph computed twice."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import numpy as np
 import pytest
 
+import cpu_devices
 from gemloom.ggml.arena import Arena
 from gemloom.ggml.device import Device, Tensor
 from gemloom.ggml.graph import F16, F32, I32, I64, Graph, f16_mask
@@ -18,6 +20,15 @@ def device() -> Iterator[Device]:
     device = Device(threads=2)
     yield device
     device.close()
+
+
+def test_a_place_for_a_while_ends_with_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_devices.add(monkeypatch)
+    with closing(Device(["cpu0", "cpu1"], threads=1)) as device, closing(Graph(device, 8)) as g:
+        assert g._marks
+        with pytest.raises(ZeroDivisionError), g.on(1):
+            assert 1 // (g._marks.now - 1)
+        assert g._marks.now == 0
 
 
 def normal(*shape: int) -> np.ndarray:

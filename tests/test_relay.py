@@ -1,10 +1,14 @@
 """A worker that dies, stalls or says what it must not: never an abort, never a hang."""
 
 import json
+import socket
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import ggml
@@ -14,9 +18,9 @@ from hypothesis import strategies as st
 
 from command_line import ENVIRONMENT
 from gemloom.errors import DeviceError
-from gemloom.ggml import wire
+from gemloom.ggml import relay, wire
 from gemloom.ggml.rpc import Worker, parse_address
-from gemloom.ggml.wire import Command
+from gemloom.ggml.wire import Command, Facts, Ledger
 from workers import closed_port, needs_rpc
 
 HERE = Path(__file__).parent
@@ -156,6 +160,48 @@ def test_the_protocol_is_that_of_this_ggml() -> None:
     """Its third number stands for ggml's list of operations: a worker's must be the same."""
     assert wire.PROTOCOL == (4, 0, 1)
     assert ggml.GGML_OP_COUNT == 97
+
+
+def test_an_answer_must_come_whole_in_time() -> None:
+    """One that comes byte by byte is given up as well, not waited for part by part."""
+    ours, theirs = socket.socketpair()
+    passing = relay.Relay(ours, [Facts(32, 1 << 30, 1, 1)], patience=0.3)
+    ended = threading.Event()
+
+    def drip() -> None:
+        theirs.recv(1 << 16)
+        with suppress(OSError):
+            theirs.sendall(struct.pack("<Q", 100))
+            while not ended.wait(0.05):
+                theirs.sendall(b"x")
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    with theirs, socket.create_connection(("127.0.0.1", passing.port)) as client:
+        request = bytes(296) + struct.pack("<2Q", 0, 100)
+        client.sendall(struct.pack("<BQ", Command.GET_TENSOR, len(request)) + request)
+        asked, answer = time.monotonic(), b""
+        while len(answer) < 108:
+            answer += client.recv(108)
+        assert time.monotonic() - asked < 1
+        assert passing.lost == "it did not answer in 0.3 seconds"
+        assert passing.stalled
+        assert not answer[-50:].strip(b"\0")
+        ended.set()
+        passing.close()
+    dripping.join()
+
+
+def test_what_is_remembered_has_a_bound() -> None:
+    """Every new length of a prompt asks for the sizes of other tensors."""
+    ledger, answer = Ledger([Facts(32, 1 << 30, 1, 1)]), struct.pack("<Q", 1 << 20)
+    for i in range(1, 10_000):
+        request = bytearray(4 + 11 * 296)
+        struct.pack_into("<4I", request, 4 + 20, i, 1, 1, 1)
+        assert ledger.known(Command.GET_ALLOC_SIZE, bytes(request)) is None
+        assert ledger.checked(Command.GET_ALLOC_SIZE, bytes(request), answer) == answer
+        assert ledger.known(Command.GET_ALLOC_SIZE, bytes(request)) == answer
+    assert len(ledger._sizes) < 5000
 
 
 @needs_rpc

@@ -12,7 +12,7 @@ from openai import OpenAI
 import gemloom
 import tiny
 from gemloom.adapters.gguf_lora import write_gguf
-from gemloom.server.adapters import AdapterFile
+from gemloom.server.adapters import AdapterFile, ServedAdapters
 from random_lora import random_lora
 from serving import NAME, endless, http, serving
 
@@ -44,6 +44,23 @@ def model(files: dict[str, Path]) -> Iterator[gemloom.Model]:
 @pytest.fixture
 def registered(files: dict[str, Path]) -> dict[str, AdapterFile]:
     return {"law": AdapterFile(files["law"]), "style": AdapterFile(files["style"], 0.5)}
+
+
+def test_adapters_that_go_while_a_model_is_loaded_again(
+    model: gemloom.Model, registered: dict[str, AdapterFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = ServedAdapters(model, registered)
+    with open_model() as again:
+        load = again.adapters.load
+
+        def meanwhile(name: str, *args: Any) -> Any:
+            if name == "law":
+                served.unload("style")
+            return load(name, *args)
+
+        monkeypatch.setattr(again.adapters, "load", meanwhile)
+        served.move(again)
+        assert [info.name for info in served.there()] == ["law"]
 
 
 @pytest.fixture

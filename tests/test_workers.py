@@ -1,21 +1,31 @@
 """Models spread over workers: the same logits as in one process; the command that lends."""
 
+import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import ggml
 import numpy as np
 import pytest
+from gguf.constants import GGMLQuantizationType
 
 import tiny
-from command_line import call
+from command_line import ENVIRONMENT, call, fine, write
 from conftest import Load, endless, prompt
+from fake_worker import FakeWorker
+from gemloom import fitting, gguf
 from gemloom.errors import DeviceError
 from gemloom.ggml import relay, rpc
+from gemloom.ggml.graph import F32, Graph
+from gemloom.options import Options
+from gemloom.source import resolve
 from random_lora import random_lora
 from workers import Worker, needs_rpc, worker
 
@@ -90,6 +100,53 @@ def test_signals_do_not_end_the_process(load: Load, pair: tuple[Worker, Worker])
     assert len(rung) > 50
 
 
+@needs_rpc
+def test_signals_wait_while_doctor_asks_a_worker(
+    pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed, blocked = fitting.place, list[bool]()
+
+    def watched(*args: Any) -> Any:
+        blocked.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return placed(*args)
+
+    monkeypatch.setattr(fitting, "place", watched)
+    file = gguf.read(resolve(tiny.gguf_bytes(tiny.VARIANTS["e2b"])))
+    for device in (pair[0].device, "cpu"):
+        fitting.propose(file, Options(device=device, context=256))
+    assert blocked == [True, False]
+
+
+@needs_rpc
+def test_what_a_cpu_lacks_is_known_of_a_worker_too(load: Load, pair: tuple[Worker, Worker]) -> None:
+    """ggml says that workers can do everything; they end at what they cannot."""
+    model = load("e2b", device=pair[0].device, threads=1)
+    assert model._runner.ranks
+    with closing(Graph(model._device, 8)) as g:
+        x = g.input("x", F32, 256)
+        for kind, can in ((GGMLQuantizationType.Q4_K, True), (GGMLQuantizationType.IQ2_XS, False)):
+            copy = ggml.ggml_cpy(g._context, x.pointer, g.input("y", kind, 256).pointer)
+            assert model._device.supports(0, copy) is can
+            assert ggml.ggml_backend_dev_supports_op(model._device.found[0].pointer, copy)
+
+
+@needs_rpc
+def test_a_device_of_which_nothing_is_known_gets_no_more_than_it_must(load: Load) -> None:
+    with closing(FakeWorker()) as fake:  # its addresses are not a CPU's
+        model = load("e2b", device=f"rpc:127.0.0.1:{fake.port}")
+        assert set(model.placement.layers) == {0}
+        assert not model._device.knows(0)
+        assert not model._runner.ranks
+
+
+@needs_rpc
+def test_doctor_says_where_to_ask(pair: tuple[Worker, Worker], tmp_path: Path) -> None:
+    asked = ("doctor", write(tmp_path), "--device", pair[0].device, "--context", "256")
+    told = f"what {pair[0].device} lacks cannot be asked from here: gemloom doctor there tells"
+    assert told in fine(*asked).stdout
+    assert json.loads(fine(*asked, "--json").stdout)["workers"] == [pair[0].device]
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -113,6 +170,23 @@ def test_a_worker_for_others_warns() -> None:
     assert told == (
         f"whoever can reach 0.0.0.0:{started.port} may use this machine: "
         "there is no authentication\n"
+    )
+
+
+@needs_rpc
+def test_who_lends_a_gpu_is_warned() -> None:
+    """The CPU in its place: nothing else is here for sure."""
+    code = "from gemloom.ggml import backends as b; b._KINDS.clear(); import gemloom.__main__"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "worker", "--device", "cpu", "--listen", "127.0.0.1:0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stdout.readline().startswith("lending cpu")
+    process.kill()
+    assert process.communicate()[1] == (
+        "cpu: nobody asks it what it can compute, and what it lacks ends this worker; "
+        "gemloom doctor MODEL tells whether there is anything\n"
     )
 
 

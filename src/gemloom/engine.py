@@ -10,6 +10,7 @@ engine, and so does a device that is lost: what comes later is refused at once.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import abc, deque
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from gemloom.cache import KVCache
 from gemloom.candidates import Candidates
 from gemloom.errors import (
     ClosedError,
+    DeviceError,
     EngineError,
     GemloomError,
     LostError,
@@ -39,6 +41,7 @@ from gemloom.signals import undisturbed
 from gemloom.slots import Slot, Slots
 
 T = TypeVar("T")
+_LAST_STEP = 0.5  # seconds that workers get to end the step under way when a model is closed
 MOST_STRETCHES = 32  # of rows with an adapter in one step: each adds thousands of nodes
 _log = logging.getLogger("gemloom.engine")
 
@@ -92,6 +95,7 @@ class Engine:
         self._free = free
         self._closing, self._failure, self._lost = False, "", False
         self._counts = dict.fromkeys(("prompt", "cached", "generated", "steps"), 0)
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="gemloom-engine", daemon=True)
         self._thread.start()
 
@@ -188,6 +192,9 @@ class Engine:
             self._closing = True
             self._wake.notify()
         if threading.current_thread() is not self._thread:  # a garbage collector runs anywhere
+            self._thread.join(_LAST_STEP)
+            if self._thread.is_alive():
+                self._runner.abandon()
             self._thread.join()
 
     def _check(self) -> None:
@@ -195,20 +202,25 @@ class Engine:
             raise ClosedError("the model is closed")
         if self._failure:
             raise self._refusal()
-        if not self._thread.is_alive():
+        if os.getpid() != self._process:
             raise EngineError("a model does not live through a fork: load it in the child")
 
     # -- the engine's own thread ---------------------------------------------------------------
 
     def _loop(self) -> None:
         with undisturbed():
-            while self._wait():
-                try:
-                    self.step()
-                except BaseException as error:
-                    self._fail(error)
-            self._end_all(ClosedError("the model is closed"))
-            self._free()
+            try:
+                while self._wait():
+                    try:
+                        self.step()
+                    except BaseException as error:
+                        if not self._closing:  # else the device was let go of in the middle
+                            self._fail(error)
+            except BaseException as error:  # a bug of ours: nobody may wait for ever even so
+                self._fail(error)
+            finally:
+                self._end_all(ClosedError("the model is closed"))
+                self._free()
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False to end."""
@@ -219,11 +231,11 @@ class Engine:
                     break
             return not self._closing
 
-    def _loss(self) -> LostError | None:
-        """The device that is lost, if one is."""
+    def _loss(self) -> BaseException | None:
+        """Why nothing that devices compute means anything, if that is so."""
         try:
             self._runner.check()
-        except LostError as error:
+        except BaseException as error:
             return error
         return None
 
@@ -415,13 +427,13 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         lost = self._loss()  # whatever failed, that is why
-        if lost:
-            _log.error("%s", lost)
-        else:
-            _log.error("a step failed", exc_info=error)
+        if not isinstance(lost, DeviceError):
+            _log.error("a step failed", exc_info=lost or error)
         with self._wake:
-            line = " ".join(str(lost or error).split()) or type(error).__name__
-            self._failure, self._lost = f"the engine stopped: {line}", bool(lost)
+            line = " ".join(str(lost or error).split()) or type(lost or error).__name__
+            self._failure = f"the engine stopped: {line}"
+            self._lost = isinstance(lost, LostError)
+        _log.error("%s", self._refusal())
         self._end_all(self._refusal())
 
     def _refusal(self) -> EngineError:
@@ -436,17 +448,23 @@ class Engine:
             self._waiting.clear()
             self._calls.clear()
         for sequence in there:
-            if isinstance(sequence, Future):
-                continue
-            if sequence.slot:
-                self.slots.cut(sequence.slot, 0)
-                self.slots.release(sequence.slot)
-            sequence.release()
-            sequence.sink(error)
+            if isinstance(sequence, Sequence):
+                self._tell(sequence, error)
         for future in futures:
             if not future.done():
                 with suppress(InvalidStateError):  # cancelled in this very moment
                     future.set_exception(error)
+
+    def _tell(self, sequence: Sequence, error: GemloomError) -> None:
+        """End a request with ``error``, in whatever state what it holds is."""
+        try:
+            if sequence.slot:
+                self.slots.cut(sequence.slot, 0)
+                self.slots.release(sequence.slot)
+            sequence.release()
+        except Exception:
+            _log.exception("what a request held could not be given back")
+        sequence.sink(error)
 
 
 def _typed(error: BaseException) -> GemloomError:

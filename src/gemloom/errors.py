@@ -16,7 +16,8 @@
     ├── OutputError               500  output_error         a file that cannot be written
     ├── DeviceError               500  device_error         a backend missing or of no use here
     │   ├── OutOfMemoryError      507  out_of_memory        a device, or the host, has no room
-    │   └── LostError             503  device_lost          it was there, and is not any more
+    │   ├── LostError             503  device_lost          it was there, and is not any more
+    │   └── MalformedError        500  device_error         a worker's answer that cannot be
     ├── QueueFullError            429  queue_full           more requests than may wait
     ├── EngineError               503  engine_failed        a step failed; nothing is computed since
     └── ClosedError               503  model_closed         used after close()
@@ -134,6 +135,10 @@ class LostError(DeviceError):
 
     status = 503
     code = "device_lost"
+
+
+class MalformedError(DeviceError):
+    """An answer of a worker that ggml must not see; says what is wrong with it."""
 
 
 class QueueFullError(GemloomError):

@@ -16,6 +16,7 @@ from gemloom.ggml.backends import Found
 from gemloom.ggml.device import Device
 from gemloom.ggml.memory import free_memory
 from gemloom.ggml.probing import Probe
+from gemloom.ggml.rpc import speaking
 from gemloom.gguf import GGUF
 from gemloom.kernels.library import Library
 from gemloom.models import ARCHITECTURES
@@ -56,8 +57,9 @@ def propose(file: GGUF, options: Options) -> Placement:
     """Where a model would go, from its header; raises what ``place`` does."""
     config = from_gguf(file)
     layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
-    device, placement = place(file, config, layout, options, 64, None)
-    device.close()
+    with speaking(options.devices):
+        device, placement = place(file, config, layout, options, 64, None)
+        device.close()
     return placement
 
 

@@ -11,7 +11,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple
 from difflib import get_close_matches
 from functools import cached_property, partial
@@ -34,6 +34,7 @@ from gemloom.fitting import place
 from gemloom.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
 from gemloom.ggml.graph import SUMS
 from gemloom.ggml.memory import trim_memory
+from gemloom.ggml.rpc import speaking
 from gemloom.kernels.library import supported
 from gemloom.kernels.packing import Progress
 from gemloom.models import ARCHITECTURES
@@ -45,7 +46,6 @@ from gemloom.sampling import SamplingParams, check_vocabulary
 from gemloom.sampling import from_options as sampling_params
 from gemloom.sequence import Chunk, Constraint
 from gemloom.sequence import Sequence as Request
-from gemloom.signals import undisturbed
 from gemloom.slots import Slot
 from gemloom.tokenizer import Tokenizer
 from gemloom.weights import Weights
@@ -86,7 +86,7 @@ class Model:
             n_layer = self.config.n_layer
             raise OptionError(f"slots {options.slots} are too many for {n_layer} layers")
         own = next(iter(supported()), None) if options.kernels == "auto" else None
-        with self._safely(), ThreadPoolExecutor(1) as aside, ExitStack() as stack:
+        with speaking(options.devices), ThreadPoolExecutor(1) as aside, ExitStack() as stack:
             tokenizer = aside.submit(Tokenizer, file.metadata)  # packing takes as long
             layout = ARCHITECTURES[self.config.architecture].layout(self.config, file.tensors)
             self._device, self.placement = place(file, self.config, layout, options, budget, own)
@@ -106,20 +106,22 @@ class Model:
             self.tokenizer = tokenizer.result()
             self.fingerprint = state.fingerprint(file, self.config, self._weights.first_bytes)
             self._runner.check()
-            free = stack.pop_all()
-        self._engine = Engine(self._runner, self._kv, options, self.context, free.close)
-        self.adapters = Adapters(
-            self._device, self.placement, self.config, layout.required, self._engine,
-            self._runner.discard,
-        )  # fmt: skip
-        free.callback(self.adapters.close)
-        self._close = weakref.finalize(self, self._engine.close)
+            self._start_engine(layout.required, stack.pop_all())
         trim_memory()  # the tokenizer was made from much that is not needed any more
 
-    def _safely(self) -> AbstractContextManager[None]:
-        """Around what speaks to workers in the caller's own thread."""
-        workers = any(name.startswith("rpc:") for name in self.options.devices)
-        return undisturbed() if workers else nullcontext()
+    def _start_engine(self, shapes: Mapping[str, tuple[int, ...]], free: ExitStack) -> None:
+        """Have requests computed. ``free`` is closed with the engine, or if it does not start."""
+        with ExitStack() as stack:
+            stack.enter_context(free)
+            self._engine = Engine(self._runner, self._kv, self.options, self.context, free.close)
+            stack.callback(self._engine.close)
+            self.adapters = Adapters(
+                self._device, self.placement, self.config, shapes, self._engine,
+                self._runner.discard,
+            )  # fmt: skip
+            free.callback(self.adapters.close)
+            self._close = weakref.finalize(self, self._engine.close)
+            stack.pop_all()
 
     # -- text --------------------------------------------------------------------------------
 

@@ -219,6 +219,10 @@ class Runner:
         """LostError where a device went away: what was read from it then is no result."""
         self._device.check()
 
+    def abandon(self) -> None:
+        """Have no step wait for a worker any more; from any thread, and for good."""
+        self._device.abandon()
+
     def _warn(self) -> None:
         """Say once of each operation that it is slower than it might be."""
         if new := sorted(set(self.fallbacks) - self._warned):

@@ -184,7 +184,7 @@ def _files(name: str, forward: bool) -> list[Blob]:
 
 def _file(name: str, path: str, forward: bool) -> Blob:
     """One whole file; of a pipe, what comes."""
-    if forward and _is_pipe(path):
+    if forward and is_pipe(path):
         return Stream(name, _from_pipe(path))
     part = _map(path)
     try:
@@ -196,7 +196,8 @@ def _file(name: str, path: str, forward: bool) -> Blob:
     return Blob(name, [part], origin)
 
 
-def _is_pipe(path: str) -> bool:
+def is_pipe(path: str) -> bool:
+    """Whether what comes from there can be had but once."""
     try:
         return stat.S_ISFIFO(os.stat(path).st_mode)
     except (OSError, ValueError):  # told where it is opened

@@ -113,15 +113,13 @@ class Adapters:
         lora = source if isinstance(source, Lora) else read(source)
         report = check(lora, self._config, self._shapes)
         number = next(self._versions)
-        make = partial(Loaded, self._device, self._placement, name, number, report.lora)
+        make = partial(self._make, name, number, report.lora)
         # A device's driver is not to be given work by two threads.
         loaded = make() if self._device.on_host else self._owner.call(make)
         version = _Version(loaded, own, report.norm, report.ignored)
         with self._lock:
             if self._closed:
-                loaded.close()
                 raise ClosedError("the model is closed")
-            self._there.add(loaded)
             previous = self._named.get(name)
             self._named[name] = version
             self._requests.setdefault(name, 0)
@@ -129,6 +127,16 @@ class Adapters:
         if previous:
             self._drop(previous)
         return info
+
+    def _make(self, name: str, number: int, lora: Lora) -> Loaded:
+        """An adapter in memory, which ``close`` frees from now on, whatever becomes of the call."""
+        loaded = Loaded(self._device, self._placement, name, number, lora)
+        with self._lock:
+            if not self._closed:
+                self._there.add(loaded)
+                return loaded
+        loaded.close()
+        raise ClosedError("the model is closed")
 
     def unload(self, name: str) -> None:
         """Take a name away. Waits for nobody: requests under way keep what they have.

@@ -75,7 +75,13 @@ def _examine_model(name: str, load: LoadOptions) -> dict[str, Any]:
     options, file = Options(**load.given()), open_file(name, load.key_file)
     lacking = {device: asdict(told) for device, told in survey(file, options).items()}
     placement = propose(file, options)
-    return {"lacking": lacking, "placement": placement, "plan": plan_facts(placement)}
+    workers = [use.name for use in placement.table if use.name.startswith("rpc:")]
+    return {
+        "lacking": lacking,
+        "workers": workers,
+        "placement": placement,
+        "plan": plan_facts(placement),
+    }
 
 
 def _print_model(facts: dict[str, Any]) -> None:
@@ -83,6 +89,12 @@ def _print_model(facts: dict[str, Any]) -> None:
     for name, told in facts["lacking"].items():
         each = ", ".join(f"{op} ({n:,})" for op, n in sorted(told["lacking"].items()))
         typer.echo(f"{name} lacks of the {told['nodes']:,} operations of a step: {each or 'none'}")
+        if each:
+            typer.echo(
+                f"so a worker cannot lend {name} for it: what its device lacks ends a worker"
+            )
+    for name in facts["workers"]:
+        typer.echo(f"what {name} lacks cannot be asked from here: gemloom doctor there tells")
     render(plan_table(facts["placement"]))
 
 

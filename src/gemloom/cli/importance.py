@@ -1,5 +1,6 @@
 """``gemloom imatrix``: what each column of a model's matrices is met with, for its quantizer."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemloom.cli.opening import open_model
-from gemloom.cli.options import LoadOptions
+from gemloom.cli.options import LoadOptions, with_options
 from gemloom.cli.terminal import note, print_json, progress, read_text
 from gemloom.errors import OptionError
 
@@ -19,21 +20,30 @@ if TYPE_CHECKING:
 SAVE_EVERY = 60.0  # seconds
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImatrixOptions:
+    """How an importance matrix is made."""
+
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what is in OUT, if there is any.")
+    ] = False
+    context: Annotated[int, typer.Option("--context", "-c", help="Tokens of a window.")] = 512
+    chunks: Annotated[
+        int | None, typer.Option(help="Stop after so many windows.", show_default="all")
+    ] = None
+    threads: Annotated[
+        int | None, typer.Option("--threads", "-t", help="Threads.", show_default="one a core")
+    ] = None
+
+
+@with_options
 def imatrix(
     model: Annotated[str, typer.Argument(help="A file, hf:owner/repo, a built-in name.")],
     text: Annotated[str, typer.Argument(metavar="FILE", help="A text, UTF-8; - reads stdin.")],
     out: Annotated[Path, typer.Argument(help="The file to write: .gguf, or .dat for old tools.")],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what is in OUT, if there is any.")
-    ] = False,
-    context: Annotated[int, typer.Option("--context", "-c", help="Tokens of a window.")] = 512,
-    chunks: Annotated[
-        int | None, typer.Option(help="Stop after so many windows.", show_default="all")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", "-t", help="Threads.", show_default="one a core")
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    *,
+    how: ImatrixOptions,
 ) -> None:
     """Make an importance matrix for a quantizer.
 
@@ -48,12 +58,12 @@ def imatrix(
     """
     from gemloom.perplexity import Cut
 
-    how, words = Cut(context, 0, chunks), read_text(text)
-    earlier = _earlier(out) if resume else None
+    cut, words = Cut(how.context, 0, how.chunks), read_text(text)
+    earlier = _earlier(out) if how.resume else None
     if not out.parent.is_dir():
         raise OptionError(f"{out}: there is no folder {out.parent}")
-    with open_model(model, LoadOptions(context=context, threads=threads)) as opened:
-        matrix, of = _collect(opened, words, how, out, earlier, Path(text).name)
+    with open_model(model, LoadOptions(context=how.context, threads=how.threads)) as opened:
+        matrix, of = _collect(opened, words, cut, out, earlier, Path(text).name)
     if as_json:
         print_json(_facts(matrix, of, out))
     elif matrix is earlier:

@@ -4,11 +4,13 @@ No weight is read but for a checksum or a comparison.
 """
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemloom.cli.opening import open_file
+from gemloom.cli.options import with_options
 from gemloom.cli.terminal import bar, print_json, read_stdin, render, show, table, waiting
 from gemloom.errors import OptionError
 
@@ -24,24 +26,33 @@ _Model = Annotated[str, typer.Argument(help="A file, hf:owner/repo, a built-in n
 _PIECE = 8 << 20
 
 
-def inspect(
-    model: _Model,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectOptions:
+    """What is told of a model file."""
+
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False
     context: Annotated[
         int | None, typer.Option("--context", "-c", help="Plan the memory for so many tokens.")
-    ] = None,
-    kv_type: Annotated[str, typer.Option(help="K/V cells of this type: f32, f16, q8_0.")] = "f16",
-    checksum: Annotated[
-        bool, typer.Option("--checksum", help="Add the SHA-256 of the file.")
-    ] = False,
+    ] = None
+    kv_type: Annotated[str, typer.Option(help="K/V cells of this type: f32, f16, q8_0.")] = "f16"
+    checksum: Annotated[bool, typer.Option("--checksum", help="Add the SHA-256 of the file.")] = (
+        False
+    )
     template: Annotated[
         bool, typer.Option("--template", help="Print the chat template and nothing else.")
-    ] = False,
+    ] = False
     diff: Annotated[
         str | None,
         typer.Option(metavar="OTHER", help="Tell in what another file differs, and nothing else."),
-    ] = None,
+    ] = None
+
+
+@with_options
+def inspect(
+    model: _Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    *,
+    what: InspectOptions,
 ) -> None:
     """Tell what is in a model file, and what memory it will take.
 
@@ -53,24 +64,28 @@ def inspect(
       gemloom inspect gemma.gguf --checksum
       gemloom inspect gemma-f16.gguf --diff gemma-q4.gguf
     """
-    if template + (diff is not None) + (tensors or checksum) > 1:
+    if what.template + (what.diff is not None) + (what.tensors or what.checksum) > 1:
         raise OptionError("--template and --diff go with neither each other nor other listings")
-    if template:
+    if what.template:
         _print_template(model, as_json)
-    elif diff is not None:
-        _print_diff(model, diff, as_json)
+    elif what.diff is not None:
+        _print_diff(model, what.diff, as_json)
     else:
-        from gemloom.cli.report import describe, tables
-        from gemloom.options import Options
+        _print_facts(model, what, as_json)
 
-        options = Options(context=context, kv_type=kv_type)
-        facts = describe(open_file(model), options, list_tensors=tensors)
-        if checksum:
-            facts["sha256"] = _checksums(model)
-        _print(facts, as_json, tables)
-        if checksum and not as_json:
-            # As sha256sum has them, on lines of their own, which no table may fold.
-            show("".join(f"\n{digest}  {name}" for name, digest in facts["sha256"].items()) + "\n")
+
+def _print_facts(model: str, what: InspectOptions, as_json: bool) -> None:
+    from gemloom.cli.report import describe, tables
+    from gemloom.options import Options
+
+    options = Options(context=what.context, kv_type=what.kv_type)
+    facts = describe(open_file(model), options, list_tensors=what.tensors)
+    if what.checksum:
+        facts["sha256"] = _checksums(model)
+    _print(facts, as_json, tables)
+    if what.checksum and not as_json:
+        # As sha256sum has them, on lines of their own, which no table may fold.
+        show("".join(f"\n{digest}  {name}" for name, digest in facts["sha256"].items()) + "\n")
 
 
 def _print(facts: "Facts", as_json: bool, tables: "Callable[[Facts], Iterable[Table]]") -> None:

@@ -7,7 +7,7 @@ then has an option for every field. What a value may be is checked where it is u
 
 import inspect
 from collections.abc import Callable
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -228,4 +228,5 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(option: "Field[Any]") -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(option.name, kind, default=option.default, annotation=option.type)
+    default = inspect.Parameter.empty if option.default is MISSING else option.default
+    return inspect.Parameter(option.name, kind, default=default, annotation=option.type)

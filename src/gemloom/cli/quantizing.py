@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemloom.cli.opening import open_file
+from gemloom.cli.options import with_options
 from gemloom.cli.terminal import bar, note, print_json, render, size, table
 from gemloom.errors import OptionError
 
@@ -21,20 +23,16 @@ if TYPE_CHECKING:
 Facts = dict[str, Any]
 
 
-def quantize(
-    source: Annotated[
-        str, typer.Argument(metavar="IN", help="A GGUF in F32, F16 or BF16: a file, hf:owner/repo.")
-    ],
-    target: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="The file to make.", show_default=False)
-    ] = None,
-    *,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeOptions:
+    """How a model file is made smaller."""
+
     kind: Annotated[
         str,
         typer.Option(
             "--type", "-t", metavar="NAME", help="Q4_K_M, Q8_0, ...; a wrong one shows all."
         ),
-    ],
+    ]
     tensor_type: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,22 +41,48 @@ def quantize(
             help="Matrices whose name the expression is found in get this type, whatever the mix "
             "says; repeatable, the first that fits counts.",
         ),
-    ] = None,
+    ] = None
     imatrix: Annotated[
         Path | None,
         typer.Option("--imatrix", help="An importance matrix, .gguf or .dat.", show_default=False),
-    ] = None,
+    ] = None
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Take a source that is quantized already.")
-    ] = False,
+    ] = False
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be made, and write nothing.")
-    ] = False,
+    ] = False
     threads: Annotated[
         int | None,
         typer.Option("--threads", min=1, max=512, help="Threads. [default: one a core]"),
+    ] = None
+
+    def wanted(self) -> "Wanted":
+        """As ``gemloom.quantize`` takes them. OptionError, and what reading a matrix raises."""
+        from gemloom import imatrix_file
+        from gemloom.quantize import TensorRule, Wanted
+        from gemloom.recipes import recipe
+
+        return Wanted(
+            recipe(self.kind),
+            [TensorRule.parse(rule) for rule in self.tensor_type or []],
+            imatrix_file.read(self.imatrix) if self.imatrix else None,
+            str(self.imatrix or ""),
+            self.requantize,
+        )
+
+
+@with_options
+def quantize(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A GGUF in F32, F16 or BF16: a file, hf:owner/repo.")
+    ],
+    target: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="The file to make.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    *,
+    how: QuantizeOptions,
 ) -> None:
     """Make a model file smaller.
 
@@ -71,17 +95,16 @@ def quantize(
     """
     from gemloom import quantize as work
 
-    if target is None and not dry_run:
+    if target is None and not how.dry_run:
         raise OptionError("OUT is missing: the file to make; or --dry-run")
-    wanted = _wanted(kind, tensor_type or [], imatrix, requantize)
-    plan = work.plan(open_file(source), wanted)
-    for warning in (*plan.warnings, *([plan.lacking] if dry_run and plan.lacking else [])):
+    plan = work.plan(open_file(source), how.wanted())
+    for warning in (*plan.warnings, *([plan.lacking] if how.dry_run and plan.lacking else [])):
         note(warning)
-    facts = _facts(plan, kind)
-    if target is not None and not dry_run:
+    facts = _facts(plan, how.kind)
+    if target is not None and not how.dry_run:
         started = time.monotonic()
         with bar(f"writing {target.name}", plan.source_bytes) as progress:
-            work.write(plan, target, threads, progress)
+            work.write(plan, target, how.threads, progress)
         facts |= {"file": str(target), "seconds": round(time.monotonic() - started, 3)}
     if as_json:
         print_json(facts)
@@ -89,20 +112,6 @@ def quantize(
     render(_parts_table(facts))
     if "file" in facts:
         note(f"{facts['file']}: {size(facts['bytes'])} in {facts['seconds']:.1f} s")
-
-
-def _wanted(kind: str, rules: list[str], imatrix: Path | None, requantize: bool) -> "Wanted":
-    from gemloom import imatrix_file
-    from gemloom.quantize import TensorRule, Wanted
-    from gemloom.recipes import recipe
-
-    return Wanted(
-        recipe(kind),
-        [TensorRule.parse(rule) for rule in rules],
-        imatrix_file.read(imatrix) if imatrix else None,
-        str(imatrix or ""),
-        requantize,
-    )
 
 
 def _facts(plan: "Plan", kind: str) -> Facts:

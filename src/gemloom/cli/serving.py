@@ -132,10 +132,12 @@ def serve(
     with listener, open_model(source, load) as opened:
         from gemloom.loading import load as load_again
         from gemloom.server.app import create_app
+        from gemloom.source import is_pipe
 
         again = partial(load_again, source, key=load.key_file, **load.given())
+        once = is_pipe(source)  # then it cannot be loaded again
         with waiting("loading adapters"):
-            app = create_app(opened, settings, again)
+            app = create_app(opened, settings, None if once else again)
         for info in opened.adapters.list():
             note(summary(info.name, info))
         with closing(app.state.service):

@@ -36,8 +36,9 @@ def worker(
     is encrypted and nobody is asked who they are: whoever reaches the port may
     use the machine, and see what is computed. So only this machine can, unless
     --listen says otherwise; between machines use a tunnel (ssh -L, WireGuard).
-    Both sides need the same version of ggml-python. Ctrl-C or SIGTERM ends it
-    at once.
+    Both sides need the same version of ggml-python. A GPU that lacks an operation
+    of the model ends the worker: gemloom doctor MODEL tells. Ctrl-C or SIGTERM
+    ends it at once.
 
     \b
     Examples:
@@ -52,6 +53,12 @@ def worker(
     lent = backends.lendable([name.strip().lower() for name in device.split(",")])
     if not ip_address(host).is_loopback:
         note(f"whoever can reach {host}:{port} may use this machine: there is no authentication")
+    for info, _ in lent:
+        if info.kind != "cpu":
+            note(
+                f"{info.name.lower()}: nobody asks it what it can compute, and what it lacks ends "
+                "this worker; gemloom doctor MODEL tells whether there is anything"
+            )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # nothing else ends what runs inside ggml
     with _quiet_ggml() as out:

@@ -53,6 +53,12 @@ class Found:
     pointer: Any  # ggml's device
     buffer_type: Any  # in which its tensors lie
     worker: rpc.Worker | None = None  # whose it is; to be closed after all that lies there
+    like: Any = None  # ggml's device here that can do what it can, if it is a worker's
+
+    @property
+    def judge(self) -> Any:
+        """Whom to ask what it can do; None where nobody knows: ggml says that workers can all."""
+        return self.like if self.worker else self.pointer
 
     @property
     def info(self) -> DeviceInfo:
@@ -145,9 +151,16 @@ def _named(name: str, there: dict[str, Found]) -> Found:
 
 def _remote(name: str, worker: rpc.Worker) -> list[Found]:
     several = len(worker.devices) > 1
+    cpu = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_CPU)
     return [
-        Found(f"{name}#{i}" if several else name, p, ggml.ggml_backend_dev_buffer_type(p), worker)
-        for i, p in enumerate(worker.devices)
+        Found(
+            f"{name}#{i}" if several else name,
+            pointer,
+            ggml.ggml_backend_dev_buffer_type(pointer),
+            worker,
+            cpu if facts.of_cpu else None,
+        )
+        for i, (pointer, facts) in enumerate(zip(worker.devices, worker.facts, strict=True))
     ]
 
 

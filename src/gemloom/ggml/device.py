@@ -235,9 +235,16 @@ class Device:
         return str(ggml.ggml_backend_name(self.backends[index]).decode())
 
     def supports(self, index: int, node: Any) -> bool:
-        """Whether a device can compute an operation; ``node`` is ggml's pointer to its result."""
-        device = self.found[index].pointer if index < self.host else self.cpu
-        return bool(ggml.ggml_backend_dev_supports_op(device, node))
+        """Whether a device can compute an operation; ``node`` is ggml's pointer to its result.
+
+        Yes, where that is not known (``knows``): a worker ends at what its GPU lacks.
+        """
+        judge = self.found[index].judge if index < self.host else self.cpu
+        return judge is None or bool(ggml.ggml_backend_dev_supports_op(judge, node))
+
+    def knows(self, index: int) -> bool:
+        """Whether it is known what a device can compute: of a worker's, of its CPU alone."""
+        return index == self.host or self.found[index].judge is not None
 
     def check(self) -> None:
         """LostError if a device was lost, so that what it computed means nothing."""
@@ -245,6 +252,11 @@ class Device:
             worker.check()
         if self._lost:
             raise LostError(self._lost)
+
+    def abandon(self) -> None:
+        """Wait for no worker any more, from any thread; ``check`` raises LostError from then on."""
+        for worker in self._workers:
+            worker.abandon()
 
     def fail(self, reason: str) -> NoReturn:
         """Raise for a graph that a backend could not compute: the devices are not used after it."""

@@ -90,8 +90,10 @@ class Graph:
         """As ``at``, for a while."""
         before = self._marks.now if self._marks else 0
         self.at(index)
-        yield
-        self.at(before)
+        try:
+            yield
+        finally:
+            self.at(before)
 
     def name(self, x: Tensor, name: str) -> Tensor:
         """Name an intermediate, so that it can be tapped; returns it."""
@@ -470,8 +472,8 @@ def f16_mask(visible: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def finds_largest(device: Device, index: int, n: int, k: int) -> bool:
-    """Whether a device that is not the host's CPU finds the k largest of n numbers itself."""
-    if index == device.host:
+    """Whether a device is known to find the k largest of n numbers itself; not the host's CPU."""
+    if index == device.host or not device.knows(index):
         return False
     with closing(Graph(device, 8)) as g:
         return device.supports(index, g.largest(g.input("x", F32, n, 1), k).pointer)

@@ -19,11 +19,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
+from gemloom.errors import MalformedError
 from gemloom.ggml import wire
-from gemloom.ggml.wire import HEAD, SIZE, Command, Facts, Ledger, MalformedError
+from gemloom.ggml.wire import HEAD, SIZE, Command, Facts, Ledger
 
 GREETING = 5.0  # seconds a worker has to take a connection, and to answer each first question
 PATIENCE = 120.0  # seconds for any answer: those to a long prompt's step come when it is computed
+_SLOWEST = 1 << 20  # bytes a second, of a long answer
 _UNREACHABLE = 10  # seconds without a sign of life from the worker's machine
 _PART = 1 << 20  # bytes that are passed on at once
 _SMALL = 1 << 16  # bytes; of a tensor's, its description is among so many
@@ -56,12 +58,11 @@ def _ask(worker: socket.socket, command: Command, request: bytes = b"") -> bytes
     worker.sendall(HEAD.pack(command, len(request)) + request)
     size = wire.answer_size(command, request)
     assert size is not None
-    return _answer(worker, size, GREETING)
+    return _answer(worker, size, time.monotonic() + GREETING)
 
 
-def _answer(worker: socket.socket, size: int, seconds: float) -> bytes:
+def _answer(worker: socket.socket, size: int, end: float) -> bytes:
     """An answer that has to have ``size`` bytes. OSError, MalformedError."""
-    end = time.monotonic() + seconds
     _expect(worker, size, end)
     return _exactly(worker, size, end)
 
@@ -76,12 +77,20 @@ def _exactly(worker: socket.socket, size: int, end: float) -> bytes:
     """``size`` bytes that come before ``end``, by the monotonic clock. OSError."""
     data = bytearray()
     while len(data) < size:
-        worker.settimeout(max(0.001, end - time.monotonic()))
+        worker.settimeout(_left(end))
         part = worker.recv(size - len(data))
         if not part:
             raise MalformedError("it closed the connection")
         data += part
     return bytes(data)
+
+
+def _left(end: float) -> float:
+    """Seconds until ``end``, by the monotonic clock. TimeoutError where there are none."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 def _watch(worker: socket.socket) -> None:
@@ -106,11 +115,13 @@ class Relay:
 
     The client connects to ``port`` of the loopback, some times one after another; after
     ``settle()`` its connection is the last, and its end ends all. ``lost`` is why the worker is
-    not there any more, or "".
+    not there any more, or ""; ``stalled`` whether it was given up since no answer came within
+    ``patience`` seconds.
     """
 
-    def __init__(self, worker: socket.socket, devices: list[Facts]) -> None:
-        self.lost = ""
+    def __init__(self, worker: socket.socket, devices: list[Facts], patience: float) -> None:
+        self.lost, self.stalled = "", False
+        self.patience = patience
         self._worker, self._ledger = worker, Ledger(devices)
         self._settled = False
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -126,7 +137,10 @@ class Relay:
         self._listener.close()
 
     def close(self) -> None:
-        """Let go of the worker at once; the client, if it is still there, finds it gone."""
+        """Let go of the worker at once; the client, if it is still there, finds it gone.
+
+        From any thread: it ends what the client waits for.
+        """
         self.settle()
         self._lose(MalformedError("it was let go of"))
 
@@ -174,7 +188,8 @@ class Relay:
 
     def _lose(self, error: OSError | MalformedError) -> None:
         if isinstance(error, TimeoutError) and not error.errno:
-            reason = f"it did not answer in {PATIENCE:g} seconds"
+            reason = f"it did not answer in {self.patience:g} seconds"
+            self.stalled = self.stalled or not self.lost
         else:
             reason = getattr(error, "strerror", None) or str(error)
         self.lost = self.lost or reason[0].lower() + reason[1:]
@@ -219,7 +234,7 @@ class Relay:
         if self.lost:
             return
         try:
-            self._worker.settimeout(PATIENCE)
+            self._worker.settimeout(self.patience)
             self._worker.sendall(data)
         except OSError as error:
             self._lose(error)
@@ -228,7 +243,7 @@ class Relay:
         """The worker's answer of so many bytes, or what stands in for it."""
         if not self.lost:
             try:
-                answer = _answer(self._worker, size, PATIENCE)
+                answer = _answer(self._worker, size, self._end(size))
                 return self._ledger.checked(command, request, answer)
             except (OSError, MalformedError) as error:
                 self._lose(error)
@@ -236,22 +251,27 @@ class Relay:
 
     def _pass_back(self, client: socket.socket, left: int) -> None:
         """A tensor of so many bytes from the worker to the client; zeros where none come."""
+        end = self._end(left)
         if not self.lost:
             try:
-                _expect(self._worker, left, time.monotonic() + PATIENCE)
+                _expect(self._worker, left, end)
             except (OSError, MalformedError) as error:
                 self._lose(error)
         client.sendall(SIZE.pack(left))
         while left:
-            part = self._receive(min(left, _PART))
+            part = self._receive(min(left, _PART), end)
             client.sendall(part)
             left -= len(part)
 
-    def _receive(self, most: int) -> memoryview:
+    def _end(self, size: int) -> float:
+        """When an answer of so many bytes must have come whole, by the monotonic clock."""
+        return time.monotonic() + self.patience + size / _SLOWEST
+
+    def _receive(self, most: int, end: float) -> memoryview:
         """What comes from the worker of the next ``most`` bytes; all of them, zeros, if it went."""
         if not self.lost:
             try:
-                self._worker.settimeout(PATIENCE)
+                self._worker.settimeout(_left(end))
                 if count := self._worker.recv_into(self._part[:most]):
                     return self._part[:count]
                 self._lose(MalformedError("it closed the connection"))

@@ -12,15 +12,15 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import ggml
 
-from gemloom.errors import DeviceError, LostError
+from gemloom.errors import DeviceError, LostError, MalformedError
+from gemloom.ggml import relay
 from gemloom.ggml.relay import Relay, greet, keep_alive
-from gemloom.ggml.wire import MalformedError
 from gemloom.signals import undisturbed
 
 PREFIX = "rpc:"
@@ -29,13 +29,20 @@ _INSTALL = (
     'CMAKE_ARGS="-DGGML_RPC=ON" pip install --force-reinstall --no-deps --no-cache-dir '
     f"--no-binary ggml-python ggml-python=={ggml.__version__}"
 )
+_MOST_PATIENCE = 3600.0  # seconds
 _serial = itertools.count()
+_patience: dict[str, float] = {}  # seconds for an answer, of workers that once took longer
 
 
 def check_built() -> None:
     """DeviceError where this build of ggml has no RPC."""
     if not ggml.GGML_USE_RPC:
         raise DeviceError(f"this build of ggml has no RPC, which workers need: {_INSTALL}")
+
+
+def speaking(names: Iterable[str]) -> AbstractContextManager[None]:
+    """Around what speaks to workers among devices of these names, in a caller's own thread."""
+    return undisturbed() if any(name.startswith(PREFIX) for name in names) else nullcontext()
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -52,8 +59,9 @@ def parse_address(text: str) -> tuple[str, int]:
 class Worker:
     """A connection to a worker, with the devices it has. Free it after all that lies there.
 
-    ``devices`` are ggml's; they and everything on them stay safe to use when the worker is lost,
-    and ``check()`` raises LostError then: before that, no result is to be believed.
+    ``devices`` are ggml's, ``facts`` what each says of itself. They and everything on them stay
+    safe to use when the worker is lost, and ``check()`` raises LostError then: before that, no
+    result is to be believed.
     Raises DeviceError where there is no worker, or none that can be used.
     """
 
@@ -72,7 +80,8 @@ class Worker:
             ) from None
         except MalformedError as error:
             raise DeviceError(f"the worker {self.name} cannot be used: {error}") from None
-        self._relay = Relay(connection, facts)
+        self._relay = Relay(connection, facts, _patience.get(self.name, relay.PATIENCE))
+        self.facts = facts  # of each device
         self._held: Any = None
         try:
             with undisturbed():
@@ -101,7 +110,24 @@ class Worker:
     def check(self) -> None:
         """LostError where the worker has gone."""
         if self._relay.lost:
-            raise LostError(f"the worker {self.name} was lost: {self._relay.lost}")
+            stalled = f"; loaded again, it gets {self._next:g}" if self._relay.stalled else ""
+            raise LostError(f"the worker {self.name} was lost: {self._relay.lost}{stalled}")
+
+    @property
+    def _next(self) -> float:
+        """Seconds for an answer when it is connected to again, after it took too long for one.
+
+        Nobody can tell one that stalls from one that has much to compute: its system answers for
+        both.
+        """
+        return min(2 * self._relay.patience, _MOST_PATIENCE)
+
+    def abandon(self) -> None:
+        """Let go of it at once, from any thread: who waits for it gets zeros, and ``check`` tells.
+
+        It must be closed all the same.
+        """
+        self._relay.close()
 
     def close(self) -> None:
         """Let go of it, so that it can work for somebody else; never waits for one that is gone."""
@@ -109,6 +135,8 @@ class Worker:
             with undisturbed():
                 ggml.ggml_backend_buffer_free(self._held)
             self._held = None
+        if self._relay.stalled:
+            _patience[self.name] = self._next
         self._relay.close()
 
 

@@ -14,6 +14,8 @@ from enum import IntEnum
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from gemloom.errors import MalformedError
+
 PROTOCOL = (4, 0, 1)  # the last number changes with ggml's list of operations: all must be equal
 HEAD = struct.Struct("<BQ")  # command and size of a request
 SIZE = struct.Struct("<Q")  # of an answer
@@ -21,15 +23,17 @@ _MOST_DEVICES = 16  # of one worker
 _CAPABILITIES = bytes(24)  # none: whoever has some would leave TCP for RDMA, past the relay
 _VERSION = struct.Struct("<3Bx24s")
 _SOURCES = 10  # of a tensor
-_TENSOR = 296  # bytes of one tensor's description
-_TYPE, _EXTENT = slice(8, 12), slice(20, 52)  # there: its type; its sizes and strides
-_BUFFER, _DATA = 12, 220  # there: its buffer; its address
-_FORM = slice(20, 120)  # sizes, strides, operation and its parameters
-_SIZES = struct.Struct("<8I")
-_TENSORS = {  # where the descriptions of tensors are in a request, and how many; GRAPH_COMPUTE's
-    6: (0, 1), 7: (0, 1), 8: (0, 1), 9: (0, 2), 12: (0, 1), 13: (4, 1 + _SOURCES),  # follow nodes
+_FIELDS = {  # of one tensor's description, in order, and their bytes: ggml's rpc_tensor
+    "id": 8, "type": 4, "buffer": 8, "ne": 16, "nb": 16, "op": 4, "op_params": 64, "flags": 4,
+    "src": 8 * _SOURCES, "view_src": 8, "view_offs": 8, "data": 8, "name": 64, "padding": 4,
 }  # fmt: skip
+_STARTS = dict(zip(_FIELDS, itertools.accumulate(_FIELDS.values(), initial=0), strict=False))
+_TENSOR = sum(_FIELDS.values())
+_SIZES = struct.Struct("<8I")
 _MOST = 1 << 48  # bytes; more than any memory, and few enough for sums of them
+_CPU_ALIGNMENT = 32  # bytes; ggml's TENSOR_ALIGNMENT
+_NO_LIMIT = (1 << 64) - 1  # bytes of one buffer
+_MOST_SIZES = 4096  # of tensors that are remembered, each with a kilobyte that it is known by
 _SMALLEST_LIMIT = 1 << 20  # of a buffer's size: ggml spreads a graph over 16 buffers at most
 _NO_BUFFER = bytes(16)  # an answer to ALLOC_BUFFER
 _names = itertools.count(1)  # of buffers, for all workers
@@ -63,10 +67,21 @@ _ANSWERS = {  # bytes; commands that are not here get no answer, GET_TENSOR as m
     Command.SET_TENSOR_HASH: 1, Command.COPY_TENSOR: 1, Command.GET_DEVICE_MEMORY: 16,
     Command.INIT_TENSOR: 0, Command.GET_ALLOC_SIZE: 8, Command.HELLO: 28, Command.DEVICE_COUNT: 4,
 }  # fmt: skip
+_TENSORS = {  # where the descriptions of tensors are in a request, and how many
+    Command.SET_TENSOR: (0, 1), Command.SET_TENSOR_HASH: (0, 1), Command.GET_TENSOR: (0, 1),
+    Command.COPY_TENSOR: (0, 2), Command.INIT_TENSOR: (0, 1),
+    Command.GET_ALLOC_SIZE: (4, 1 + _SOURCES),  # those of GRAPH_COMPUTE come after its nodes
+}  # fmt: skip
 
 
-class MalformedError(Exception):
-    """An answer that ggml must not see; says what is wrong with it."""
+def _fields(first: str, last: str) -> slice:
+    """The bytes of a tensor's description from one field to another."""
+    return slice(_STARTS[first], _STARTS[last] + _FIELDS[last])
+
+
+_TYPE, _EXTENT = _fields("type", "type"), _fields("ne", "nb")  # sizes and strides
+_FORM = _fields("ne", "op_params")  # and the operation
+_BUFFER, _DATA = _STARTS["buffer"], _STARTS["data"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +92,11 @@ class Facts:
     max_size: int  # of one buffer
     free: int
     total: int
+
+    @property
+    def of_cpu(self) -> bool:
+        """Whether it is a CPU: of ggml's devices that alone has both of these."""
+        return self.alignment == _CPU_ALIGNMENT and self.max_size == _NO_LIMIT
 
 
 def answer_size(command: int, request: bytes) -> int | None:
@@ -159,7 +179,7 @@ class Ledger:
             nodes = int.from_bytes(request[4:8], "little")
             start, stop = 12 + 8 * nodes, len(request)
         else:
-            start, count = _TENSORS.get(command, (0, 0))
+            start, count = _TENSORS.get(Command(command), (0, 0))
             stop = start + count * _TENSOR
         for at in range(start, stop, _TENSOR):
             buffer, _ = self._buffers.get(_u64(told, at + _BUFFER), (0, 0))
@@ -184,6 +204,8 @@ class Ledger:
             size = _u64(answer)
             if not _nbytes(request) <= size <= _MOST:
                 raise MalformedError(f"it asked for {size:,} bytes for a tensor")
+            if len(self._sizes) == _MOST_SIZES:
+                self._sizes.clear()
             self._sizes[_form(request)] = answer  # it is asked for at each graph, and again
         elif command == Command.GET_DEVICE_MEMORY:
             free, total = struct.unpack("<QQ", answer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from gemloom.adapters.info import AdapterInfo, Scales
@@ -40,6 +41,7 @@ class ServedAdapters:
         self._ids: dict[str, int] = {}  # as llama.cpp's clients know them; none is ever reused
         self._defaults: dict[str, float] = {}
         self._from: dict[str, AdapterFile | None] = {}  # each that is there; None: a client
+        self._lock = Lock()  # of what changes while others may read it
         for name in registered:
             self.load(name, None)
 
@@ -48,14 +50,18 @@ class ServedAdapters:
 
         Raises what ``load`` raises, and changes nothing then.
         """
-        for name, file in self._from.items():
+        with self._lock:
+            there = dict(self._from)
+        for name, file in there.items():
             if file:
                 model.adapters.load(name, file.source, file.scale)
-        for name in [name for name, file in self._from.items() if not file]:
+        for name in [name for name, file in there.items() if not file]:
             _log.warning("the adapter %s was sent by a client, and must be sent again", name)
-            del self._from[name]
-            self._defaults.pop(name, None)
-        self._adapters = model.adapters
+            self._forget(name)
+        with self._lock:
+            for name in [name for name, file in there.items() if file and name not in self._from]:
+                model.adapters.unload(name)  # as somebody has done meanwhile
+            self._adapters = model.adapters
 
     # -- what there is -------------------------------------------------------------------------
 
@@ -78,7 +84,8 @@ class ServedAdapters:
             )
         file = file if scale is None else AdapterFile(file.source, scale)
         info = self._load(name, file)
-        self._from[name] = file
+        with self._lock:
+            self._from[name] = file
         return info
 
     def upload(self, name: str, data: bytes, scale: float | None) -> AdapterInfo:
@@ -88,7 +95,8 @@ class ServedAdapters:
             info = self._load(name, AdapterFile(data, 1.0 if scale is None else scale))
         except WeightsError as error:
             raise AdapterError(f"what was sent cannot be used: {error}") from error
-        self._from[name] = None
+        with self._lock:
+            self._from[name] = None
         return info
 
     def _load(self, name: str, file: AdapterFile) -> AdapterInfo:
@@ -99,8 +107,12 @@ class ServedAdapters:
     def unload(self, name: str) -> None:
         """Take a name away. UnknownAdapterError."""
         self._adapters.unload(name)
-        self._from.pop(name, None)
-        self._defaults.pop(name, None)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            self._from.pop(name, None)
+            self._defaults.pop(name, None)
 
     # -- what a request means ------------------------------------------------------------------
 

@@ -26,13 +26,12 @@ from gemloom.errors import GemloomError, RequestError
 from gemloom.model import Model
 from gemloom.server import adapter_routes, metrics, protocol
 from gemloom.server.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
+from gemloom.server.errors import HungUpError, UnknownPathError
 from gemloom.server.guard import read_body
 from gemloom.server.responses import ResponseAnswer, ResponsesRequest
 from gemloom.server.service import Service, Settings, in_thread
-from gemloom.server.streams import HungUpError
 
 _REF = "#/components/schemas/{model}"
-_HUNG_UP = 499  # in the metrics alone: nobody is there to read it
 _STATE_SLACK = 1 << 20  # bytes of saved state that are no K/V
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -342,9 +341,8 @@ def _on_http_error(request: Request, error: Exception) -> Response:
     """No such path, or not with this method; or what FastAPI itself refuses."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:80]}: {error.detail}"
-    body = protocol.error_body(RequestError(message))
-    body["error"]["code"] = "not_found" if error.status_code == 404 else "invalid_request"
-    return JSONResponse(body, error.status_code, error.headers)
+    kind = UnknownPathError if error.status_code == 404 else RequestError
+    return JSONResponse(protocol.error_body(kind(message)), error.status_code, error.headers)
 
 
 def _on_invalid(request: Request, error: Exception) -> Response:
@@ -354,7 +352,7 @@ def _on_invalid(request: Request, error: Exception) -> Response:
 
 
 def _on_hung_up(request: Request, error: Exception) -> Response:
-    return Response(status_code=_HUNG_UP)
+    return Response(status_code=HungUpError.status)
 
 
 def _on_unforeseen(request: Request, error: Exception) -> Response:

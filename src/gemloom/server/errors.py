@@ -7,8 +7,10 @@ GemloomError
 ├── KeyRefusedError           401  invalid_api_key
 ├── ForbiddenError            403  forbidden
 ├── UnknownModelError         404  model_not_found
+├── UnknownPathError          404  not_found
 ├── OverdueError              408  request_timeout
 ├── BodyTooLargeError         413  body_too_large
+├── HungUpError               499  client_closed        never sent: nobody is there to read it
 └── StoppedError              503  server_stopping
 """
 
@@ -46,6 +48,13 @@ class UnknownModelError(GemloomError):
     code = "model_not_found"
 
 
+class UnknownPathError(GemloomError):
+    """A request for a path that there is not."""
+
+    status = 404
+    code = "not_found"
+
+
 class OverdueError(GemloomError):
     """A request that took longer than the server's limit."""
 
@@ -58,6 +67,13 @@ class BodyTooLargeError(GemloomError):
 
     status = 413
     code = "body_too_large"
+
+
+class HungUpError(GemloomError):
+    """The client has gone; nobody is there to be told."""
+
+    status = 499  # in the metrics alone
+    code = "client_closed"
 
 
 class StoppedError(GemloomError):

@@ -8,6 +8,7 @@ error that names it. Not here: the bodies of answers (``answers.py``) and /v1/re
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -382,6 +383,13 @@ def error_body(error: GemloomError) -> Json:
     )
     param = getattr(error, "param", None)
     return {"error": {"message": str(error), "type": kind, "param": param, "code": error.code}}
+
+
+def event_text(event: Json) -> bytes:
+    """One server-sent event; those with a type are named by it."""
+    name = f"event: {event['type']}\n" if "type" in event else ""
+    data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    return f"{name}data: {data}\n\n".encode()
 
 
 def usage_body(prompts: Iterable[Usage], runs: Iterable[Usage], reasoning: int) -> Json:

@@ -98,7 +98,11 @@ class Service:
         if stats.error is None:
             return None
         again = self._recovery and stats.lost
-        hope = "is loaded again as soon as it can be" if again else "must be loaded again"
+        hope = (
+            "is loaded again as soon as it can be"
+            if again
+            else "must be loaded again: restart the server"
+        )
         return EngineError(f"{stats.error}; the model {hope}")
 
     def admit(self, request: Request) -> None:

@@ -7,7 +7,6 @@ A run that nobody waits for any more is cancelled: whoever leaves ``reading`` fo
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -21,8 +20,8 @@ from starlette.types import Receive, Scope, Send
 from gemloom.errors import GemloomError
 from gemloom.generation import Run, Usage
 from gemloom.sequence import Piece
-from gemloom.server.errors import OverdueError, StoppedError
-from gemloom.server.protocol import Json
+from gemloom.server.errors import HungUpError, OverdueError, StoppedError
+from gemloom.server.protocol import Json, event_text
 
 DONE = b"data: [DONE]\n\n"  # after the last event, where clients expect it
 _KEEP_ALIVE = b": keep-alive\n\n"
@@ -30,10 +29,6 @@ _HANG_GRACE = 5.0  # seconds over the limit until a client that does not read is
 
 _T = TypeVar("_T")
 _log = logging.getLogger("gemloom.server")
-
-
-class HungUpError(Exception):
-    """The client has gone; nobody is there to be told."""
 
 
 class Answer(Protocol):
@@ -149,25 +144,18 @@ async def events(
 ) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events; an error is one of them, and the last."""
     try:
-        yield b"".join(map(encode, answer.begin()))
+        yield b"".join(map(event_text, answer.begin()))
         async with aclosing(pieces(runs, limits, observer)) as coming:
             async for item in coming:
-                yield _KEEP_ALIVE if item is None else b"".join(map(encode, answer.push(*item)))
-        yield b"".join(map(encode, answer.end([run.usage for run in runs])))
+                yield _KEEP_ALIVE if item is None else b"".join(map(event_text, answer.push(*item)))
+        yield b"".join(map(event_text, answer.end([run.usage for run in runs])))
         if answer.done:
             yield DONE
     except GemloomError as error:
-        yield encode(answer.failed(error))
+        yield event_text(answer.failed(error))
     except Exception:
         _log.exception("a stream failed")
-        yield encode(answer.failed(GemloomError("internal error; the server's log has more")))
-
-
-def encode(event: Json) -> bytes:
-    """One event; those with a type are named by it."""
-    name = f"event: {event['type']}\n" if "type" in event else ""
-    data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-    return f"{name}data: {data}\n\n".encode()
+        yield event_text(answer.failed(GemloomError("internal error; the server's log has more")))
 
 
 class EventStream(Response):
