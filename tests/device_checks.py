@@ -34,19 +34,24 @@ class Bound:
 
 @dataclass(frozen=True)
 class Checks:
-    """The checks on one device; ``options`` are those of every model on it."""
+    """The checks on one device; ``options`` are those of every model on it.
+
+    ``kernels`` are those of the CPU, where it computes all and where it has some of the layers.
+    """
 
     load: Load
     device: Names
     bound: Bound
+    kernels: str = "auto"
 
     def model(self, variant: str, **options: Any) -> gemloom.Model:
-        model = self.load(variant, threads=1, **{"device": self.device, **options})
+        options = {"device": self.device, "kernels": self.kernels, **options}
+        model = self.load(variant, threads=1, **options)
         assert not model.placement.on_host and not model.fallbacks
         return model
 
     def host(self, variant: str, **options: Any) -> gemloom.Model:
-        return self.load(variant, device="cpu", kernels="plain", threads=1, **options)
+        return self.load(variant, device="cpu", kernels=self.kernels, threads=1, **options)
 
     def layers(self, variant: str) -> None:
         """Any number of layers there, in one go."""

@@ -36,7 +36,7 @@ def _cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def checks(load: Load) -> Checks:
-    return Checks(load, "cpu0", BOUND)
+    return Checks(load, "cpu0", BOUND, "plain")
 
 
 @pytest.mark.parametrize("variant", sorted(tiny.VARIANTS))

@@ -51,7 +51,7 @@ def test_together_with_this_machine_and_with_adapters(
 ) -> None:
     device, ids = [pair[0].device, "cpu"], prompt(40)
     alone = load("e2b", device="cpu", kernels="plain", threads=1)
-    spread = load("e2b", device=device, gpu_layers=4, threads=1)
+    spread = load("e2b", device=device, gpu_layers=4, kernels="plain", threads=1)
     assert set(spread.placement.layers) == {0, 1}
     for model in (alone, spread):
         model.adapters.load("style", random_lora(alone, 3))

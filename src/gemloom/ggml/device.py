@@ -37,11 +37,12 @@ class Tensor:
     """A ggml tensor: its pointer, and what Python needs to know of it without asking C.
 
     ``shape`` is in ggml order (fastest first) and has as many dimensions as were given. ``packed``
-    is the same matrix in the layout of our own kernels, where there is one for it. ``array`` is
-    the memory of a graph's input, once it has some, in the shape of ``numpy()``.
+    is the same matrix in the layout of our own kernels, where there is one for it. ``where`` is the
+    device of a weight, None for what a graph makes. ``array`` is the memory of a graph's input,
+    once it has some, in the shape of ``numpy()``.
     """
 
-    __slots__ = ("array", "name", "packed", "pointer", "shape", "strides", "type")
+    __slots__ = ("array", "name", "packed", "pointer", "shape", "strides", "type", "where")
 
     def __init__(
         self,
@@ -50,8 +51,10 @@ class Tensor:
         shape: tuple[int, ...],
         strides: tuple[int, ...] | None = None,
         name: str = "",
+        where: int | None = None,
     ) -> None:
         self.pointer, self.type, self.shape, self.name = pointer, type, shape, name
+        self.where = where
         self.packed: Packed | None = None
         self.array: np.ndarray[Any, Any] | None = None
         self.strides = strides or contiguous_strides(type, shape)
@@ -147,9 +150,9 @@ class Device:
 
     ``found`` are the devices in use besides the CPU, preferred first; where a tensor lies or a
     node runs is said by its index among them, ``host`` being that of the CPU. With none of them
-    all is on the host (``on_host``), with BLAS in front of it where ggml was built with it, and
-    ``kernels`` are our own, which graphs use there alone. ``names`` are the backends in use.
-    Raises DeviceError where one does not start. Free with ``close()``.
+    all is on the host (``on_host``), with BLAS in front of it where ggml was built with it.
+    ``kernels`` are our own, which graphs use on the host. ``names`` are the backends in use. Raises
+    DeviceError where one does not start. Free with ``close()``.
     """
 
     def __init__(
@@ -165,7 +168,7 @@ class Device:
         self._closers: list[Callable[[], None]] = [worker.close for worker in self._workers]
         self.host = len(self.found)
         self.on_host = not self.found
-        self.kernels = kernels if self.on_host else None
+        self.kernels = kernels
         if self.kernels:
             fields = ("data", "ne", "nb", "src")
             self.kernels.use({name: getattr(ggml.ggml_tensor, name).offset for name in fields})

@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from math import prod
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ggml
 import numpy as np
@@ -20,6 +20,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gemloom.errors import DeviceError
 from gemloom.ggml.device import Device, Tensor, contiguous_strides
 from gemloom.ggml.pinning import Marks, pin, survey
+
+if TYPE_CHECKING:
+    from gemloom.kernels.library import Library
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 I32, I64 = GGMLQuantizationType.I32, GGMLQuantizationType.I64
@@ -47,14 +50,25 @@ class Graph:
         self._graph = ggml.ggml_new_graph_custom(self._context, max_nodes, False)
         self._taps = frozenset(taps)
         self.tapped: dict[str, Tensor] = {}
-        self.kernels, self.threads = device.kernels, device.threads
+        self.threads = device.threads
         self._made: dict[tuple[str, int], Tensor] = {}
         self._kept: list[Any] = []
         self._inputs: list[Tensor] = []
         self.names: list[str] = []
         self._marks = None if device.on_host else Marks(self._context, 0)
         self._split = False
+        self._brought: Counter[str] = Counter()  # to the host, where a weight had to stay
         self.fallbacks: Counter[str] = Counter()  # nodes that a device lacks, by operation
+
+    @property
+    def place(self) -> int:
+        """The device of what is made now."""
+        return self._marks.now if self._marks else self._device.host
+
+    @property
+    def kernels(self) -> Library | None:
+        """Our own, if what is made now runs on the host."""
+        return self._device.kernels if self.place == self._device.host else None
 
     # -- inputs, outputs, running ------------------------------------------------------------
 
@@ -88,10 +102,20 @@ class Graph:
     @contextmanager
     def on(self, index: int) -> Iterator[None]:
         """As ``at``, for a while."""
-        before = self._marks.now if self._marks else 0
+        before = self.place
         self.at(index)
         yield
         self.at(before)
+
+    @contextmanager
+    def beside(self, w: Tensor, operation: str) -> Iterator[None]:
+        """On the host for a while if w had to stay there, so that it does not travel each time."""
+        host = self._device.host
+        away = w.where == host != self.place
+        if away:
+            self._brought[operation] += 1
+        with self.on(host) if away else nullcontext():
+            yield
 
     def name(self, x: Tensor, name: str) -> Tensor:
         """Name an intermediate, so that it can be tapped; returns it."""
@@ -137,11 +161,14 @@ class Graph:
         if self._marks:
             assert not self._split, "a graph over several devices has memory once"
             self._split = True
-            self.fallbacks = pin(self._device, self._graph, self._marks)
+            self.fallbacks = pin(self._device, self._graph, self._marks) + self._brought
 
     def survey(self) -> tuple[Counter[str], int]:
         """What devices lack of it, by operation, and of how many nodes; needs no memory."""
-        return survey(self._device, self._graph, self._marks) if self._marks else (Counter(), 0)
+        if not self._marks:
+            return Counter(), 0
+        lacking, nodes = survey(self._device, self._graph, self._marks)
+        return lacking + self._brought, nodes + self._brought.total()
 
     def compute(self, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails.
