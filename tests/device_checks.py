@@ -5,10 +5,13 @@ Run with the CPU as further devices in ``test_devices.py``, with Vulkan in ``vul
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
+import ggml
 import numpy as np
 
 import gemloom
@@ -169,3 +172,18 @@ def run(model: gemloom.Model, *chunks: Chunk) -> np.ndarray:
     if len({chunk.slot for chunk in chunks}) < len(chunks):
         return [run(model, chunk) for chunk in chunks][-1]
     return np.asarray(call(model, lambda: model._runner.run(chunks)))
+
+
+def copied(model: gemloom.Model) -> tuple[list[str], set[str]]:
+    """Of the graph that is kept: the inputs that devices are sent, and what is copied besides.
+
+    The latter by the scheduler, where a device cannot read the other's memory.
+    """
+    plan = model._runner._plan
+    assert plan
+    names, graph = set(), plan.graph._graph
+    for i in range(ggml.ggml_graph_n_nodes(graph)):
+        for source in takewhile(bool, ggml.ggml_graph_node(graph, i).contents.src):
+            if copy := re.fullmatch(r".+#(.*)#0", source.contents.name.decode()):
+                names.add(copy[1])
+    return [each.name for upload in plan.graph._uploads for each in upload._inputs], names

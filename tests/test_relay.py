@@ -87,13 +87,15 @@ TABLE: list[tuple[Command, int, bytes | None, str]] = [
     (Command.ALLOC_BUFFER, 1, None, f"LostError: the worker W was lost: {GONE}"),
     (Command.ALLOC_BUFFER, 1, words(4096, 8), "LostError: the worker W was lost: it gave 8 bytes"),
     (Command.ALLOC_BUFFER, 1, words(4096, 2**64 - 1), "it gave 18,446,744,073,709,551,615 bytes"),
+    (Command.ALLOC_BUFFER, 2, words(0, 0), "DeviceError: no memory for the inputs of a step"),
     (
         Command.ALLOC_BUFFER,
-        2,
+        3,
         words(0, 0),
         "DeviceError: the worker W cannot go on: it has no memory for 0.0 MiB",
     ),
     (Command.ALLOC_BUFFER, 2, None, f"LostError: the worker W was lost: {GONE}"),
+    (Command.ALLOC_BUFFER, 3, None, f"LostError: the worker W was lost: {GONE}"),
     (Command.BUFFER_GET_BASE, 0, words(0), "it said a buffer begins at 0x0"),
     (Command.BUFFER_GET_BASE, 0, words(2**20 + 32), "it said a buffer begins at 0x100020"),
     (

@@ -14,8 +14,10 @@ import pytest
 import tiny
 from command_line import call
 from conftest import Load, endless, prompt
+from device_checks import copied, run
 from gemloom.errors import DeviceError
 from gemloom.ggml import relay, rpc
+from gemloom.sequence import Chunk
 from random_lora import random_lora
 from workers import Worker, needs_rpc, worker
 
@@ -58,6 +60,19 @@ def test_together_with_this_machine_and_with_adapters(
     want = alone.logits(ids, adapters={"style": 0.7})
     assert np.abs(want - alone.logits(ids)).max() > 0.1
     assert np.abs(want - spread.logits(ids, adapters={"style": 0.7})).max() < 1e-4 * want.std()
+
+
+@needs_rpc
+@pytest.mark.parametrize(("variant", "rows"), [("e2b", 2), ("gemma3", 1)])
+def test_besides_the_inputs_only_rows_of_tables_are_copied(
+    load: Load, pair: tuple[Worker, Worker], variant: str, rows: int
+) -> None:
+    model = load(variant, device=pair[0].device, slots=3, threads=1)
+    for step in range(2):
+        run(model, *(Chunk(slot, step, [5], [0]) for slot in range(3)))
+    inputs, copies = copied(model)
+    assert len(inputs) == 3 + 2 * 3
+    assert len(copies) == rows and not copies & set(inputs)
 
 
 @needs_rpc

@@ -19,6 +19,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.ggml import backends
+from gemloom.ggml.room import Room
 from gemloom.gguf import nbytes
 
 if TYPE_CHECKING:
@@ -183,6 +184,8 @@ class Device:
             raise
         self.scheduler = self._schedule()
         self._closers.append(self._free_scheduler)
+        self.rooms = [Room(found.buffer_type) for found in self.found]  # for graphs' inputs
+        self._closers += [room.close for room in self.rooms]
         self.names = [self._backend_name(index) for index in range(len(self.backends))]
 
     def _start(self) -> list[Any]:
@@ -272,9 +275,12 @@ class Device:
         self.compute_bytes = sum(self.compute_sizes())
 
     def compute_sizes(self) -> list[int]:
-        """Bytes the scheduler holds on each backend now."""
+        """Bytes the scheduler holds on each backend now, and inputs take there."""
         size = ggml.ggml_backend_sched_get_buffer_size
-        return [int(size(self.scheduler, backend)) for backend in self.backends]
+        sizes = [int(size(self.scheduler, backend)) for backend in self.backends]
+        for index, room in enumerate(self.rooms):
+            sizes[index] += room.nbytes
+        return sizes
 
     def close(self) -> None:
         """Free scheduler and backends; no graph may be used afterwards."""

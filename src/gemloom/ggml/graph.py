@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gemloom.errors import DeviceError
 from gemloom.ggml.device import Device, Tensor, contiguous_strides
 from gemloom.ggml.pinning import Marks, pin, survey
+from gemloom.ggml.uploads import Upload, uploads
 
 if TYPE_CHECKING:
     from gemloom.kernels.library import Library
@@ -57,7 +58,7 @@ class Graph:
         self.names: list[str] = []
         self._marks = None if device.on_host else Marks(self._context, 0)
         self._split = False
-        self._brought: Counter[str] = Counter()  # to the host, where a weight had to stay
+        self._uploads: list[Upload] = []
         self.fallbacks: Counter[str] = Counter()  # nodes that a device lacks, by operation
 
     @property
@@ -111,10 +112,11 @@ class Graph:
     def beside(self, w: Tensor, operation: str) -> Iterator[None]:
         """On the host for a while if w had to stay there, so that it does not travel each time."""
         host = self._device.host
-        away = w.where == host != self.place
-        if away:
-            self._brought[operation] += 1
-        with self.on(host) if away else nullcontext():
+        if not self._marks or w.where != host or self.place == host:
+            yield
+            return
+        self._marks.brought[operation] += 1
+        with self.on(host):
             yield
 
     def name(self, x: Tensor, name: str) -> Tensor:
@@ -161,14 +163,12 @@ class Graph:
         if self._marks:
             assert not self._split, "a graph over several devices has memory once"
             self._split = True
-            self.fallbacks = pin(self._device, self._graph, self._marks) + self._brought
+            self.fallbacks, places = pin(self._device, self._graph, self._marks)
+            self._uploads.extend(uploads(self._device, self._graph, self._inputs, places))
 
     def survey(self) -> tuple[Counter[str], int]:
         """What devices lack of it, by operation, and of how many nodes; needs no memory."""
-        if not self._marks:
-            return Counter(), 0
-        lacking, nodes = survey(self._device, self._graph, self._marks)
-        return lacking + self._brought, nodes + self._brought.total()
+        return survey(self._device, self._graph, self._marks) if self._marks else (Counter(), 0)
 
     def compute(self, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails.
@@ -176,6 +176,8 @@ class Graph:
         ``meanwhile`` is called while a device computes: after all was computed on the CPU.
         """
         assert self._device.current is self
+        for upload in self._uploads:
+            upload.send()
         scheduler = self._device.scheduler
         status = ggml.ggml_backend_sched_graph_compute_async(scheduler, self._graph)
         try:
@@ -194,6 +196,8 @@ class Graph:
         if self._context:
             ggml.ggml_free(self._context)
             self._context = None
+        while self._uploads:
+            self._uploads.pop().close()
 
     # -- products and rows -------------------------------------------------------------------
 
