@@ -116,10 +116,15 @@ def _at(pointers: ctypes.Array[ctypes.c_void_p], index: int) -> ctypes.c_void_p:
 
 def lack(monkeypatch: pytest.MonkeyPatch, lacking: Collection[int]) -> None:
     """Let the devices lack these operations."""
+    lack_where(monkeypatch, lambda node: node.op in lacking)
+
+
+def lack_where(monkeypatch: pytest.MonkeyPatch, lacks: Callable[[Any], bool]) -> None:
+    """Let the devices lack the nodes, ggml's structures, of which ``lacks`` is true."""
     real = Device.supports
 
-    def supports(device: Device, index: int, node: object) -> bool:
-        there = index == device.host or node.contents.op not in lacking  # type: ignore[attr-defined]
+    def supports(device: Device, index: int, node: Any) -> bool:
+        there = index == device.host or not lacks(node.contents)
         return there and real(device, index, node)
 
     monkeypatch.setattr(Device, "supports", supports)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
+import ggml
 import numpy as np
 
 import gemloom
@@ -35,19 +37,24 @@ class Bound:
 
 @dataclass(frozen=True)
 class Checks:
-    """The checks on one device; ``options`` are those of every model on it."""
+    """The checks on one device; ``options`` are those of every model on it.
+
+    ``kernels`` are those of the CPU, where it computes all and where it has some of the layers.
+    """
 
     load: Load
     device: Names
     bound: Bound
+    kernels: str = "auto"
 
     def model(self, variant: str, **options: Any) -> gemloom.Model:
-        model = self.load(variant, threads=1, **{"device": self.device, **options})
+        options = {"device": self.device, "kernels": self.kernels, **options}
+        model = self.load(variant, threads=1, **options)
         assert not model.placement.on_host and not model.fallbacks
         return model
 
     def host(self, variant: str, **options: Any) -> gemloom.Model:
-        return self.load(variant, device="cpu", kernels="plain", threads=1, **options)
+        return self.load(variant, device="cpu", kernels=self.kernels, threads=1, **options)
 
     def layers(self, variant: str) -> None:
         """Any number of layers there, in one go."""
@@ -188,3 +195,18 @@ def run(model: gemloom.Model, *chunks: Chunk) -> np.ndarray:
     if len({chunk.slot for chunk in chunks}) < len(chunks):
         return [run(model, chunk) for chunk in chunks][-1]
     return np.asarray(call(model, lambda: model._runner.run(chunks)))
+
+
+def copied(model: gemloom.Model) -> tuple[list[str], set[str]]:
+    """Of the graph that is kept: the inputs that devices are sent, and what is copied besides.
+
+    The latter by the scheduler, where a device cannot read the other's memory.
+    """
+    plan = model._runner._plan
+    assert plan
+    names, graph = set(), plan.graph._graph
+    for i in range(ggml.ggml_graph_n_nodes(graph)):
+        for source in takewhile(bool, ggml.ggml_graph_node(graph, i).contents.src):
+            if copy := re.fullmatch(r".+#(.*)#0", source.contents.name.decode()):
+                names.add(copy[1])
+    return [each.name for upload in plan.graph._uploads for each in upload._inputs], names

@@ -13,7 +13,7 @@ import cpu_devices
 import gemloom
 import tiny
 from conftest import Load, prompt
-from device_checks import Bound, Checks
+from device_checks import Bound, Checks, copied, run
 from gemloom import bench, gguf
 from gemloom.errors import DeviceError, OptionError
 from gemloom.ggml import backends
@@ -21,6 +21,7 @@ from gemloom.ggml.backends import DeviceInfo, Found
 from gemloom.model import Model
 from gemloom.options import Options
 from gemloom.placement import Placement
+from gemloom.sequence import Chunk
 from gemloom.source import resolve
 from gemloom.surveying import survey
 
@@ -36,7 +37,7 @@ def _cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def checks(load: Load) -> Checks:
-    return Checks(load, "cpu0", BOUND)
+    return Checks(load, "cpu0", BOUND, "plain")
 
 
 @pytest.mark.parametrize("variant", sorted(tiny.VARIANTS))
@@ -50,7 +51,7 @@ def test_a_device_with_memory_of_its_own(
 ) -> None:
     """What ggml copies there and back."""
     cpu_devices.own(monkeypatch)
-    checks = Checks(load, "own0", BOUND)
+    checks = Checks(load, "own0", BOUND, "plain")
     checks.layers(variant)
     checks.ragged(variant, **PART)
     checks.adapters(variant, **PART)
@@ -198,3 +199,27 @@ def test_a_benchmark_tells_what_a_device_lacks(load: Load, monkeypatch: pytest.M
     console = Console(file=io.StringIO(), width=100)
     console.print(bench.render(report))
     assert "so on the CPU: geglu (12)" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("variant", ["e2b", "gemma3"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_inputs_of_a_step_go_to_a_device_at_once(
+    load: Load, monkeypatch: pytest.MonkeyPatch, variant: str, count: int
+) -> None:
+    """However many requests decode."""
+    model = load(variant, device="cpu0", slots=count, chunk=32, **PLAIN)
+    sent: list[int] = []
+    real = ggml.ggml_backend_tensor_set
+
+    def send(tensor: object, data: int, offset: int, size: int) -> None:
+        sent.append(size)
+        real(tensor, data, offset, size)
+
+    monkeypatch.setattr(ggml, "ggml_backend_tensor_set", send)
+    for step in range(3):
+        run(model, *(Chunk(slot, step, [5], [0]) for slot in range(count)))
+    assert len(sent) == 3
+    inputs, _ = copied(model)
+    masks = [f"{kind}_mask.{i}" for kind in ("full", "sliding") for i in range(count)]
+    assert set(inputs) == {"positions", "full_cells", "sliding_cells", *masks}
+    assert len(inputs) == len(set(inputs))

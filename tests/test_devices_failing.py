@@ -58,7 +58,8 @@ def test_memory_that_is_refused_while_loading(load: Load, own0: Faults, gpu_laye
             assert (model.logits(prompt(20)) == wanted).all()
             break
     assert re.match(r"no memory for the weights on own0: \d+ MiB could not be allocated", told[0])
-    assert told[-2].startswith("no memory for the K/V cells of 1 x 256 positions on own0: ")
+    assert told[-3].startswith("no memory for the K/V cells of 1 x 256 positions on own0: ")
+    assert told[-2].startswith("no memory on own0 for the inputs of a step; take a smaller chunk")
     assert told[-1].startswith("no memory on own0 for intermediate results; take a smaller chunk")
 
 

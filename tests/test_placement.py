@@ -173,7 +173,7 @@ def test_the_tables_stay_and_a_tied_head_is_copied() -> None:
     assert placed.places("rope_freqs.weight") == (0, 1)
     assert placed.places("output_norm.weight") == (0,)
     assert placed.places("blk.0.attn_q.weight") == (1,)
-    assert placed.product("token_embd.weight") == 1
+    assert placed.products("token_embd.weight") == (1,)
     untied = plan(sizes_for((MIB,) * 4, MIB), CHOICES, spaces, Wanted(2, None, False), tied=False)
     assert untied.places("token_embd.weight") == (1,)
     assert untied.places("output.weight") == (0,)

@@ -100,9 +100,16 @@ TABLE: list[tuple[Command, int, bytes | None, str]] = [
         Command.ALLOC_BUFFER,
         2,
         words(0, 0),
+        "OutOfMemoryError: no memory on rpc:W for the inputs of a step",
+    ),
+    (
+        Command.ALLOC_BUFFER,
+        3,
+        words(0, 0),
         "OutOfMemoryError: no memory on rpc:W for intermediate results",
     ),
     (Command.ALLOC_BUFFER, 2, None, f"LostError: the worker W was lost: {GONE}"),
+    (Command.ALLOC_BUFFER, 3, None, f"LostError: the worker W was lost: {GONE}"),
     (Command.BUFFER_GET_BASE, 0, words(0), "it said a buffer begins at 0x0"),
     (Command.BUFFER_GET_BASE, 0, words(2**20 + 32), "it said a buffer begins at 0x100020"),
     (

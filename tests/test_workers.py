@@ -19,12 +19,14 @@ from gguf.constants import GGMLQuantizationType
 import tiny
 from command_line import ENVIRONMENT, call, fine, write
 from conftest import Load, endless, prompt
+from device_checks import copied, run
 from fake_worker import FakeWorker
 from gemloom import fitting, gguf
 from gemloom.errors import DeviceError
 from gemloom.ggml import relay, rpc
 from gemloom.ggml.graph import F32, Graph
 from gemloom.options import Options
+from gemloom.sequence import Chunk
 from gemloom.source import resolve
 from random_lora import random_lora
 from workers import Worker, needs_rpc, worker
@@ -61,13 +63,26 @@ def test_together_with_this_machine_and_with_adapters(
 ) -> None:
     device, ids = [pair[0].device, "cpu"], prompt(40)
     alone = load("e2b", device="cpu", kernels="plain", threads=1)
-    spread = load("e2b", device=device, gpu_layers=4, threads=1)
+    spread = load("e2b", device=device, gpu_layers=4, kernels="plain", threads=1)
     assert set(spread.placement.layers) == {0, 1}
     for model in (alone, spread):
         model.adapters.load("style", random_lora(alone, 3))
     want = alone.logits(ids, adapters={"style": 0.7})
     assert np.abs(want - alone.logits(ids)).max() > 0.1
     assert np.abs(want - spread.logits(ids, adapters={"style": 0.7})).max() < 1e-4 * want.std()
+
+
+@needs_rpc
+@pytest.mark.parametrize(("variant", "rows"), [("e2b", 2), ("gemma3", 1)])
+def test_besides_the_inputs_only_rows_of_tables_are_copied(
+    load: Load, pair: tuple[Worker, Worker], variant: str, rows: int
+) -> None:
+    model = load(variant, device=pair[0].device, slots=3, threads=1)
+    for step in range(2):
+        run(model, *(Chunk(slot, step, [5], [0]) for slot in range(3)))
+    inputs, copies = copied(model)
+    assert len(inputs) == 3 + 2 * 3
+    assert len(copies) == rows and not copies & set(inputs)
 
 
 @needs_rpc

@@ -166,7 +166,7 @@ def compute_bytes(config: Config, options: Options, context: int) -> tuple[int, 
     kept = 2 * read if config.n_per_layer else read
     layers = rows * (kept + _NUMBERS + _widest(config, through))
     layers += few * (_widest(config, config.layers) + config.n_vocab)
-    return (masks + _FLOAT * layers) * 9 // 8, inputs * 9 // 8  # some is lost between tensors
+    return (masks + _FLOAT * layers) * 5 // 4, inputs * 9 // 8  # some is lost between tensors
 
 
 def _widest(config: Config, specs: Sequence[LayerSpec]) -> int:

@@ -34,27 +34,32 @@ def linear(
     """
     g.watch(w.name, x)
     name = name or w.name
-    if w.packed and not part:
-        y = product(g, w.packed, x)
-    else:
-        rows = g.slice(w, 1, *part) if part else w
-        y = dense_product(g, rows, x) if serves_dense(g, w) else g.mul_mat(rows, x)
-    if g.kernels:
-        there = [stretch for delta in deltas if (stretch := delta.stretch(name, part))]
-        if there:
-            add_deltas(g, there, x, y)
-    else:
-        for delta in deltas:
-            delta.add_product(g, name, x, y, part)
+    with g.beside(w, "mul_mat"):
+        y = _product(g, w, x, part)
+        if g.kernels:
+            there = [stretch for delta in deltas if (stretch := delta.stretch(g, name, part))]
+            if there:
+                add_deltas(g, there, x, y)
+        else:
+            for delta in deltas:
+                delta.add_product(g, name, x, y, part)
     return y if part else g.name(y, name.removesuffix(".weight"))
+
+
+def _product(g: Graph, w: Tensor, x: Tensor, part: Part | None) -> Tensor:
+    if w.packed and not part:
+        return product(g, w.packed, x)
+    rows = g.slice(w, 1, *part) if part else w
+    return dense_product(g, rows, x) if serves_dense(g, w) else g.mul_mat(rows, x)
 
 
 def expert_linear(g: Graph, w: Tensor, x: Tensor, ids: Tensor, deltas: Sequence[Delta]) -> Tensor:
     """w [k, m, n_expert], x [k, 1 or used, n], ids [used, n] -> [m, used, n], as named by ids."""
     g.watch_experts(w.name, w.shape[2], x, ids)
-    y = expert_product(g, w.packed, x, ids) if w.packed else g.mul_mat_id(w, x, ids)
-    for delta in deltas:
-        delta.add_expert_product(g, w.name, x, ids, y)
+    with g.beside(w, "mul_mat_id"):
+        y = expert_product(g, w.packed, x, ids) if w.packed else g.mul_mat_id(w, x, ids)
+        for delta in deltas:
+            delta.add_expert_product(g, w.name, x, ids, y)
     return g.name(y, w.name.removesuffix(".weight"))
 
 

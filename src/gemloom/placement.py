@@ -109,10 +109,16 @@ class Placement:
         """Whether no device has anything."""
         return all(index == self.host for index in (*self.layers, self.head))
 
+    @property
+    def stranded(self) -> list[str]:
+        """The matrices that are on the host although it is devices whose layers need them."""
+        return sorted(name for name in self.kept if set(self._users(name)) != {self.host})
+
     def places(self, name: str) -> tuple[int, ...]:
         """The devices that hold a tensor of this name, the host last."""
-        if name in self.kept:
-            return (self.host,)
+        return (self.host,) if name in self.kept else self._users(name)
+
+    def _users(self, name: str) -> tuple[int, ...]:
         if name.startswith("blk."):
             return (self.layers[int(name.split(".")[1])],)
         if name == "token_embd.weight" and self.tied and self.head != self.host:
@@ -123,9 +129,16 @@ class Placement:
             return tuple(sorted(set(self.layers)))
         return (self.head,)
 
-    def product(self, name: str) -> int:
-        """The device on which the product with a tensor runs, or its rows are read."""
-        return self.host if name in TABLES else self.places(name)[0]
+    def products(self, name: str) -> tuple[int, ...]:
+        """The devices on which products with a tensor run, or its rows are read."""
+        if name in TABLES:
+            return (self.host,)
+        return (self.logits,) if name == "output.weight" else self.places(name)
+
+    @property
+    def logits(self) -> int:
+        """The device on which the logits are made."""
+        return self.places("token_embd.weight" if self.tied else "output.weight")[0]
 
     def runs(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The layers from ``first`` to ``stop`` in runs on one device: its index, first, stop."""

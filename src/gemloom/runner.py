@@ -103,8 +103,8 @@ class Runner:
         self._device = device
         self._model = ARCHITECTURES[config.architecture](config, weights)
         self._plan: _Plan | None = None
-        head, count = weights.placement.head, min(COUNT, config.n_vocab)
-        self.ranks = finds_largest(device, head, config.n_vocab, count)
+        logits, count = weights.placement.logits, min(COUNT, config.n_vocab)
+        self.ranks = finds_largest(device, logits, config.n_vocab, count)
         self._foreseen: dict[tuple[int, int, bool], np.ndarray] = {}  # masks of single rows
         self.times = dict.fromkeys(("build", "input", "launch", "ahead", "compute", "read"), 0.0)
         self._warned: set[str] = set()

@@ -6,7 +6,7 @@ want another layout, ``filling.py`` copies and packs them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,24 +163,32 @@ class Weights(Tensors):
         for arena in self._arenas.values():
             arena.allocate("the weights")
         filling = Filling(self._device.threads, in_turn=not self._device.on_host)
-        plan = self._plan(file)
-        home = self._home(plan, options, progress) if plan else None
-        if plan and home is None:
-            home = pages(plan.nbytes, "the packed weights")
-            self._bytes_packed_here = home.nbytes
-            if all(self._in_memory(matrix.info) for matrix in plan.matrices):
-                start = address(home)
-                plan.pack(lambda m: start + m.start, self._device.threads, progress)
-            else:
-                for matrix in plan.matrices:
-                    filling.pack(plan, matrix, home, copies.pop(matrix.info.name, ()))
+        packed = None
+        if plan := self._plan(file, self._packs):
+            packed = self._kept(file, options, progress)
+            packed = packed or (plan, self._pack(plan, filling, copies, progress))
         for name, tensors in copies.items():
             filling.copy(file.tensors[name], tensors, whole=name in self._repacked)
         filling.run(progress)
         self._note_first_bytes(file, filling.first_bytes)
         file.finish()
-        if plan and home is not None:
-            self._use_packed(plan, home)
+        if packed:
+            self._use_packed(*packed)
+
+    def _pack(
+        self, plan: Plan, filling: Filling, copies: dict[str, list[Tensor]],
+        progress: Progress | None,
+    ) -> memoryview:  # fmt: skip
+        """Memory for packed matrices: filled now, or by ``filling`` where their bytes arrive."""
+        home = pages(plan.nbytes, "the packed weights")
+        self._bytes_packed_here = home.nbytes
+        if all(self._in_memory(matrix.info) for matrix in plan.matrices):
+            start = address(home)
+            plan.pack(lambda m: start + m.start, self._device.threads, progress)
+        else:
+            for matrix in plan.matrices:
+                filling.pack(plan, matrix, home, copies.pop(matrix.info.name, ()))
+        return home
 
     @staticmethod
     def _in_memory(info: TensorInfo) -> bool:
@@ -208,16 +216,20 @@ class Weights(Tensors):
                 copies.append(self._on_device(info, shape, index))
         return copies
 
-    def _packs(self, info: TensorInfo) -> bool:
-        """Whether our own kernels multiply with this tensor."""
+    def _serves(self, info: TensorInfo) -> bool:
+        """Whether our own kernels can multiply with this tensor."""
         whole = info.name not in self._layout.sliced or info.name == self._layout.head
         own = self._device.kernels
         return bool(own and whole and own.serves(info.type, info.shape[0]))
 
+    def _packs(self, info: TensorInfo) -> bool:
+        """Whether they do: if that is done on the host."""
+        return self._serves(info) and self.placement.places(info.name)[0] == self._device.host
+
     def _place(self, info: TensorInfo, shape: tuple[int, ...]) -> bool:
         """Make a tensor; True where it uses its bytes where they are."""
         kind, better = _kind(info, shape), None
-        if self._repack and self._device.on_host and info.name not in self._layout.sliced:
+        if self._repack and info.name not in self._layout.sliced:
             better = self._repacking.buffer_type(kind, shape)
         arena = self._arena("repacked", better) if better else self._arena("own")
         self._tensors[info.name] = arena.tensor(info.name, kind, shape)
@@ -225,33 +237,43 @@ class Weights(Tensors):
             self._repacked.add(info.name)
         return not better and self._in_place and self._map(info)
 
-    def _plan(self, file: GGUF) -> Plan | None:
-        """Where the matrices of our own kernels are packed to; None where there are none."""
+    def _plan(self, file: GGUF, which: Callable[[TensorInfo], bool]) -> Plan | None:
+        """Where such matrices are packed to; None where there are none."""
         own, wanted = self._device.kernels, self._layout.required.items()
-        chosen = [(file.tensors[n], shape) for n, shape in wanted if self._packs(file.tensors[n])]
+        chosen = [(file.tensors[n], shape) for n, shape in wanted if which(file.tensors[n])]
         return Plan(own, chosen) if own and chosen else None
 
-    def _home(self, plan: Plan, options: Options, progress: Progress | None) -> memoryview | None:
-        """The packed matrices in a file that was there or is made now; None: no such file."""
+    def _kept(
+        self, file: GGUF, options: Options, progress: Progress | None
+    ) -> tuple[Plan, memoryview] | None:
+        """The packed matrices in a file that was there or is made now; None: no such file.
+
+        It has those of all layers, wherever they run this time.
+        """
         kept, threads = None, self._device.threads
+        plan = self._plan(file, self._serves)
+        assert plan
         if self._in_place and options.packed != "off":
             kept = packed_file.find(plan, threads)
         if kept is None and options.packed == "keep":
             kept = packed_file.keep(plan, threads, progress)
-        if kept is not None:
-            self.bytes_mapped += kept.nbytes
-        return kept
+        return None if kept is None else (plan, kept)
 
     def _use_packed(self, plan: Plan, home: memoryview) -> None:
-        arena, self.bytes_packed = self._arena("packed"), plan.nbytes
-        for matrix in plan.matrices:
+        arena = self._arena("packed")
+        for matrix in filter(lambda matrix: self._packs(matrix.info), plan.matrices):
             info, shape = matrix.info, self._layout.required[matrix.info.name]
+            self.bytes_packed += matrix.nbytes
             place = arena.tensor(info.name, I8, (matrix.nbytes,))
             mapped = arena.map(place, home, matrix.start, PACKED_ALIGNMENT)
             assert mapped, info
             if info.name not in self._tensors:
-                self._tensors[info.name] = Tensor(place.pointer, info.type, shape, name=info.name)
+                host = self._device.host
+                self._tensors[info.name] = Tensor(
+                    place.pointer, info.type, shape, name=info.name, where=host
+                )
             self._tensors[info.name].packed = Packed(matrix.weight, place)
+        self.bytes_mapped += 0 if self._bytes_packed_here else self.bytes_packed
 
     def _note_first_bytes(self, file: GGUF, read: dict[str, bytes]) -> None:
         """Of every tensor: what was read anyway, and where it lies for the others, not read now."""

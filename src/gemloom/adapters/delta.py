@@ -32,19 +32,19 @@ class Delta:
         self, g: Graph, name: str, x: Tensor, y: Tensor, part: tuple[int, int] | None
     ) -> None:
         """y [m, n] += s B A x, of x [k, n]."""
-        if (pair := self.adapter.pairs.get(name)) is None:
+        if (pair := self.adapter.pair(name, g.place)) is None:
             return
         z = g.mul_mat(pair.a, self._rows(g, x))
-        if self.adapter.upright:
+        if pair.upright:
             self._add(g, g.slice(pair.b, 0, *part) if part else pair.b, z, y)
         else:
             b = g.slice(pair.b, 1, *part) if part else pair.b
             z = g.mul(z, g.reshape(self._scale(g, (1, self.count, 1)), 1, self.count))
             g.add_into(self._rows(g, y), g.mul_mat(b, z))
 
-    def stretch(self, name: str, part: tuple[int, int] | None) -> Stretch | None:
+    def stretch(self, g: Graph, name: str, part: tuple[int, int] | None) -> Stretch | None:
         """What our own kernels need to add it to a product; None where it has nothing to add."""
-        pair = self.adapter.pairs.get(name)
+        pair = self.adapter.pair(name, g.place)
         if pair is None:
             return None
         rank, size = pair.a.shape[1], pair.b.strides[0]
@@ -58,13 +58,13 @@ class Delta:
         self, g: Graph, name: str, tokens: Tensor, y: Tensor, part: tuple[int, int] | None
     ) -> None:
         """y [k, n] += s A^T b, where b [r, n] are the rows of B that the tokens name."""
-        if pair := self.adapter.pairs.get(name):
+        if pair := self.adapter.pair(name, g.place):
             columns = g.slice(pair.a, 0, *part) if part else pair.a
             self._add(g, columns, g.get_rows(pair.b, self._rows(g, tokens)), y)
 
     def add_expert_product(self, g: Graph, name: str, x: Tensor, ids: Tensor, y: Tensor) -> None:
         """y [m, used, n] += s B A x with the matrices of the chosen experts."""
-        if pair := self.adapter.pairs.get(name):
+        if pair := self.adapter.pair(name, g.place):
             ids = self._rows(g, ids)
             z = g.mul_mat_id(pair.a, self._rows(g, x), ids)
             z = g.mul(z, g.reshape(self._scale(g, (1, self.count, 1)), 1, 1, self.count))

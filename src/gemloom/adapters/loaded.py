@@ -24,14 +24,15 @@ _SLICE = 1 << 18  # elements that are converted at once: they stay in a core's c
 class Factors:
     """Of one matrix W [k, m]: a [k, r] and b, f32 or f16; their product is to be scaled.
 
-    b is [m, r], so that sums run along m; but [r, m] of a table, of which rows are picked, and
-    where there are devices, which are as fast with that. Of an expert matrix [k, m, n_expert] they
+    b is [m, r], ``upright``, so that sums run along m; but [r, m] of a table, of which rows are
+    picked, and on devices, which are as fast with that. Of an expert matrix [k, m, n_expert] they
     are [k, r, n_expert] and [r, m, n_expert].
     """
 
     a: Tensor
     b: Tensor
     scale: float  # 1 where it is in a already
+    upright: bool
 
 
 class Loaded:
@@ -43,42 +44,45 @@ class Loaded:
         """Copy the factors. DeviceError where there is no memory for them."""
         self.name, self.version, self.invocation = name, version, lora.invocation
         self.rank = max(pair.rank for pair in lora.pairs.values())
-        self._own, self.upright = device.kernels is not None, device.on_host
-        self._where = {matrix: placement.product(matrix) for matrix in lora.pairs}
+        self._own, self._host = device.kernels is not None, device.host
+        places = {matrix: placement.products(matrix) for matrix in lora.pairs}
         self._arenas = {
             index: Arena(device, 2 * len(lora.pairs), weights=True, where=index)
-            for index in set(self._where.values())
+            for index in set().union(*places.values())
         }
         try:
             self.pairs = {
-                matrix: self._factors(matrix, pair) for matrix, pair in lora.pairs.items()
+                matrix: {where: self._factors(matrix, pair, where) for where in places[matrix]}
+                for matrix, pair in lora.pairs.items()
             }
             for arena in self._arenas.values():
                 arena.allocate(f"the adapter {name}")
             copier = _Copier(max(max(*p.a.shape, *p.b.shape) for p in lora.pairs.values()))
             for matrix, pair in lora.pairs.items():
-                factors = self.pairs[matrix]
-                copier.copy(pair.a, factors.a, pair.scale / factors.scale)
-                copier.copy(self._turned(matrix, pair), factors.b)
+                for factors in self.pairs[matrix].values():
+                    copier.copy(pair.a, factors.a, pair.scale / factors.scale)
+                    copier.copy(pair.b.T if factors.upright else pair.b, factors.b)
         except BaseException:
             self.close()
             raise
 
-    def _factors(self, name: str, pair: Pair) -> Factors:
-        arena = self._arenas[self._where[name]]
-        product = self._own and name not in TABLES and pair.a.ndim == 2
-        kind = F16 if product and pair.a.dtype == pair.b.dtype == np.float16 else F32
+    def pair(self, name: str, where: int) -> Factors | None:
+        """Its factors for a matrix, as they are on the device where the product runs."""
+        there = self.pairs.get(name)
+        return there[where] if there else None
+
+    def _factors(self, name: str, pair: Pair, where: int) -> Factors:
+        arena = self._arenas[where]
+        upright = where == self._host and name not in TABLES and pair.a.ndim == 2
+        halves = upright and self._own and pair.a.dtype == pair.b.dtype == np.float16
+        kind = F16 if halves else F32
 
         def tensor(which: str, array: np.ndarray) -> Tensor:
             return arena.tensor(f"{name}.{which}", kind, array.shape[::-1])
 
         scale = pair.scale if kind == F16 and pair.scale else 1.0
-        return Factors(tensor("a", pair.a), tensor("b", self._turned(name, pair)), scale)
-
-    def _turned(self, name: str, pair: Pair) -> np.ndarray:
-        """B as it is to lie in memory, slowest dimension first."""
-        as_it_is = name in TABLES or pair.b.ndim == 3 or not self.upright
-        return pair.b if as_it_is else pair.b.T
+        b = tensor("b", pair.b.T if upright else pair.b)
+        return Factors(tensor("a", pair.a), b, scale, upright)
 
     @property
     def nbytes(self) -> int:

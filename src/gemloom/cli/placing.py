@@ -17,7 +17,7 @@ def plan_facts(placement: "Placement") -> dict[str, Any]:
         "kv_type": placement.choice.kv_type,
         "layers": [placement.table[index].name for index in placement.layers],
         "head": placement.table[placement.head].name,
-        "kept_on_host": sorted(placement.kept),
+        "kept_on_host": placement.stranded,
         "devices": [
             {
                 "name": use.name, "layers": use.layers, "weights": use.weights, "kv": use.kv,
@@ -37,5 +37,7 @@ def plan_table(placement: "Placement") -> "Table":
         made.add_row(use.name, str(use.layers), *map(size, sizes), free)
     choice = placement.choice
     made.caption = f"context {choice.context:,}, K/V cells {choice.kv_type}"
+    if kept := placement.stranded:
+        made.caption += f"; {len(kept)} matrices of these layers stay on the CPU: {kept[0]} ..."
     made.caption_justify = "left"
     return made

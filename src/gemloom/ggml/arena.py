@@ -46,7 +46,7 @@ class Arena:
         sizes = (ctypes.c_int64 * len(shape))(*shape)
         pointer = ggml.ggml_new_tensor(self.context, int(kind), len(shape), sizes)
         ggml.ggml_set_name(pointer, name.encode())
-        return Tensor(pointer, kind, tuple(shape), name=name)
+        return Tensor(pointer, kind, tuple(shape), name=name, where=self._where)
 
     def map(self, tensor: Tensor, part: memoryview, start: int, alignment: int) -> bool:
         """Let ``tensor`` use the bytes of ``part`` from ``start`` on, if their address allows.

@@ -20,6 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gemloom.errors import DeviceError, LostError, OutOfMemoryError
 from gemloom.ggml import backends
 from gemloom.ggml.memory import free_memory
+from gemloom.ggml.room import Room
 from gemloom.gguf import nbytes
 
 if TYPE_CHECKING:
@@ -38,11 +39,12 @@ class Tensor:
     """A ggml tensor: its pointer, and what Python needs to know of it without asking C.
 
     ``shape`` is in ggml order (fastest first) and has as many dimensions as were given. ``packed``
-    is the same matrix in the layout of our own kernels, where there is one for it. ``array`` is
-    the memory of a graph's input, once it has some, in the shape of ``numpy()``.
+    is the same matrix in the layout of our own kernels, where there is one for it. ``where`` is the
+    device of a weight, None for what a graph makes. ``array`` is the memory of a graph's input,
+    once it has some, in the shape of ``numpy()``.
     """
 
-    __slots__ = ("array", "name", "packed", "pointer", "shape", "strides", "type")
+    __slots__ = ("array", "name", "packed", "pointer", "shape", "strides", "type", "where")
 
     def __init__(
         self,
@@ -51,8 +53,10 @@ class Tensor:
         shape: tuple[int, ...],
         strides: tuple[int, ...] | None = None,
         name: str = "",
+        where: int | None = None,
     ) -> None:
         self.pointer, self.type, self.shape, self.name = pointer, type, shape, name
+        self.where = where
         self.packed: Packed | None = None
         self.array: np.ndarray[Any, Any] | None = None
         self.strides = strides or contiguous_strides(type, shape)
@@ -148,9 +152,9 @@ class Device:
 
     ``found`` are the devices in use besides the CPU, preferred first; where a tensor lies or a
     node runs is said by its index among them, ``host`` being that of the CPU. With none of them
-    all is on the host (``on_host``), with BLAS in front of it where ggml was built with it, and
-    ``kernels`` are our own, which graphs use there alone. ``names`` are the backends in use.
-    Raises DeviceError where one does not start. Free with ``close()``.
+    all is on the host (``on_host``), with BLAS in front of it where ggml was built with it.
+    ``kernels`` are our own, which graphs use on the host. ``names`` are the backends in use. Raises
+    DeviceError where one does not start. Free with ``close()``.
     """
 
     def __init__(
@@ -166,7 +170,7 @@ class Device:
         self._closers: list[Callable[[], None]] = [worker.close for worker in self._workers]
         self.host = len(self.found)
         self.on_host = not self.found
-        self.kernels = kernels if self.on_host else None
+        self.kernels = kernels
         if self.kernels:
             fields = ("data", "ne", "nb", "src")
             self.kernels.use({name: getattr(ggml.ggml_tensor, name).offset for name in fields})
@@ -182,6 +186,10 @@ class Device:
             raise
         self.scheduler = self._schedule()
         self._closers.append(self._free_scheduler)
+        self.rooms = [
+            Room(found.name, found.buffer_type) for found in self.found
+        ]  # for graphs' inputs
+        self._closers += [room.close for room in self.rooms]
         self.names = [self._backend_name(index) for index in range(len(self.backends))]
 
     def _start(self) -> list[Any]:
@@ -273,10 +281,10 @@ class Device:
         A graph that is given memory without this ends the process where there is none. Raises
         OutOfMemoryError, and nothing is held then; LostError.
         """
-        free, held = free_memory(), self.compute_sizes()
+        free, held = free_memory(), self._scheduled()
         there = ggml.ggml_backend_sched_reserve(self.scheduler, graph)
         self.check()  # one that is lost gives whatever is asked for
-        sizes = self.compute_sizes()
+        sizes = self._scheduled()
         more = sum(sizes[self.host :]) - sum(held[self.host :])  # on the host, not touched yet
         if not there or (free is not None and more > free):
             full = self.host if there else min(sizes.index(0), self.host)
@@ -285,7 +293,7 @@ class Device:
                 f"no memory on {self.name(full)} for intermediate results; "
                 "take a smaller chunk or context, fewer slots or fewer gpu_layers"
             )
-        self.compute_bytes = sum(sizes)
+        self.compute_bytes = sum(self.compute_sizes())
 
     def _empty(self) -> None:
         """Let the scheduler hold nothing.
@@ -315,7 +323,14 @@ class Device:
         return True
 
     def compute_sizes(self) -> list[int]:
-        """Bytes the scheduler holds on each backend now."""
+        """Bytes that intermediate results and inputs take on each backend now."""
+        sizes = self._scheduled()
+        for index, room in enumerate(self.rooms):
+            sizes[index] += room.nbytes
+        return sizes
+
+    def _scheduled(self) -> list[int]:
+        """Bytes that the scheduler holds on each backend."""
         size = ggml.ggml_backend_sched_get_buffer_size
         return [int(size(self.scheduler, backend)) for backend in self.backends]
 

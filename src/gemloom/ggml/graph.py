@@ -11,14 +11,19 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from math import prod
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ggml
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from gemloom.errors import OutOfMemoryError
 from gemloom.ggml.device import Device, Tensor, contiguous_strides
 from gemloom.ggml.pinning import Marks, pins, survey
+from gemloom.ggml.uploads import Upload, uploads
+
+if TYPE_CHECKING:
+    from gemloom.kernels.library import Library
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 I32, I64 = GGMLQuantizationType.I32, GGMLQuantizationType.I64
@@ -46,15 +51,26 @@ class Graph:
         self._graph = ggml.ggml_new_graph_custom(self._context, max_nodes, False)
         self._taps = frozenset(taps)
         self.tapped: dict[str, Tensor] = {}
-        self.kernels, self.threads = device.kernels, device.threads
+        self.threads = device.threads
         self._made: dict[tuple[str, int], Tensor] = {}
         self._kept: list[Any] = []
         self._inputs: list[Tensor] = []
         self.names: list[str] = []
         self._marks = None if device.on_host else Marks(self._context, 0)
         self._built: bytes | None = None  # its memory before the scheduler cut it
-        self._pins: list[tuple[Any, Any]] | None = None  # nodes and their backends
+        self._pins: list[tuple[Any, Any]] = []  # nodes and their backends
+        self._uploads: list[Upload] = []
         self.fallbacks: Counter[str] = Counter()  # nodes that a device lacks, by operation
+
+    @property
+    def place(self) -> int:
+        """The device of what is made now."""
+        return self._marks.now if self._marks else self._device.host
+
+    @property
+    def kernels(self) -> Library | None:
+        """Our own, if what is made now runs on the host."""
+        return self._device.kernels if self.place == self._device.host else None
 
     # -- inputs, outputs, running ------------------------------------------------------------
 
@@ -88,12 +104,23 @@ class Graph:
     @contextmanager
     def on(self, index: int) -> Iterator[None]:
         """As ``at``, for a while."""
-        before = self._marks.now if self._marks else 0
+        before = self.place
         self.at(index)
         try:
             yield
         finally:
             self.at(before)
+
+    @contextmanager
+    def beside(self, w: Tensor, operation: str) -> Iterator[None]:
+        """On the host for a while if w had to stay there, so that it does not travel each time."""
+        host = self._device.host
+        if not self._marks or w.where != host or self.place == host:
+            yield
+            return
+        self._marks.brought[operation] += 1
+        with self.on(host):
+            yield
 
     def name(self, x: Tensor, name: str) -> Tensor:
         """Name an intermediate, so that it can be tapped; returns it."""
@@ -137,18 +164,28 @@ class Graph:
         self._device.current = None
         ggml.ggml_backend_sched_reset(self._device.scheduler)
         if self._marks:
+            if self._built is None:
+                self._prepare(self._marks)
             self._restore()
-            if self._pins is None:
-                self._pins, self.fallbacks = pins(self._device, self._graph, self._marks)
             for node, backend in self._pins:
                 ggml.ggml_backend_sched_set_tensor_backend(self._device.scheduler, node, backend)
 
+    def _prepare(self, marks: Marks) -> None:
+        """Find out where nodes run, and where on devices they read their inputs."""
+        device, graph = self._device, self._graph
+        self._pins, self.fallbacks, places = pins(device, graph, marks)
+        try:
+            self._uploads.extend(uploads(device, graph, self._inputs, places))
+        except OutOfMemoryError:
+            device.check()  # one that is lost gives no memory
+            raise
+        size = ggml.ggml_used_mem(self._context)
+        self._built = ctypes.string_at(ggml.ggml_get_mem_buffer(self._context), size)
+
     def _restore(self) -> None:
-        """Make nodes and tensors what they were when this was called first."""
-        start = ggml.ggml_get_mem_buffer(self._context)
-        if self._built is None:
-            self._built = ctypes.string_at(start, ggml.ggml_used_mem(self._context))
-        ctypes.memmove(start, self._built, len(self._built))
+        """Make nodes and tensors what they were before the scheduler changed them."""
+        assert self._built is not None
+        ctypes.memmove(ggml.ggml_get_mem_buffer(self._context), self._built, len(self._built))
 
     def survey(self) -> tuple[Counter[str], int]:
         """What devices lack of it, by operation, and of how many nodes; needs no memory."""
@@ -161,6 +198,8 @@ class Graph:
         ``meanwhile`` is called while a device computes: after all was computed on the CPU.
         """
         assert self._device.current is self
+        for upload in self._uploads:
+            upload.send()
         scheduler = self._device.scheduler
         status = ggml.ggml_backend_sched_graph_compute_async(scheduler, self._graph)
         try:
@@ -178,6 +217,8 @@ class Graph:
         if self._context:
             ggml.ggml_free(self._context)
             self._context = None
+        while self._uploads:
+            self._uploads.pop().close()
 
     # -- products and rows -------------------------------------------------------------------
 

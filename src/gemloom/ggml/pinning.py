@@ -30,6 +30,7 @@ class Marks:
     def __init__(self, context: Any, first: int) -> None:
         self._context, self._base = context, int(ggml.ggml_get_mem_buffer(context) or 0)
         self._starts, self._places = [0], [first]
+        self.brought: Counter[str] = Counter()  # nodes to the host, where a weight had to stay
 
     @property
     def now(self) -> int:
@@ -46,12 +47,15 @@ class Marks:
         return self._places[bisect_right(self._starts, address) - 1]
 
 
-def pins(device: Device, graph: Any, marks: Marks) -> tuple[list[tuple[Any, Any]], Counter[str]]:
-    """The backend on which each node runs, and how many the devices lack, by operation.
+def pins(
+    device: Device, graph: Any, marks: Marks
+) -> tuple[list[tuple[Any, Any]], Counter[str], dict[int, int]]:
+    """The backend on which each node runs.
 
-    DeviceError where a device lacks what has to run there, since it writes into a tensor there.
+    Gives how many the devices lack, by operation, and where each runs, by its address. DeviceError
+    where a device lacks what has to run there, since it writes into a tensor there.
     """
-    lacking: Counter[str] = Counter()
+    lacking = marks.brought.copy()
     places: dict[int, int] = {}
     pinned = []
     for node in _nodes(graph):
@@ -65,7 +69,7 @@ def pins(device: Device, graph: Any, marks: Marks) -> tuple[list[tuple[Any, Any]
             index = device.host
         places[address] = index
         pinned.append((node, device.backends[index]))
-    return pinned, lacking
+    return pinned, lacking, places
 
 
 def survey(device: Device, graph: Any, marks: Marks) -> tuple[Counter[str], int]:
@@ -76,7 +80,7 @@ def survey(device: Device, graph: Any, marks: Marks) -> tuple[Counter[str], int]
         if (index := marks.of(ctypes.addressof(node.contents))) < device.host
     ]
     lacking = Counter(_name(node) for node, index in meant if not device.supports(index, node))
-    return lacking, len(meant)
+    return lacking + marks.brought, len(meant) + marks.brought.total()
 
 
 def _name(node: Any) -> str:
