@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import gemloom
 import tiny
@@ -23,9 +23,14 @@ import tiny
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The gate judges a change, so it draws the same examples for all; a run by hand draws new ones.
-settings.register_profile("gate", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("gate")
+# How long they take is no fault of theirs where the machine is busy. Examples do share fixtures.
+settings.register_profile(
+    "ours",
+    derandomize=bool(os.environ.get("CI")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("ours")
 
 Load = Callable[..., gemloom.Model]
 QUICK = 10.0  # seconds: what takes longer gets the marker "slow"

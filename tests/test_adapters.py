@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gemloom
@@ -183,9 +183,7 @@ sequences = st.lists(
 )
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, deadline=None)
 @given(variant=st.sampled_from(["e2b", "26b"]), batch=sequences, data=st.data())
 def test_a_random_batch_is_each_alone(
     mixed: dict[str, gemloom.Model], variant: str, batch: Any, data: st.DataObject

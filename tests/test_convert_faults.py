@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoints
@@ -372,9 +372,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 @pytest.mark.parametrize("variant", ["e2b", "26b", "gemma3"])
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_anything_in_the_json_files(tmp_path: Path, variant: str, data: st.DataObject) -> None:
     """Never anything but an error of ours, of one line; or it does no harm."""

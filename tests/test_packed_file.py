@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gemloom
@@ -224,7 +224,7 @@ def assert_used(plan: Plan) -> None:
     assert packed_file.find(plan, 1) is not None
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_byte_that_was_changed_since(plan: Plan, data: st.DataObject) -> None:
     """Anywhere in the packed matrices: the time of the change makes all of them be compared."""
@@ -242,7 +242,7 @@ def test_a_byte_that_was_changed_since(plan: Plan, data: st.DataObject) -> None:
     assert_used(plan)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(data=st.data())
 def test_cut_short_or_longer(plan: Plan, data: st.DataObject) -> None:
     kept = path_of(plan)

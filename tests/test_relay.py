@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ggml
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from command_line import ENVIRONMENT
@@ -147,9 +147,7 @@ SOME = st.lists(NUMBERS, max_size=3).map(lambda values: words(*values))
 
 
 @needs_rpc
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None)
 @given(
     command=st.sampled_from(Command),
     number=st.integers(0, 4),

@@ -165,16 +165,32 @@ def gguf_bytes(
     ``FORMS``. Then the tensors of ``drop`` go, those of ``extra`` come or replace others,
     and ``edit(metadata, tensors)`` may change both, to make files that are wrong.
     """
-    keys, weights = metadata(variant), tensors(variant, seed)
-    for name, wanted in forms.items():
-        if wanted:
-            FORMS[name](variant, keys, weights)
+    if not (drop or extra or edit or callable(types)):
+        return _unedited(variant, seed, types, tuple(sorted(forms.items())))
+    keys, weights = _formed(variant, seed, forms)
     for name in drop:
         del weights[name]
     weights.update(extra or {})
     if edit is not None:
         edit(keys, weights)
     return write(keys, weights, _type_of(types, weights))
+
+
+@functools.lru_cache(maxsize=24)
+def _unedited(
+    variant: Variant, seed: int, types: str | None, forms: tuple[tuple[str, bool], ...]
+) -> bytes:
+    """Many tests load the same file, and quantizing it takes longer than what they do with it."""
+    keys, weights = _formed(variant, seed, dict(forms))
+    return write(keys, weights, _type_of(types, weights))
+
+
+def _formed(variant: Variant, seed: int, forms: Mapping[str, bool]) -> tuple[Metadata, Tensors]:
+    keys, weights = metadata(variant), tensors(variant, seed)
+    for name, wanted in forms.items():
+        if wanted:
+            FORMS[name](variant, keys, weights)
+    return keys, weights
 
 
 def write(keys: Metadata, weights: Tensors, type_of: TypeOf = lambda name: F32) -> bytes:
