@@ -36,9 +36,11 @@ test-neon: $(VENV)/.dev
 
 # Mesa's driver shows its one device twice, for a model over two. Half floats in products blur what is compared;
 # the second run is with them. Compiling the shaders takes the first runs minutes; Mesa keeps them.
-test-vulkan: $(VULKAN)/.vulkan
-	GGML_VK_VISIBLE_DEVICES=0,0 GGML_VK_DISABLE_F16=1 $(VULKAN)/bin/python -m pytest tests/vulkan --timeout 1200
-	GGML_VK_VISIBLE_DEVICES=0 $(VULKAN)/bin/python -m pytest tests/vulkan --timeout 1200 -k "test_layers and (e2b or 31b)"
+LAVAPIPE = VK_DRIVER_FILES=$(abspath $(VULKAN))/vulkan/lvp_icd.json
+ON_VULKAN = PYTHONPATH=src $(VULKAN)/bin/python -m pytest tests/vulkan --timeout 1200
+test-vulkan: $(VULKAN)/.vulkan $(VULKAN)/vulkan/lvp_icd.json
+	$(LAVAPIPE) GGML_VK_VISIBLE_DEVICES=0,0 GGML_VK_DISABLE_F16=1 $(ON_VULKAN)
+	$(LAVAPIPE) GGML_VK_VISIBLE_DEVICES=0 $(ON_VULKAN) -k "test_layers and (e2b or 31b)"
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -99,16 +101,19 @@ RPC := CMAKE_ARGS="-DGGML_RPC=ON $$CMAKE_ARGS"
 	$*/bin/python $(PIP) --group reference
 	@touch $@
 
-$(VULKAN)/.vulkan: tests/vulkan/headers.sh
+# Compiled once: a newer checkout is no reason to do it again.
+$(VULKAN)/.vulkan: | $(VULKAN)/vulkan/lvp_icd.json
 	@command -v glslc >/dev/null || { echo "Debian: glslc libvulkan-dev spirv-headers mesa-vulkan-drivers"; exit 1; }
 	@echo "Compiling ggml with Vulkan (some 10 minutes on two cores)"
 	$(PYTHON) -m venv $(VULKAN)
-	tests/vulkan/headers.sh $(VULKAN)/vulkan
 	$(VULKAN)/bin/python $(PIP) --quiet 'pip>=25.1'
-	CMAKE_ARGS="-DGGML_VULKAN=ON -DGGML_RPC=ON -DVulkan_INCLUDE_DIR=$(CURDIR)/$(VULKAN)/vulkan/include" \
+	CMAKE_ARGS="-DGGML_VULKAN=ON -DGGML_RPC=ON -DVulkan_INCLUDE_DIR=$(abspath $(VULKAN))/vulkan/include" \
 		$(VULKAN)/bin/python $(PIP) --no-cache-dir --no-binary ggml-python --editable .
 	$(VULKAN)/bin/python $(PIP) --quiet --group dev
 	@touch $@
+
+$(VULKAN)/vulkan/lvp_icd.json:
+	tests/vulkan/unpack.sh $(VULKAN)/vulkan
 
 .venv-peer-server/.peer:
 	@echo "Compiling llama.cpp's server for this machine (some 15 minutes on two cores)"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from contextlib import closing
-from pathlib import Path
 from statistics import median
+from threading import Event, Thread
 from time import perf_counter
 from typing import Any
 
@@ -19,18 +20,14 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 import gemloom
-from gemloom.bench import bench
+from gemloom.bench import COMPUTING, bench
 from gemloom.errors import DeviceError
 from gemloom.ggml.arena import Arena
 from gemloom.ggml.backends import devices, ggml_version
 from gemloom.ggml.device import Device
 from gemloom.ggml.graph import Graph
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import tiny
-
 Job = dict[str, Any]
-PROMPT, GREEDY = 80, 24  # tokens of a parity check
 
 
 def device(job: Job) -> Job:
@@ -69,71 +66,55 @@ def bandwidth(job: Job) -> Job:
     return {"bytes": 2 * steps * 4 * count / min(seconds[1:])}
 
 
-def parity(job: Job) -> Job:
-    """Tiny models of each structure and type on the device and on the CPU with ggml's kernels.
-
-    The error of logits is in deviations of the CPU's; ``greedy`` is how many tokens are the same
-    before the first that is not, of GREEDY.
-    """
-    found = {}
-    for name in job["structures"]:
-        for kind in job["types"]:
-            made = tiny.VARIANTS[name].wide()
-            data = tiny.gguf_bytes(made, types=None if kind == "f32" else kind)
-            ids = [2, *np.random.RandomState(0).randint(300, size=PROMPT - 1).tolist()]
-            logits, tokens = [], []
-            for where, kernels in (("cpu", "ggml"), (job["device"], "auto")):
-                options = {"threads": job["threads"], "kernels": kernels, "context": 256}
-                with gemloom.load(data, device=where, **options) as model:
-                    logits.append(model.logits(ids))
-                    tokens.append(_greedy(model, ids))
-            error = np.abs(logits[1] - logits[0]) / logits[0].std()
-            found[f"{name} {kind}"] = {
-                "mean": float(error.mean()), "max": float(error.max()),
-                "greedy": _alike(*tokens),
-            }  # fmt: skip
-    return found
-
-
-def _greedy(model: gemloom.Model, ids: list[int]) -> list[int]:
-    bias = dict.fromkeys(model.tokenizer.eog, -100.0)
-    return model.generate(ids, temperature=0, max_tokens=GREEDY, logit_bias=bias).tokens
-
-
-def _alike(a: list[int], b: list[int]) -> int:
-    different = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
-    return different[0] if different else len(a)
-
-
 def speed(job: Job) -> Job:
-    """Seconds of prompts, and of decoding by one request and by several, at each depth."""
-    most = max(job["sequences"])
-    options = {"threads": job["threads"], "context": job["context"], "slots": most}
+    """Seconds of prompts in chunks of each size, and of decoding by several requests at each depth.
+
+    Decoding is in chunks of the first size. Where the device finds the largest logits itself, it
+    is also measured at the first depth with all of them read instead.
+    """
+    chunks = {str(chunk): _speed(job, chunk, i == 0) for i, chunk in enumerate(job["chunks"])}
+    first = chunks[str(job["chunks"][0])]
+    return {"prompt": {name: found.pop("prompt") for name, found in chunks.items()}} | first
+
+
+def _speed(job: Job, chunk: int, decoding: bool) -> Job:
+    """All with one size of chunks, and what the model loaded with it tells."""
+    options = {"threads": job["threads"], "context": job["context"], "chunk": chunk}
+    options |= {"slots": max(job["sequences"]), "kv_type": "f16"}
     start = perf_counter()
-    with gemloom.load(job["model"], device=job["device"], kv_type="f16", **options) as model:
+    with gemloom.load(job["model"], device=job["device"], **options) as model:
         loaded = perf_counter() - start
-        report = bench(model, job["prompts"], [job["decode"]], job["depths"], job["repetitions"])
-        singles = {f"1 at {t.depth}": t for t in report.timings if t.kind == "decode"}
-        decode = {name: t.seconds for name, t in singles.items()}
-        outside = {name: t.python_share for name, t in singles.items()}
-        for n in job["sequences"]:
-            for depth in job["depths"] if n > 1 else ():
-                seconds, share = _together(model, n, depth, job)
-                decode[f"{n} at {depth}"], outside[f"{n} at {depth}"] = seconds, share
-        return {
-            "prompt": {t.tokens: t.seconds for t in report.timings if t.kind == "prompt"},
-            "decode": decode, "outside": outside, "load": loaded,
-            "milliseconds": {name: t.phases for name, t in singles.items()},
-            "memory": model.memory(), "fallbacks": dict(model.fallbacks),
-            "ranks": model._runner.ranks, "backends": model.backends,
+        timings = bench(model, job["prompts"], [], [], job["repetitions"]).timings
+        found: Job = {"prompt": {t.tokens: t.seconds for t in timings}}
+        lacking = Counter(model.fallbacks)
+        if decoding:
+            found |= _decoding(model, job)
+        return found | {
+            "load": loaded, "memory": model.memory(), "ranks": model._runner.ranks,
+            "fallbacks": dict(lacking | Counter(model.fallbacks)), "backends": model.backends,
         }  # fmt: skip
 
 
-def _together(model: gemloom.Model, n: int, depth: int, job: Job) -> tuple[list[float], float]:
-    """Seconds that n requests take to decode side by side, and the share outside ggml.
+def _decoding(model: gemloom.Model, job: Job) -> Job:
+    """``decode`` by name, and ``whole`` as that with all logits read, where that is other."""
+    runner, counts = model._runner, job["sequences"]
+    each = {f"{n} at {depth}": (n, depth) for depth in job["depths"] for n in counts}
+    found = {"decode": {name: _together(model, *one, job) for name, one in each.items()}}
+    if runner.ranks:
+        runner.ranks = False
+        depth = job["depths"][0]
+        found["whole"] = {f"{n} at {depth}": _together(model, n, depth, job) for n in counts}
+        runner.ranks = True
+    return found
 
-    Their prompts are computed first, so that all begin in the same step; timed is the one that
-    began last.
+
+def _together(model: gemloom.Model, n: int, depth: int, job: Job) -> Job:
+    """Seconds that n requests take to decode side by side, and where the time of a step goes.
+
+    Their prompts are computed first and found in the cells, and none starts before all have come:
+    every step is of n rows. Milliseconds of one by phase, the median: of a run less one that ends
+    with the first tokens. ``other`` is what no phase accounts for, ``outside`` the share of the
+    phases that are not in ggml.
     """
     prompts = [
         np.random.RandomState(1_000 * depth + i)
@@ -141,28 +122,45 @@ def _together(model: gemloom.Model, n: int, depth: int, job: Job) -> tuple[list[
         .tolist()
         for i in range(n)
     ]
-    bias = dict.fromkeys(model.tokenizer.eog, -100.0)
-
-    def runs(tokens: int) -> list[gemloom.generation.Run]:
-        each = enumerate(prompts)
-        return [model.stream(p, max_tokens=tokens, seed=i, logit_bias=bias) for i, p in each]
-
-    for run in runs(1):
-        run.completion()
-    seconds, shares = [], []
+    tokens, seconds, phases = job["decode"], [], []
+    _run(model, prompts, 1)
     for _ in range(job["repetitions"]):
+        _, first = _run(model, prompts, 1)
+        took, spent = _run(model, prompts, tokens + 1)
+        seconds.append(took)
+        phases.append({name: 1e3 * max(0.0, spent[name] - first[name]) / tokens for name in spent})
+    middle = {name: median(each[name] for each in phases) for name in phases[0]}
+    outside = 1 - sum(middle[name] for name in COMPUTING) / sum(middle.values())
+    return {"seconds": seconds, "milliseconds": middle, "outside": outside}
+
+
+def _run(
+    model: gemloom.Model, prompts: list[list[int]], tokens: int
+) -> tuple[float, dict[str, float]]:
+    """Seconds from the first tokens to the last, and those of the whole run by phase."""
+    bias = dict.fromkeys(model.tokenizer.eog, -100.0)
+    gate = Event()
+    holding = Thread(target=model._engine.call, args=(gate.wait,))
+    holding.start()
+    try:
+        each = enumerate(prompts)
+        runs = [model.stream(p, max_tokens=tokens, seed=i, logit_bias=bias) for i, p in each]
         before, start = model.times, perf_counter()
-        done = [run.completion().usage.decode_seconds for run in runs(job["decode"] + 1)]
-        spent = perf_counter() - start
-        seconds.append(min(done))
-        shares.append(1 - (model.times["compute"] - before["compute"]) / spent)
-    return seconds, median(shares)
+    finally:
+        gate.set()
+        holding.join()
+    took = min(run.completion().usage.decode_seconds for run in runs)
+    whole = perf_counter() - start
+    spent = {name: after - before[name] for name, after in model.times.items()}
+    for name in ("sample", "text"):
+        spent[name] = sum(run.times[name] for run in runs)
+    return took, spent | {"other": max(0.0, whole - sum(spent.values()))}
 
 
 if __name__ == "__main__":
     wanted = json.loads(sys.argv[1])
     try:
-        tasks = {"device": device, "bandwidth": bandwidth, "parity": parity, "speed": speed}
+        tasks = {"device": device, "bandwidth": bandwidth, "speed": speed}
         answer = tasks[wanted["task"]](wanted)
     except gemloom.GemloomError as error:
         sys.exit(f"error: {error}")

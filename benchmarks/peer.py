@@ -24,7 +24,13 @@ class Peer:
     """A loaded model with a context for each of some sequences, ``layers`` of it on devices."""
 
     def __init__(
-        self, path: str, threads: int, context: int, sequences: int = 1, layers: int = 0
+        self,
+        path: str,
+        threads: int,
+        context: int,
+        sequences: int = 1,
+        layers: int = 0,
+        piece: int = PIECE,
     ) -> None:
         api.llama_backend_init()
         loading = api.llama_model_default_params()
@@ -34,7 +40,7 @@ class Peer:
             sys.exit(f"error: llama.cpp cannot load {path}")
         params = api.llama_context_default_params()
         params.n_ctx, params.n_seq_max = context * sequences, sequences
-        params.n_batch, params.n_ubatch = BATCH, PIECE
+        params.n_batch, params.n_ubatch = BATCH, piece
         params.n_threads = params.n_threads_batch = threads
         params.swa_full = False
         self.context = api.llama_init_from_model(self.model, params)
@@ -44,6 +50,11 @@ class Peer:
         self.n_vocab = api.llama_vocab_n_tokens(vocabulary)
         self.batch = api.llama_batch_init(BATCH, 0, 1)
         self.random = random.Random(0)
+
+    def close(self) -> None:
+        """Free context and model."""
+        api.llama_free(self.context)
+        api.llama_model_free(self.model)
 
     def clear(self) -> None:
         """Forget every position."""
@@ -110,22 +121,26 @@ def speed(job: dict) -> dict:
 
 
 def device(job: dict) -> dict:
-    """Seconds of prompts, and of decoding by one sequence and by several, at each depth.
+    """Seconds of prompts in pieces of each size, and of decoding by one sequence and by several.
 
-    As ``speed``, each repeated, with all layers on the device that llama.cpp prefers.
+    As ``speed``, each repeated, with all layers on the device that llama.cpp prefers; decoding
+    with pieces of the first size.
     """
-    most = max(job["sequences"])
-    peer = Peer(job["model"], job["threads"], job["context"], most, job["layers"])
-    peer.evaluate(0, 32)
-    prompts: dict = {n: [] for n in job["prompts"]}
+    prompts: dict = {}
     decodes: dict = {}
-    for _ in range(job["repetitions"]):
-        for n in job["prompts"]:
-            prompts[n].append(peer.timed(0, n))
-        for depth in job["depths"]:
-            for count in job["sequences"]:
-                seconds = decodes.setdefault(f"{count} at {depth}", [])
-                seconds.append(_decoded(peer, count, max(depth, 1), job["decode"]))
+    for chunk in job["chunks"]:
+        most = max(job["sequences"])
+        peer = Peer(job["model"], job["threads"], job["context"], most, job["layers"], chunk)
+        peer.evaluate(0, 32)
+        found = prompts[chunk] = {n: [] for n in job["prompts"]}
+        for _ in range(job["repetitions"]):
+            for n, seconds in found.items():
+                seconds.append(peer.timed(0, n))
+            for depth in job["depths"] if chunk == job["chunks"][0] else ():
+                for count in job["sequences"]:
+                    seconds = decodes.setdefault(f"{count} at {depth}", [])
+                    seconds.append(_decoded(peer, count, max(depth, 1), job["decode"]))
+        peer.close()
     return {"prompt": prompts, "decode": decodes}
 
 

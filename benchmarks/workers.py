@@ -100,10 +100,6 @@ class Direct(rpc.Worker):
         )
         self.devices = [ggml.ggml_backend_reg_dev_get(registry, 0)]
 
-    @contextmanager
-    def must_give(self) -> Iterator[None]:
-        yield
-
     def check(self) -> None: ...
 
     def close(self) -> None:

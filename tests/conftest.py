@@ -2,13 +2,15 @@
 
 import os
 import signal
+import threading
+import time
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy loads: it would fight with ggml
 # Threads that wait for others sleep: more of them than cores are free would spin for each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -65,6 +67,32 @@ def load() -> Iterator[Load]:
 def endless(model: gemloom.Model) -> dict[str, Any]:
     """Options with which a text ends only where the context or ``max_tokens`` does."""
     return {"logit_bias": dict.fromkeys(model.tokenizer.eog, -100)}
+
+
+def until(met: Callable[[], Any], seconds: float = 60) -> None:
+    """Wait for a condition; the time is one that not even a machine under load takes."""
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@contextmanager
+def paced(model: gemloom.Model, steps: int = 0) -> Iterator[threading.Semaphore]:
+    """The engine takes so many steps, and one for each ``release()`` of what this gives, until the
+    block ends: what happens in it does not depend on which thread is the quicker."""
+    allowed, step = threading.Semaphore(steps), model._engine.step
+
+    def when_allowed() -> None:
+        allowed.acquire()
+        step()
+
+    model._engine.step = when_allowed  # type: ignore[method-assign]
+    try:
+        yield allowed
+    finally:
+        del model._engine.step
+        allowed.release()  # to the step that waits
 
 
 def prompt(n: int, seed: int = 9, n_vocab: int = 300) -> list[int]:

@@ -6,7 +6,7 @@ Run with the CPU as further devices in ``test_devices.py``, with Vulkan in ``vul
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -112,6 +112,29 @@ class Checks:
         assert np.array_equal(model.logits(ids), without) and not model.fallbacks
         model.adapters.unload("a")
 
+    def together(self, variant: str, **options: Any) -> None:
+        """Four requests at once, some with an adapter, one bounded: what the host would say."""
+        model, host = self.model(variant, slots=4, chunk=32, **options), self.host(variant)
+        for opened in (model, host):
+            opened.adapters.load("a", random_lora(host), 0.7)
+        on, greedy = {"adapters": {"a": None}}, {"max_tokens": 8, "temperature": 0}
+        four = {"constraint": model.grammars.regex("[0-9]{4}")}
+        asked = [(prompt(9 + 15 * i, seed=i), kind) for i, kind in enumerate([{}, on, four, on])]
+        runs = [model.stream(ids, **greedy, **endless(model), **kind) for ids, kind in asked]
+        done = [run.completion() for run in runs]
+        assert re.fullmatch("[0-9]{4}", done[2].text)
+        del asked[2], done[2]
+        for (ids, kind), said in zip(asked, done, strict=True):
+            assert len(said.tokens) == 8
+            logits = host.logits([*ids, *said.tokens[:-1]], **kind)[-8:]
+            logits[:, list(host.tokenizer.eog)] -= 100  # as endless() does
+            self._chosen(logits, said.tokens)
+
+    def _chosen(self, logits: np.ndarray, tokens: Sequence[int]) -> None:
+        """Each the largest of its row, or as near to it as the errors of both may be."""
+        short = logits.max(1) - logits[np.arange(len(tokens)), tokens]
+        assert short.max() <= 2 * self.bound.most * logits.std(), short
+
     def state(self, variant: str, **options: Any) -> None:
         """Saved here it goes on here, and on the CPU, as if it had never been away."""
         ids, options = prompt(50), {"chunk": 16, **options}
@@ -186,4 +209,5 @@ def copied(model: gemloom.Model) -> tuple[list[str], set[str]]:
         for source in takewhile(bool, ggml.ggml_graph_node(graph, i).contents.src):
             if copy := re.fullmatch(r".+#(.*)#0", source.contents.name.decode()):
                 names.add(copy[1])
-    return [each.name for upload in plan.graph._uploads for each in upload._inputs], names
+    assert plan.graph._spreading
+    return [each.name for upload in plan.graph._spreading.uploads for each in upload.inputs], names

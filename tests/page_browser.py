@@ -41,7 +41,7 @@ class Page:
     def js(self, script: str, *values: Any) -> Any:
         return self.driver.execute_script(script, *values)
 
-    def until(self, condition: Callable[[], Any], seconds: float = 20) -> Any:
+    def until(self, condition: Callable[[], Any], seconds: float = 60) -> Any:
         return WebDriverWait(self.driver, seconds, 0.02).until(lambda _: condition())
 
     def type(self, *keys: str) -> None:

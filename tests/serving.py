@@ -3,7 +3,6 @@
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import httpx
 import uvicorn
 
 import gemloom
+from conftest import until
 from gemloom.server.app import create_app
 from gemloom.server.service import Settings
 
@@ -52,13 +52,6 @@ def http(url: str, **options: Any) -> httpx.Client:
     return httpx.Client(base_url=url, trust_env=False, timeout=60, **options)
 
 
-def until(met: Callable[[], Any], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
-
-
 def events(lines: Iterator[str]) -> Iterator[Any]:
     """What the data lines of server-sent events say; the last may be "[DONE]"."""
     for line in lines:
@@ -72,11 +65,6 @@ def endless(model: gemloom.Model) -> dict[str, float]:
     return {str(token): -100 for token in model.tokenizer.eog}
 
 
-def slowly(run: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-    """``run``, so much later."""
-
-    def late(*args: Any, **options: Any) -> Any:
-        time.sleep(seconds)
-        return run(*args, **options)
-
-    return late
+def cancelled(model: gemloom.Model) -> bool:
+    """Whether all that runs ends before the next step."""
+    return all(sequence.cancelled for sequence in model._engine._running.values())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gemloom
 import tiny
-from conftest import Load, endless, prompt
+from conftest import Load, endless, paced, prompt, until
 from gemloom.adapters import registry
 from gemloom.adapters.active import Active, agreed, marks, stretches
 from gemloom.adapters.lora import Lora, Pair
@@ -28,7 +28,6 @@ from gemloom.errors import (
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
 from random_lora import merged, random_lora
-from serving import until
 from test_engine import idle, watch_batches
 from test_invariants import assert_same
 
@@ -95,7 +94,8 @@ def test_more_adapters_than_a_graph_holds(load: Load, monkeypatch: pytest.Monkey
     model = with_adapters(load, "a", "b", "c", slots=4, chunk=16)
     batches = watch_batches(model, monkeypatch)
     asked = [(prompt(20, seed=i), on) for i, on in enumerate([{"a": 1}, {"b": 1}, {"c": 1}, {}])]
-    runs = [model.stream(ids, adapters=on, **greedy(model, 12)) for ids, on in asked]
+    with paced(model):
+        runs = [model.stream(ids, adapters=on, **greedy(model, 12)) for ids, on in asked]
     got = [run.completion().tokens for run in runs]
     for batch in batches:
         assert len({a.adapter for chunk in batch for a in chunk.adapters}) <= 2
@@ -112,13 +112,18 @@ def test_more_adapters_than_a_graph_holds(load: Load, monkeypatch: pytest.Monkey
 def test_unloading_waits_for_nobody(load: Load) -> None:
     model = with_adapters(load, "a")
     expected = model.generate(prompt(10), adapters={"a": 1}, **greedy(model, 30)).tokens
-    run = model.stream(prompt(10), adapters={"a": 1}, **greedy(model, 30))
-    first = [next(run).token for _ in range(3)]
-    model.adapters.unload("a")
-    assert model.adapters.list() == []
-    with pytest.raises(UnknownAdapterError, match="loaded: none"):
-        model.stream(prompt(3), adapters={"a": 1})
-    assert memory(model) > 0
+    with paced(model, 3) as allowed:
+        run = model.stream(prompt(10), adapters={"a": 1}, **greedy(model, 30))
+        first = [next(run).token for _ in range(3)]
+        model.adapters.unload("a")
+        assert model.adapters.list() == []
+        with pytest.raises(UnknownAdapterError, match="loaded: none"):
+            model.stream(prompt(3), adapters={"a": 1})
+        there: list[int] = []  # after what unloading wanted done between two steps
+        model._engine.post(lambda: there.append(model.memory()["adapters"]))
+        allowed.release()
+        first.append(next(run).token)
+        assert there[0] > 0
     assert first + [piece.token for piece in run] == expected
     assert memory(model) == 0
 
@@ -127,11 +132,13 @@ def test_two_versions_in_flight(load: Load) -> None:
     model = load(threads=1, slots=2)
     versions = [random_lora(model, seed) for seed in (1, 2)]
     runs = []
-    for lora in versions:
-        model.adapters.load("a", lora)
-        runs.append(model.stream(prompt(10), adapters={"a": 1}, **greedy(model, 40)))
-        next(runs[-1])
-    users = [info.users for info in model.adapters.list()]
+    with paced(model) as allowed:
+        for lora in versions:
+            model.adapters.load("a", lora)
+            runs.append(model.stream(prompt(10), adapters={"a": 1}, **greedy(model, 40)))
+            allowed.release()
+            next(runs[-1])
+        users = [info.users for info in model.adapters.list()]
     texts = [run.completion().text for run in runs]
     assert users == [1]  # the old version has no name any more
     for text, lora in zip(texts, versions, strict=True):
@@ -146,15 +153,16 @@ def test_every_end_lets_its_adapters_go(load: Load, monkeypatch: pytest.MonkeyPa
     """Finished, cancelled before and after it began, refused, failed alone, failed with all."""
     model = with_adapters(load, "a", slots=1, queue=1)
     on: dict[str, Any] = {"adapters": {"a": 1}}
-    running, waiting = (model.stream(prompt(5), **on, **greedy(model, 200)) for _ in range(2))
-    next(running)
-    with pytest.raises(QueueFullError):
-        model.stream(prompt(5), **on)
-    with pytest.raises(OptionError):
-        model.generate(prompt(5), **on, temperature=-1)
-    assert model.adapters.list()[0].users == 2
-    waiting.cancel()
-    running.close()
+    with paced(model, 1):
+        running, waiting = (model.stream(prompt(5), **on, **greedy(model, 200)) for _ in range(2))
+        next(running)
+        with pytest.raises(QueueFullError):
+            model.stream(prompt(5), **on)
+        with pytest.raises(OptionError):
+            model.generate(prompt(5), **on, temperature=-1)
+        assert model.adapters.list()[0].users == 2
+        waiting.cancel()
+        running.close()
     idle(model)
     assert model.adapters.list()[0].users == 0
 
@@ -171,23 +179,24 @@ def test_every_end_lets_its_adapters_go(load: Load, monkeypatch: pytest.MonkeyPa
 
 def test_loading_does_not_stop_a_stream(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever takes long in it, reading, checking or copying, tokens come meanwhile."""
-    model = load(threads=1, context=2048)
-    run = model.stream(prompt(5), **greedy(model, 2000))
+    model = load(threads=1)
+    lora, seen = random_lora(model), []
 
     def meanwhile(function: Any) -> Any:
         def slow(*given: Any) -> Any:
-            for _ in range(3):
-                next(run)  # what the engine has made since, for it runs ahead of nobody's reading
             before = model.stats().steps
+            allowed.release()
             until(lambda: model.stats().steps > before)
+            seen.append(next(run))
             return function(*given)
 
         return slow
 
     for name in ("check", "Loaded"):
         monkeypatch.setattr(registry, name, meanwhile(getattr(registry, name)))
-    model.adapters.load("a", random_lora(model))
-    run.close()
+    with paced(model) as allowed, model.stream(prompt(5), **greedy(model, 200)) as run:
+        model.adapters.load("a", lora)
+    assert len(seen) == 2
 
 
 def test_loaded_and_unloaded_a_thousand_times(load: Load) -> None:
@@ -220,8 +229,8 @@ def resident() -> int:
 
 
 def test_closing_frees_them(load: Load) -> None:
-    model = with_adapters(load, "a")
-    run = model.stream(prompt(5), adapters={"a": 1}, **greedy(model, 200))
+    model = with_adapters(load, "a", keep=4)  # so the text does not end
+    run = model.stream(prompt(5), adapters={"a": 1}, temperature=0, **endless(model))
     next(run)
     model.close()
     with pytest.raises(ClosedError):
@@ -454,8 +463,10 @@ def test_loads_and_requests_from_many_threads(load: Load) -> None:
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for i in range(30):
-        model.adapters.load("a", loras[i % 2])
+    loaded = 0
+    while loaded < 30 or not heard:
+        model.adapters.load("a", loras[loaded % 2])
+        loaded += 1
     stop.set()
     for thread in threads:
         thread.join()

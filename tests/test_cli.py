@@ -277,7 +277,7 @@ def test_the_plan_is_what_it_takes(
     planned = json.loads(
         fine("inspect", path, "--json", "--context", str(context), "--kv-type", kv_type).stdout
     )["memory"]
-    with gemloom.load(path, context=context, kv_type=kv_type) as opened:
+    with gemloom.load(path, context=context, kv_type=kv_type, threads=1) as opened:
         taken = opened.memory()
     kinds = ("weights", "per_layer_table", "kv_full", "kv_sliding")
     assert [planned[kind] for kind in kinds] == [taken[kind] for kind in kinds]
@@ -423,7 +423,7 @@ def test_doctor_of_a_model(model: Path) -> None:
     plan = facts["plan"]
     assert (plan["context"], plan["kv_type"], plan["head"]) == (512, "f32", "cpu")
     assert set(plan["layers"]) == {"cpu"}
-    with gemloom.load(model, context=512, kv_type="f32", kernels="plain") as opened:
+    with gemloom.load(model, context=512, kv_type="f32", kernels="plain", threads=1) as opened:
         memory = opened.memory()
     (host,) = plan["devices"]
     assert host["kv"] == memory["kv_full"] + memory["kv_sliding"]

@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from command_line import ENVIRONMENT, call, command, write
-from serving import http, until
+from conftest import until
+from serving import http
 
 ENDLESS = {"prompt": "a", "max_tokens": 20_000, "regex": "[a-z]{30000}", "stream": True}
 
@@ -62,7 +63,7 @@ def test_a_signal_drains(file: Path, tmp_path: Path) -> None:
                 until(lambda: refused(url))
                 told = list(lines)
         assert "data: [DONE]" in told
-        out, error = process.communicate(timeout=30)
+        out, error = process.communicate(timeout=60)
         assert (process.returncode, out, error) == (0, "", "")
 
 
@@ -85,7 +86,7 @@ def test_what_does_not_drain_in_time_is_told(file: Path) -> None:
         process.send_signal(signal.SIGINT)
         last = [line for line in lines if line][-1]
         assert '"code":"server_stopping"' in last
-        out, error = process.communicate(timeout=30)
+        out, error = process.communicate(timeout=60)
         assert (process.returncode, out, error) == (0, "", "")
 
 
@@ -100,7 +101,7 @@ def test_a_second_signal_ends_at_once(file: Path) -> None:
         until(lambda: refused(url))
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == -signal.SIGTERM
+        assert process.wait(60) == -signal.SIGTERM
 
 
 def test_a_port_in_use_is_one_line(file: Path) -> None:

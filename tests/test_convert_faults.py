@@ -90,6 +90,7 @@ def test_a_missing_key_of_gemma3_is_named(tmp_path: Path, key: str) -> None:
         ({"hidden_size": "96"}, "hidden_size must be a non-negative integer"),
         ({"hidden_size": 0}, "hidden_size: 0 is no size"),
         ({"hidden_size": 2**40}, "is no size"),
+        ({"num_hidden_layers": 2**30}, "1,073,741,824 are more than 512"),
         ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
         ({"hidden_activation": "silu"}, "silu"),
         ({"attention_bias": True}, "attention_bias"),
@@ -122,6 +123,7 @@ def test_settings(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"num_hidden_layers": 2**30}, "1,073,741,824 are more than 512"),  # not as many booleans
         ({"query_pre_attn_scalar": 168}, "168, but readers of a GGUF take 32"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'yarn'"),
@@ -176,6 +178,8 @@ ONE = np.ones(1, np.float32)
         ("gemma3", change("model.layers.0.layer_scalar", ONE), "does not belong"),
         ("e2b", change("model.layers.0.router.scale", ONE), "does not belong"),
         ("gemma3", config(tie_word_embeddings=False), "lm_head.weight is missing"),
+        ("gemma3", config(vocab_size=2**30), "shape"),  # no such number of tokens is made
+        ("e2b", config(vocab_size=2**30), "shape"),
         ("e2b", config(hidden_size=64), "shape"),
         ("e2b", config(intermediate_size=64), "shape"),
         ("gemma3", config(num_attention_heads=8), "shape"),

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -87,12 +86,15 @@ def test_changed_weights_are_not_gone_on_with(tmp_path: Path, small_steps: None)
     assert convert.write(convert.plan(folder), path).resumed == 0
 
 
-SLOW = """
+HALF_WAY = """
 import sys, time
 from gemloom import convert, writing
 from gemloom.convert import checkpoint
 writing._SYNC = checkpoint.PIECE = 100_000
-pause = lambda done: time.sleep(float(sys.argv[3]))
+def pause(done):
+    if done > int(sys.argv[3]):
+        print("half", flush=True)
+        time.sleep(300)
 made = convert.write(convert.plan(sys.argv[1]), sys.argv[2], progress=pause)
 print(made.resumed)
 """
@@ -101,16 +103,16 @@ print(made.resumed)
 def test_killed_in_the_middle(tmp_path: Path) -> None:
     folder, path = checkpoints.checkpoint(tmp_path / "in"), tmp_path / "out.gguf"
     partial = tmp_path / "out.gguf.partial"
-    command = [sys.executable, "-c", SLOW, str(folder), str(path)]
-    with subprocess.Popen([*command, "0.02"], env=ENVIRONMENT) as process:
-        end = time.monotonic() + 60
-        while not (partial.exists() and partial.stat().st_size > 1_000_000):
-            assert time.monotonic() < end and process.poll() is None
-            time.sleep(0.005)
+    command = [sys.executable, "-c", HALF_WAY, str(folder), str(path)]
+    with subprocess.Popen(
+        [*command, "1_000_000"], env=ENVIRONMENT, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stdout.readline() == b"half\n"
         process.send_signal(signal.SIGKILL)
+    assert partial.stat().st_size > 1_000_000
     assert not path.exists()
     again = subprocess.run(
-        [*command, "0"], env=ENVIRONMENT, check=True, timeout=60, capture_output=True
+        [*command, "1_000_000_000"], env=ENVIRONMENT, check=True, capture_output=True
     )
     assert int(again.stdout) > 0
     convert.write(convert.plan(folder), tmp_path / "whole.gguf")

@@ -45,6 +45,20 @@ def test_layers(checks: Checks, variant: str) -> None:
     checks.layers(variant)
 
 
+@pytest.mark.parametrize("variant", ["e2b", "26b", "gemma3"])
+def test_a_device_with_memory_of_its_own(
+    load: Load, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    """What ggml copies there and back."""
+    cpu_devices.own(monkeypatch)
+    checks = Checks(load, "own0", BOUND, "plain")
+    checks.layers(variant)
+    checks.ragged(variant, **PART)
+    checks.adapters(variant, **PART)
+    checks.state(variant, **PART)
+    checks.snapshots(variant)
+
+
 @pytest.mark.parametrize("variant", ["e2b", "26b", "gemma3_scaled"])
 def test_pieces(checks: Checks, variant: str) -> None:
     checks.pieces(variant)
@@ -61,6 +75,11 @@ def test_part_of_the_layers(checks: Checks, variant: str) -> None:
     checks.adapters(variant, **PART)
     checks.state(variant, **PART)
     checks.shift(variant, **PART)
+
+
+@pytest.mark.parametrize("variant", ["e2b", "26b"])
+def test_requests_at_once(checks: Checks, variant: str) -> None:
+    checks.together(variant, **PART)
 
 
 def test_going_back_and_on(checks: Checks) -> None:
@@ -140,6 +159,26 @@ def test_the_plan_comes_before_the_model(load: Load) -> None:
         assert device.kv + host.kv == memory["kv_full"] + memory["kv_sliding"]
         assert 0 <= memory["on_devices"] - device.weights < 8192  # aligned
         assert device.compute >= max(model._device.compute_sizes())
+
+
+@pytest.mark.parametrize("variant", sorted(tiny.VARIANTS))
+def test_intermediate_results_take_what_was_planned(
+    load: Load, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    """Never more, and at least half of it: on a device with memory of its own, and on the host."""
+    cpu_devices.own(monkeypatch)
+    n = tiny.VARIANTS[variant].n_layer
+    for chunk, slots, context in ((32, 1, 256), (512, 1, 512), (200, 3, 2048), (512, 1, 1024)):
+        for layers in (n, n // 2):
+            options = {"chunk": chunk, "slots": slots, "context": context, "gpu_layers": layers}
+            model = load(variant, device="own0", **options)
+            planned = [use.compute for use in model.placement.table]
+            taken = model._device.compute_sizes()
+            taken[0] += model._device.rooms[0].nbytes
+            assert all(t <= p for t, p in zip(taken, planned, strict=True)), options
+            assert planned[1] <= 2 * taken[1], options
+            assert layers < n or planned[0] <= 2 * taken[0], options  # half may have few rows
+            model.close()
 
 
 def test_a_device_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,7 +334,7 @@ def test_closing_in_the_middle_of_a_step(load: Load, monkeypatch: pytest.MonkeyP
 
 def test_models_nobody_holds_are_freed() -> None:
     data = tiny.gguf_bytes(VARIANTS["e2b"])
-    model = gemloom.load(data, context=64)
+    model = gemloom.load(data, context=64, threads=1)
     engine = weakref.ref(model._engine)
     model.generate([2], max_tokens=1)
     del model
@@ -411,7 +411,7 @@ def test_busy_slots_and_early_ends(load: Load) -> None:
 
 
 def test_closed(load: Load) -> None:
-    model = load()
+    model = load(keep=4)  # so the text does not end
     stream = model.stream(prompt(5), **greedy(model))
     next(stream)
     model.close()

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +20,7 @@ from hypothesis import strategies as st
 
 import gemloom
 import tiny
-from conftest import prompt
+from conftest import prompt, until
 from gemloom import gguf, source
 from gemloom.cli import terminal as cli_terminal
 from gemloom.errors import OptionError
@@ -292,7 +291,7 @@ def child(model: Path) -> Iterator[Child]:
         def start(before: str = "") -> subprocess.Popen[str]:
             code = textwrap.dedent(CHILD).format(model=str(model), before=before)
             command, pipe = [sys.executable, "-c", code], subprocess.PIPE
-            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
             stack.enter_context(process)
             stack.callback(process.kill)
             return process
@@ -321,22 +320,19 @@ def test_a_disk_that_is_known_to_be_full(
     assert os.listdir(model.parent) == [model.name]
 
 
-SLOW = """
+# It waits for the end of stdin, which ``communicate`` closes.
+HALF_WAY = textwrap.dedent("""
     from gemloom.kernels import packed_file as p
     put = p._write_piece
-    def slow(*args):
-        put(*args); print("wrote", flush=True); time.sleep({seconds})
-    p._write_piece = slow
-"""
-
-
-def slowly(seconds: float) -> str:
-    return textwrap.dedent(SLOW).format(seconds=seconds)
+    def waiting(*args):
+        put(*args); print("wrote", flush=True); sys.stdin.read()
+    p._write_piece = waiting
+""")
 
 
 def test_killed_in_the_middle(model: Path, child: Child) -> None:
     """What it left is taken over by the next writer, and never used."""
-    process = child(slowly(60))
+    process = child(HALF_WAY)
     assert process.stdout
     assert process.stdout.readline() == "wrote\n"
     process.kill()
@@ -348,7 +344,7 @@ def test_killed_in_the_middle(model: Path, child: Child) -> None:
 
 
 def test_interrupted_in_the_middle(model: Path, child: Child) -> None:
-    process = child(slowly(0.2))
+    process = child(HALF_WAY)
     assert process.stdout
     assert process.stdout.readline() == "wrote\n"
     process.send_signal(signal.SIGINT)
@@ -358,7 +354,7 @@ def test_interrupted_in_the_middle(model: Path, child: Child) -> None:
 
 def test_two_writers(model: Path, child: Child, caplog: pytest.LogCaptureFixture) -> None:
     """The second packs in memory; the file of the first is whole."""
-    process = child(slowly(0.02))
+    process = child(HALF_WAY)
     assert process.stdout
     assert process.stdout.readline() == "wrote\n"
     assert np.array_equal(logits(model, packed="keep"), logits(model, packed="off"))
@@ -439,8 +435,6 @@ def test_the_bar_shows_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not shown.getvalue()
     monkeypatch.setattr(cli_terminal, "_SPINNER_AFTER", 0.0)
     with cli_terminal.progress("loading [red]m.gguf") as advance:
-        time.sleep(0.2)
+        until(lambda: "loading [red]m.gguf" in shown.getvalue())
         advance(1, 4)
-        time.sleep(0.3)
-    assert "loading [red]m.gguf" in shown.getvalue()
-    assert "25%" in shown.getvalue()
+        until(lambda: "25%" in shown.getvalue())

@@ -38,7 +38,7 @@ def test_answers_appear_before_they_end_with_speed_and_usage(page: Page) -> None
     assert page.text("#status") == "Assistant: First second."
     speed, count, prompt, wait = page.text(".summary").split(" · ")
     assert 0 < float(speed.removesuffix(" tokens/s")) < 39 / 0.2 and count == "40 tokens"
-    assert prompt == "prompt 1,200 tokens, 1,100 cached" and wait.startswith("first after 0.")
+    assert prompt == "prompt 1,200 tokens, 1,100 cached" and wait.startswith("first after ")
     sent = page.server.requests[0]
     assert sent["stream"] is True and sent["stream_options"] == {"include_usage": True}
     assert sent["model"] == "gemma-4-e2b" and page.sent() == [("user", "hello")]
@@ -51,7 +51,7 @@ def test_stop_ends_the_request_and_keeps_what_came(page: Page, how: str) -> None
     page.until(lambda: page.shown() == ["hello", "Some"])
     page.click("#stop") if how == "button" else page.type(Keys.ESCAPE)
     page.answered()
-    assert page.server.hung_up.wait(5)
+    assert page.server.hung_up.wait(60)
     assert page.shown() == ["hello", "Some"] and page.text(".summary") == "stopped"
     assert not page.find(".error").is_displayed()
     page.server.script = lambda _: answer("More.")

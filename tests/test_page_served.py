@@ -11,8 +11,9 @@ from selenium.webdriver.common.keys import Keys
 
 import gemloom
 import tiny
+from conftest import paced, until
 from page_server import PAGE, POLICY
-from serving import serving, slowly, until
+from serving import cancelled, serving
 
 if TYPE_CHECKING:
     from page_browser import Page
@@ -40,9 +41,7 @@ def test_every_file_is_served_under_the_policy(url: str) -> None:
         assert set(POLICY.split("; ")) <= set(found.headers["Content-Security-Policy"].split("; "))
 
 
-def test_a_conversation(
-    page: Page, url: str, model: gemloom.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversation(page: Page, url: str, model: gemloom.Model) -> None:
     page.driver.get(url)
     page.until(lambda: page.text("#model") == "tiny")
     choose(page, max_completion_tokens="20", seed="1")
@@ -51,14 +50,16 @@ def test_a_conversation(
     first, second = (line.text for line in page.all(".summary"))
     assert "20 tokens" in first and ", 0 cached" not in second
     choose(page, max_completion_tokens="0")  # 200
-    monkeypatch.setattr(model._runner, "run", slowly(model._runner.run, 0.05))
-    page.ask("more")
-    page.until(lambda: len(page.shown()) == 6 and page.shown()[5])
-    assert model.stats().running == 1
-    steps = model.stats().steps
-    page.type(Keys.ESCAPE)
+    steps = model.stats().steps + 20
+    with paced(model, 20):
+        page.ask("more")
+        page.until(lambda: len(page.shown()) == 6 and page.shown()[5])
+        until(lambda: model.stats().steps == steps)
+        assert not cancelled(model)
+        page.type(Keys.ESCAPE)
+        until(lambda: cancelled(model))
     until(lambda: model.stats().running == 0)
-    assert model.stats().steps < steps + 40  # far from the 200 that were asked for
+    assert model.stats().steps == steps
 
 
 def choose(page: Page, **settings: str) -> None:

@@ -1,7 +1,8 @@
 """Plans: nothing over what is free, everything somewhere, and errors that say what to do."""
 
+from collections.abc import Callable
 from contextlib import suppress
-from itertools import pairwise
+from itertools import combinations_with_replacement, pairwise
 
 import pytest
 from hypothesis import given
@@ -15,13 +16,27 @@ CHOICES = [Choice(8192, "f16"), Choice(4096, "f16"), Choice(8192, "q8_0"), Choic
 sizes_of_mib = st.integers(0, 400).map(lambda n: n * MIB)
 
 
-def sizes_for(layers: tuple[int, ...], cells: int, **more: int) -> object:
-    """Sizes by choice: cells grow with the context and the bytes of the type."""
+def sizes_for(
+    layers: tuple[int, ...], cells: int, readers: int = 0, **more: int
+) -> Callable[[Choice], Sizes]:
+    """Sizes by choice: cells grow with the context and the bytes of the type.
+
+    The last ``readers`` layers read by turns the cells of the two before them.
+    """
+    own = len(layers) - readers
 
     def sizes(choice: Choice) -> Sizes:
         each = cells * choice.context // 8192 * (2 if choice.kv_type == "f16" else 1)
-        kinds = {"head": 100 * MIB, "shared": MIB, "tables": 300 * MIB, "compute": 50 * MIB}
-        return Sizes(layers, (each,) * len(layers), **(kinds | more))
+        kinds = {
+            "head": 100 * MIB,
+            "shared": MIB,
+            "tables": 300 * MIB,
+            "compute": 50 * MIB,
+            "inputs": 20 * MIB,
+        }
+        owners = (*range(own), *(max(0, own - 1 - i % 2) for i in range(readers)))
+        held = (each,) * own + (0,) * readers
+        return Sizes(layers, held, owners=owners, **(kinds | more))
 
     return sizes
 
@@ -34,7 +49,8 @@ def cases(draw: st.DrawFn) -> tuple[object, list[Space], Wanted]:
     spaces.append(Space("cpu", draw(st.sampled_from([None, 300 * MIB, 20_000 * MIB]))))
     count = draw(st.none() | st.integers(0, len(layers) + 1))
     insists = count is None and draw(st.booleans())
-    sizes = sizes_for(layers, draw(sizes_of_mib), head=draw(sizes_of_mib))
+    readers = draw(st.integers(0, len(layers) - 1))
+    sizes = sizes_for(layers, draw(sizes_of_mib), readers, head=draw(sizes_of_mib))
     return sizes, spaces, Wanted(count, None, insists)
 
 
@@ -81,6 +97,55 @@ def test_devices_hold_one_run_of_the_last_layers_in_order(case: tuple) -> None:
     assert [i for index, start, stop in runs for i in [index] * (stop - start)] == list(
         placed.layers
     )
+
+
+def parted(size: Sizes, layers: tuple[int, ...], cells: tuple[int, ...]) -> int:
+    """Layers that read cells which lie elsewhere."""
+    return sum(at != cells[owner] for at, owner in zip(layers, size.owners, strict=True))
+
+
+@given(cases())
+def test_layers_are_beside_the_cells_they_read_where_that_fits(case: tuple) -> None:
+    """Against every way to cut the same layers in as many runs as there are devices."""
+    sizes, spaces, _ = case
+    if (placed := attempt(case)) is None or placed.on_host:
+        return
+    size, host = sizes(placed.choice), placed.host
+    first = placed.layers.index(next(at for at in placed.layers if at != host))
+    n = len(placed.layers)
+    fewest = sum(first <= i and size.owners[i] < first for i in range(n))  # the host has the cells
+    for cuts in combinations_with_replacement(range(first, n + 1), host - 1):
+        bounds = [first, *cuts, n]
+        runs = [[i] * (b - a) for i, (a, b) in enumerate(pairwise(bounds))]
+        layers = (host,) * first + tuple(at for run in runs for at in run)
+        if parted(size, layers, layers) == fewest and fits(size, layers, spaces):
+            assert parted(size, placed.layers, placed.cells) == fewest
+            return
+
+
+def fits(size: Sizes, layers: tuple[int, ...], spaces: list[Space]) -> bool:
+    for index, space in enumerate(spaces[:-1]):
+        own = [i for i, at in enumerate(layers) if at == index]
+        needed = sum(size.layers[i] + size.cells[i] for i in own) + size.shared + size.compute
+        if own and needed + size.head * (layers[-1] == index) > space.usable:
+            return False
+    return True
+
+
+def test_a_cut_moves_to_before_the_owners_of_cells() -> None:
+    """As on E2B: 15 layers with cells of their own, 20 that read those of the last two."""
+    spaces = [Space("a", 4000 * MIB), Space("b", 4000 * MIB), Space("cpu", None)]
+    sizes = sizes_for((20 * MIB,) * 35, MIB, 20)
+    placed = plan(sizes, CHOICES, spaces, Wanted(None, None, False), tied=True)
+    assert placed.layers == (0,) * 13 + (1,) * 22
+    # What was asked for is not changed, nor where it would not fit.
+    asked = plan(sizes, CHOICES, spaces, Wanted(None, (1, 1), False), tied=True)
+    assert 16 <= asked.layers.count(0) <= 22
+    small = [Space("a", 800 * MIB), Space("b", 620 * MIB), Space("cpu", None)]
+    assert plan(sizes, CHOICES, small, Wanted(None, None, False), tied=True).layers.count(0) > 13
+    swapped = [small[1], small[0], small[2]]
+    more = plan(sizes, CHOICES, swapped, Wanted(None, None, False), tied=True)
+    assert more.layers.count(0) == 13
 
 
 @given(cases())

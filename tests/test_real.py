@@ -23,7 +23,14 @@ FRANCE = " the capital of the country of France. It is the largest city in Franc
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[gemloom.Model]:
-    with gemloom.load("gemma-3-270m", context=1024) as model:
+    with gemloom.load("gemma-3-270m", context=1024, threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Iterator[gemloom.Model]:
+    """With the kernels that llama.cpp has."""
+    with gemloom.load("gemma-3-270m", context=512, kernels="ggml", threads=1) as model:
         yield model
 
 
@@ -36,10 +43,9 @@ def whole(model: gemloom.Model, ids: list[int]) -> float:
     return float(np.exp(loss / (len(ids) - 1)))
 
 
-def test_it_continues_as_llama_cpp_does() -> None:
-    """With the kernels that llama.cpp has: two of the tokens are near ties."""
-    with gemloom.load("gemma-3-270m", context=64, kernels="ggml") as theirs:
-        done = theirs.generate("The capital of France is", temperature=0, max_tokens=16)
+def test_it_continues_as_llama_cpp_does(theirs: gemloom.Model) -> None:
+    """With its kernels: two of the tokens are near ties."""
+    done = theirs.generate("The capital of France is", temperature=0, max_tokens=16)
     assert done.text.startswith(FRANCE)
 
 
@@ -62,12 +68,11 @@ def test_perplexity_is_llamas(model: gemloom.Model) -> None:
     assert abs(found.perplexity.error / LLAMA["error"] - 1) < 0.02
 
 
-def test_mean_squares_are_llamas() -> None:
-    """What an importance matrix is made of, over all columns of each of the matrices. With the
-    kernels that llama.cpp has: ours round less, which is up to 2 % of some."""
+def test_mean_squares_are_llamas(theirs: gemloom.Model) -> None:
+    """What an importance matrix is made of, over all columns of each of the matrices. With its
+    kernels: ours round less, which is up to 2 % of some."""
     cut = Cut(512, windows=LLAMA["windows"])
-    with gemloom.load("gemma-3-270m", context=512, kernels="ggml") as theirs:
-        *_, (_, matrix) = imatrix.collect(theirs, BOOK, cut, "alice")
+    *_, (_, matrix) = imatrix.collect(theirs, BOOK, cut, "alice")
     assert matrix.entries.keys() == LLAMA["mean_squares"].keys()
     for name, entry in matrix.entries.items():
         assert abs(entry.means.mean() / LLAMA["mean_squares"][name] - 1) < 0.01, name
@@ -84,7 +89,7 @@ def test_its_parts_are_used_where_they_lie(model: gemloom.Model) -> None:
 def test_long_prompt_in_chunks(model: gemloom.Model) -> None:
     ids = model.tokenizer.with_bos(model.tokenize(TEXT))[:650]
     assert len(ids) > model.config.window + 100
-    with gemloom.load("gemma-3-270m", context=1024, chunk=100) as other:
+    with gemloom.load("gemma-3-270m", context=1024, chunk=100, threads=1) as other:
         chunked = other.logits(ids, rows="last")
     one = model.logits(ids, rows="last")
     assert chunked.argmax() == one.argmax()

@@ -20,7 +20,7 @@ RAISED = 40.0
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[gemloom.Model]:
-    with gemloom.load("gemma-3-270m", context=512, slots=3) as model:
+    with gemloom.load("gemma-3-270m", context=512, slots=3, threads=1) as model:
         yield model
 
 

@@ -30,7 +30,7 @@ def inputs() -> dict[str, Array]:
         for i in LAYERS
         for name in ("attn_norm", "attn_kqv", "ffn_norm", "ffn_gate", "ffn_up")
     ]
-    with gemloom.load("gemma-3-270m", context=256, kernels="plain") as model:
+    with gemloom.load("gemma-3-270m", context=256, kernels="plain", threads=1) as model:
         seen = model.trace(model.tokenizer.with_bos(model.tokenize(TEXT))[:150], names)
     found = {}
     for i in LAYERS:
@@ -94,7 +94,7 @@ def test_perplexity_is_no_worse_than_with_ggmls() -> None:
     found: dict[str, list[float]] = {"auto": [], "ggml": []}
     text = TEXT + (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
     for kernels, losses in found.items():
-        with gemloom.load("gemma-3-270m", context=512, kernels=kernels) as model:
+        with gemloom.load("gemma-3-270m", context=512, kernels=kernels, threads=1) as model:
             ids = model.tokenize(text)
             assert len(ids) > 2500
             for start in range(0, len(ids), 511):

@@ -80,19 +80,24 @@ TABLE: list[tuple[Command, int, bytes | None, str]] = [
     (Command.GET_DEVICE_MEMORY, 0, words(2, 1), "impossible things of its memory"),
     (Command.GET_DEVICE_MEMORY, 0, words(0, 2**64 - 1), "impossible things of its memory"),
     (Command.GET_DEVICE_MEMORY, 1, words(2, 1), "LostError: the worker W was lost: it says"),
-    (Command.GET_DEVICE_MEMORY, 1, words(1, 2**30), "DeviceError: no memory for a test on rpc:W"),
+    (
+        Command.GET_DEVICE_MEMORY,
+        1,
+        words(1, 2**30),
+        "OutOfMemoryError: no memory for a test on rpc:W",
+    ),
     (Command.ALLOC_BUFFER, 0, words(0, 0), "DeviceError: no memory on the worker W"),
     (Command.ALLOC_BUFFER, 0, None, f"LostError: the worker W was lost: {GONE}"),
-    (Command.ALLOC_BUFFER, 1, words(0, 0), "DeviceError: no memory for a test"),
+    (Command.ALLOC_BUFFER, 1, words(0, 0), "OutOfMemoryError: no memory for a test"),
     (Command.ALLOC_BUFFER, 1, None, f"LostError: the worker W was lost: {GONE}"),
     (Command.ALLOC_BUFFER, 1, words(4096, 8), "LostError: the worker W was lost: it gave 8 bytes"),
     (Command.ALLOC_BUFFER, 1, words(4096, 2**64 - 1), "it gave 18,446,744,073,709,551,615 bytes"),
-    (Command.ALLOC_BUFFER, 2, words(0, 0), "DeviceError: no memory for the inputs of a step"),
+    (Command.ALLOC_BUFFER, 2, words(0, 0), "OutOfMemoryError: no memory on rpc:W for the inputs"),
     (
         Command.ALLOC_BUFFER,
         3,
         words(0, 0),
-        "DeviceError: the worker W cannot go on: it has no memory for 0.0 MiB",
+        "OutOfMemoryError: no memory on rpc:W for intermediate results",
     ),
     (Command.ALLOC_BUFFER, 2, None, f"LostError: the worker W was lost: {GONE}"),
     (Command.ALLOC_BUFFER, 3, None, f"LostError: the worker W was lost: {GONE}"),
@@ -145,7 +150,7 @@ def test_no_answer_ends_the_process(
     child: Child, command: Command, number: int, answer: bytes | None
 ) -> None:
     said = child.outcome(command, number, answer)
-    assert said.startswith(("fine: ", "DeviceError: ", "LostError: ")), said
+    assert said.startswith(("fine: ", "DeviceError: ", "LostError: ", "OutOfMemoryError: ")), said
 
 
 @needs_rpc

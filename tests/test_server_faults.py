@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -15,13 +16,14 @@ from schemathesis.checks import not_a_server_error
 
 import gemloom
 import tiny
-from conftest import Load
+from conftest import Load, paced, until
 from gemloom.server import streams
-from serving import endless, events, serving, slowly, until
+from serving import cancelled, endless, events, serving
 from serving import http as connect
 
 HI = [{"role": "user", "content": "hello"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+REQUESTS = "gemloom_http_requests_total"
 
 
 @pytest.fixture(scope="module")
@@ -178,71 +180,91 @@ def test_the_page_runs_no_scripts_but_its_own(url: str) -> None:
 def test_a_hang_up_cancels(url: str, model: gemloom.Model, stream: bool) -> None:
     body = {"prompt": "a", "logit_bias": endless(model), "stream": stream}
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model._runner, "run", slowly(model._runner.run, 0.05))
+    before = model.stats().steps
+    with paced(model, 5):
         connection.request("POST", COMPLETIONS, json.dumps(body))
         if stream:
             connection.getresponse().read(10)
-        until(lambda: model.stats().running)
-        steps = model.stats().steps
+        until(lambda: model.stats().steps == before + 5)
+        assert not cancelled(model)
         assert connection.sock
         connection.sock.shutdown(socket.SHUT_RDWR)
         connection.close()
-        until(lambda: not model.stats().running)
-        assert model.stats().steps <= steps + 4  # one to notice it, and those before it came
+        until(lambda: cancelled(model))
+    until(lambda: not model.stats().running)
+    assert model.stats().steps == before + 5
 
 
-def test_a_silent_stream_shows_that_it_lives(
-    model: gemloom.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model._runner, "run", slowly(model._runner.run, 0.2))
+def test_a_silent_stream_shows_that_it_lives(model: gemloom.Model) -> None:
     body = {"prompt": "a", "max_tokens": 2, "stream": True}
-    with serving(model, beat=0.05) as url, connect(url) as client:
-        lines = client.post(COMPLETIONS, json=body).text.splitlines()
-    assert lines.count(": keep-alive") >= 2
-    assert lines[0] == ": keep-alive"  # before the first token
-    assert lines[-2] == "data: [DONE]"
+    with (
+        serving(model, beat=0.05) as url,
+        connect(url) as client,
+        paced(model) as allowed,
+        client.stream("POST", COMPLETIONS, json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert [next(lines) for _ in range(4)] == [": keep-alive", ""] * 2
+        allowed.release(2)
+        assert list(lines)[-2] == "data: [DONE]"
 
 
-def test_a_request_that_takes_too_long(
-    model: gemloom.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model._runner, "run", slowly(model._runner.run, 0.05))
+def test_a_request_that_takes_too_long(model: gemloom.Model) -> None:
     body = {"prompt": "a", "logit_bias": endless(model)}
     with serving(model, timeout=0.2) as url, connect(url) as client:
-        answer = client.post(COMPLETIONS, json=body)
-        assert answer.status_code == 408
-        assert answer.json()["error"]["code"] == "request_timeout"
-        told = list(
-            events(iter(client.post(COMPLETIONS, json=body | {"stream": True}).text.splitlines()))
-        )
-        assert told[0]["choices"]
-        assert told[-1]["error"]["code"] == "request_timeout"
+        with paced(model, 3):
+            answer = client.post(COMPLETIONS, json=body)
+            assert answer.status_code == 408
+            assert answer.json()["error"]["code"] == "request_timeout"
+        with paced(model, 3):
+            text = client.post(COMPLETIONS, json=body | {"stream": True}).text
+        *told, last = events(iter(text.splitlines()))
+        assert len(told) <= 3 and all(event["choices"] for event in told)
+        assert last["error"]["code"] == "request_timeout"
         until(lambda: not model.stats().running)
 
 
-def answered(client: httpx.Client) -> float:
-    return samples(client.get("/metrics").text)["gemloom_http_requests_total", COMPLETIONS, "200"]
-
-
-def test_a_client_that_does_not_read_stalls_nobody(
-    model: gemloom.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(streams, "_HANG_GRACE", 0.5)
-    body = {"prompt": "a", "stream": True, "n": 4, "logprobs": 20, "logit_bias": endless(model)}
+@contextmanager
+def unread(url: str, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A client that has asked and reads nothing."""
     data = json.dumps(body).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n\r\n"
-    with serving(model, 4096, timeout=2) as url, connect(url) as client, socket.socket() as lazy:
+    with socket.socket() as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lazy.connect(("127.0.0.1", int(url.rpartition(":")[2])))
         lazy.sendall(head.encode() + data)
+        yield lazy
+
+
+def answered(client: httpx.Client) -> float:
+    """Requests that have ended, however they did."""
+    counts = samples(client.get("/metrics").text)
+    return sum(n for key, n in counts.items() if key[:2] == (REQUESTS, COMPLETIONS))
+
+
+def test_a_client_that_does_not_read_stalls_nobody(model: gemloom.Model) -> None:
+    asked = {"prompt": "a", "stream": True, "n": 4, "logprobs": 20, "logit_bias": endless(model)}
+    with serving(model, 4096) as url, connect(url) as client, unread(url, asked):
         until(lambda: model.stats().running)
         answer = client.post(COMPLETIONS, json={"prompt": "b", "max_tokens": 2})
         assert answer.json()["usage"]["completion_tokens"] <= 2
         until(lambda: not model.stats().running)  # it is computed, read or not
         assert answered(client) == 1
-        until(lambda: answered(client) == 2)  # given up a little after the limit
-        lazy.settimeout(10)
+
+
+def test_a_client_that_does_not_read_is_given_up(
+    model: gemloom.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A little after the limit."""
+    monkeypatch.setattr(streams, "_HANG_GRACE", 0.1)
+    asked = {"prompt": "a", "stream": True, "n": 4, "logprobs": 20, "logit_bias": endless(model)}
+    with (
+        serving(model, 4096, timeout=1) as url,
+        connect(url) as client,
+        unread(url, asked) as lazy,
+    ):
+        until(lambda: answered(client) == 1)
+        lazy.settimeout(60)
         assert not b"".join(iter(lambda: lazy.recv(1 << 20), b"")).endswith(b"[DONE]\n\n")
 
 
@@ -259,9 +281,8 @@ def test_a_body_that_does_not_come(model: gemloom.Model) -> None:
 def test_a_queue_that_is_full(load: Load) -> None:
     model = load("e2b", slots=1, queue=1, context=256)
     body = {"prompt": "a", "logit_bias": endless(model), "stream": True}
-    with serving(model) as url, connect(url) as client, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model._runner, "run", slowly(model._runner.run, 0.02))
-        with client.stream("POST", COMPLETIONS, json=body):
+    with serving(model) as url, connect(url) as client:
+        with paced(model, 1), client.stream("POST", COMPLETIONS, json=body):
             until(lambda: model.stats().running)
             with client.stream("POST", COMPLETIONS, json=body):
                 until(lambda: model.stats().waiting)
@@ -270,8 +291,9 @@ def test_a_queue_that_is_full(load: Load) -> None:
                 assert answer.headers["retry-after"] == "1"
                 assert answer.json()["error"]["code"] == "queue_full"
         until(lambda: not model.stats().running and not model.stats().waiting)
-        answer = client.post(COMPLETIONS, json={"prompt": "a", "n": 3, "max_tokens": 9})
-        assert answer.status_code == 429  # the third finds no place, and takes the others with it
+        with paced(model):
+            answer = client.post(COMPLETIONS, json={"prompt": "a", "n": 3, "max_tokens": 9})
+            assert answer.status_code == 429  # the third has no place, and takes the others along
         until(lambda: not model.stats().running and not model.stats().waiting)
 
 
@@ -288,11 +310,15 @@ def test_a_fault_reaches_everyone(load: Load, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(model._runner, "run", run)
     with serving(model) as url, connect(url) as client:
         with (
+            paced(model) as allowed,
             client.stream("POST", COMPLETIONS, json=body) as first,
             client.stream("POST", CHAT, json={**body, "messages": HI, "prompt": None}) as second,
         ):
-            until(lambda: model.stats().running == 2)
+            until(lambda: model.stats().waiting == 2)
+            allowed.release()
+            until(lambda: model.stats().steps == 1)
             failing = True
+            allowed.release()
             for stream in (first, second):
                 last = list(events(stream.iter_lines()))[-1]
                 assert last["error"]["code"] == "engine_failed"

@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from conftest import Load
+from conftest import Load, until
 from gemloom.ggml.memory import trim_memory
-from serving import serving, until
+from serving import serving
 
 CLIENTS, REQUESTS = 64, 2_000
 PROMPTS = [f"{word} {n}" for word in ("the", "quick", "brown", "fox") for n in range(10)]

@@ -70,9 +70,9 @@ def test_opening_a_large_file_costs_milliseconds(tmp_path: Path) -> None:
     with large.open("wb") as file:
         file.write(SMALL)
         file.truncate(1 << 40)  # 1 TiB with a hole in it
-    started = time.perf_counter()
+    started = time.process_time()
     file = gguf.read(source.resolve(large))
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
     assert plain(file) == plain(gguf.read([blob(SMALL)]))
 
 

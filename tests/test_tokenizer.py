@@ -287,9 +287,9 @@ def test_a_token_across_a_newline_is_found() -> None:
 def test_long_texts_take_linear_time(unit: str) -> None:
     """A quadratic way would take minutes."""
     text = (unit * 500_000)[:500_000]
-    start = time.monotonic()
+    start = time.process_time()
     ids = gemma4().encode(text, special=True)
-    assert time.monotonic() - start < 15
+    assert time.process_time() - start < 15
     assert gemma4().decode(ids, special=True) == text
 
 

@@ -364,7 +364,7 @@ def test_a_server_that_does_not_answer(shelf: Shelf, monkeypatch: pytest.MonkeyP
     shelf.delay = 1.0
     begin = time.monotonic()
     assert refusal(f"{shelf.url}/m.gguf") == f"{shelf.url}/m.gguf: no answer in time"
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 25  # its own patience would be 30
 
 
 def test_nobody_there(memory: Any) -> None:

@@ -149,9 +149,9 @@ def test_same_logits_from_anywhere(variant: str, types: str | None, tmp_path: Pa
     sources = [data, aligned(data, 0), aligned(data, 7), cuts, path, str(path), mapped]
     results = []
     for source in sources:
-        with gemloom.load(source, context=64) as model:
+        with gemloom.load(source, context=64, threads=1) as model:
             results.append(model.logits(prompt(20)))
-    with gemloom.load(path, context=64, mmap=False) as model:
+    with gemloom.load(path, context=64, mmap=False, threads=1) as model:
         assert model.memory()["mapped"] == 0
         results.append(model.logits(prompt(20)))
     assert all(np.array_equal(result, results[0]) for result in results)
@@ -160,7 +160,7 @@ def test_same_logits_from_anywhere(variant: str, types: str | None, tmp_path: Pa
 def test_a_file_is_mapped_and_not_copied(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(tiny.gguf_bytes(VARIANTS["e2b"]))
-    with gemloom.load(path, context=64) as model:
+    with gemloom.load(path, context=64, threads=1) as model:
         memory = model.memory()
     assert memory["copied"] == 0
     assert memory["mapped"] == memory["weights"] + memory["per_layer_table"]
@@ -170,7 +170,7 @@ def test_a_file_is_mapped_and_not_copied(tmp_path: Path) -> None:
 def test_buffers_are_copied_only_where_not_aligned(shift: int, copied: bool) -> None:
     """The per-layer table, which is only read by rows, stays where it is either way."""
     data = aligned(tiny.gguf_bytes(VARIANTS["e2b"]), shift)
-    with gemloom.load(data, context=64) as model:
+    with gemloom.load(data, context=64, threads=1) as model:
         memory = model.memory()
         assert memory["mapped"] >= memory["per_layer_table"]
         assert (memory["copied"] > 0) == copied

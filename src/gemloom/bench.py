@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MAX_REPETITIONS = 1_000
-PHASES = ("build", "input", "compute", "read", "sample", "text", "other")
+PHASES = (
+    "build", "input", "launch", "ahead", "compute", "read", "sample", "text", "other",
+)  # fmt: skip
+COMPUTING = ("launch", "compute")  # in ggml; what else there is, is Python's
 _NEVER = -100.0  # logit bias of the tokens that would end a generation early
 
 
@@ -70,8 +73,9 @@ class Timing:
 
     @property
     def python_share(self) -> float:
-        """How much of the time was spent outside ggml's computation, from 0 to 1."""
-        return 1 - self.phases["compute"] / sum(self.phases.values())
+        """How much of the time was spent outside ggml, from 0 to 1; what is done ahead counts."""
+        inside = sum(self.phases[name] for name in COMPUTING)
+        return 1 - inside / sum(self.phases.values())
 
 
 @dataclass(frozen=True, slots=True)

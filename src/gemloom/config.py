@@ -16,6 +16,8 @@ import numpy as np
 from gemloom.errors import ConfigError, TensorError
 from gemloom.gguf import GGUF, Metadata, StringArray
 
+MOST_LAYERS = 512  # of a model, the files of which are not to be trusted
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -103,7 +105,7 @@ class _Keys:
 
     def __init__(self, metadata: Metadata, architecture: str) -> None:
         self.metadata, self.prefix = metadata, architecture
-        self.n_layer = self.count("block_count", 512)
+        self.n_layer = self.count("block_count", MOST_LAYERS)
 
     def has(self, key: str) -> bool:
         return f"{self.prefix}.{key}" in self.metadata

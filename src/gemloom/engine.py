@@ -22,7 +22,14 @@ from typing import Any, TypeVar
 from gemloom.adapters.active import Marks, marks
 from gemloom.cache import KVCache
 from gemloom.candidates import Candidates
-from gemloom.errors import ClosedError, EngineError, GemloomError, LostError, QueueFullError
+from gemloom.errors import (
+    ClosedError,
+    EngineError,
+    GemloomError,
+    LostError,
+    OutOfMemoryError,
+    QueueFullError,
+)
 from gemloom.options import Options
 from gemloom.runner import Runner
 from gemloom.sampling import Floats
@@ -239,7 +246,12 @@ class Engine:
             return
         for chunk in batch:
             self._prepare(chunk)
-        rows = self._compute(batch)
+        try:
+            rows = self._compute(batch)
+        except OutOfMemoryError as error:  # before anything was computed: others can go on
+            for chunk in batch:
+                self._give_up(self._running[chunk.slot], error)
+            return
         self._counts["steps"] += 1
         self._deliver(batch, rows)
 
@@ -326,14 +338,18 @@ class Engine:
     def _make_room(self) -> None:
         """Where a slot is full, drop the older half of what comes after the first ``keep``."""
         keep = self._options.keep
-        for sequence in self._running.values():
+        for sequence in list(self._running.values()):
             n, slot = sequence.n_done, sequence.slot
             if keep is None or n < self._context or slot is None:
                 continue
             drop = (n - keep) // 2
             if n > self._kv.cells.sliding:  # the ring has lost the kept tokens: none may be seen
                 drop = min(drop, n - keep - self._kv.window + 1)
-            self._runner.shift(slot.index, keep, drop, n)
+            try:
+                self._runner.shift(slot.index, keep, drop, n)
+            except OutOfMemoryError as error:
+                self._give_up(sequence, error)
+                continue
             sequence.forget(keep, drop)
             self.slots.cut(slot, 0)  # cells such as no prompt would give
 
@@ -349,8 +365,7 @@ class Engine:
         try:
             yield
         except BaseException as error:
-            self._end(sequence)
-            sequence.sink(_typed(error))
+            self._give_up(sequence, _typed(error))
 
     def _deliver(
         self, batch: abc.Sequence[Chunk], logits: abc.Iterable[Floats | Candidates]
@@ -393,6 +408,10 @@ class Engine:
             del self._running[sequence.slot.index]
             self.slots.release(sequence.slot)
         sequence.release()
+
+    def _give_up(self, sequence: Sequence, error: GemloomError) -> None:
+        self._end(sequence)
+        sequence.sink(error)
 
     def _fail(self, error: BaseException) -> None:
         lost = self._loss()  # whatever failed, that is why

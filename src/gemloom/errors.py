@@ -14,7 +14,8 @@
     │   ├── ContextError          400  context_length_exceeded
     │   └── StateError            400  invalid_state        saved state that does not fit this model
     ├── OutputError               500  output_error         a file that cannot be written
-    ├── DeviceError               500  device_error         a backend missing or out of memory
+    ├── DeviceError               500  device_error         a backend missing or of no use here
+    │   ├── OutOfMemoryError      507  out_of_memory        a device, or the host, has no room
     │   └── LostError             503  device_lost          it was there, and is not any more
     ├── QueueFullError            429  queue_full           more requests than may wait
     ├── EngineError               503  engine_failed        a step failed; nothing is computed since
@@ -119,6 +120,13 @@ class DeviceError(GemloomError):
     """A backend that is missing, was lost or has no memory left."""
 
     code = "device_error"
+
+
+class OutOfMemoryError(DeviceError):
+    """A device or the host has no memory for something: it may have some for less, or later."""
+
+    status = 507
+    code = "out_of_memory"
 
 
 class LostError(DeviceError):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from gemloom.cache import KV_TYPES, layer_cell_bytes, slot_cells
-from gemloom.config import Config, from_gguf
+from gemloom.config import Config, LayerSpec, from_gguf
 from gemloom.errors import OptionError
 from gemloom.ggml.backends import Found
 from gemloom.ggml.device import Device
@@ -25,6 +25,7 @@ from gemloom.weights import Layout, check, tensor_bytes
 
 SMALLEST = 1024  # positions, to which a context nobody asked for may be cut
 _FLOAT, _HALF = 4, 2  # bytes
+_NUMBERS = 8  # floats' worth of a row's token, position and cells, with what aligning them takes
 
 
 def place(
@@ -139,28 +140,49 @@ def measure(
         options.slots * cells.of(spec.sliding) * layer_cell_bytes(spec, choice.kv_type)
         for spec in config.layers
     )
-    compute = compute_bytes(config, options, choice.context)
+    compute, inputs = compute_bytes(config, options, choice.context)
+    inputs = compute if kept else inputs
     return Sizes(
-        tuple(layers), tuple(each), head + duplicate, shared, tables, compute, duplicate,
-        not options.mmap,
+        tuple(layers), tuple(each), head + duplicate, shared, tables, compute, inputs, duplicate,
+        not options.mmap, owners=tuple(spec.kv_owner for spec in config.layers),
     )  # fmt: skip
 
 
-def compute_bytes(config: Config, options: Options, context: int) -> int:
-    """About what intermediate results of the largest step take on a device; not less."""
-    cells = slot_cells(config, context, options.chunk)
-    rows = min(options.chunk, cells.full)
-    heads = max(spec.n_head * spec.head_dim for spec in config.layers)
-    widest = max(_feed_forward(config, i) for i in range(config.n_layer))
-    per_layer = config.n_per_layer * config.n_layer
-    row = _FLOAT * (6 * config.n_embd + 3 * heads + widest + 4 * per_layer)
-    masks = 2 * _HALF * (cells.full + cells.sliding)
-    logits = _FLOAT * config.n_vocab * max(options.slots, 1)
-    return rows * (row + masks) + logits
+def compute_bytes(config: Config, options: Options, context: int) -> tuple[int, int]:
+    """At most what the largest step takes for intermediate results; most of it for a prompt's rows.
+
+    Where layers run, and on a host where none do. Adapters and logits of many rows take more.
+    """
+    cells, last = slot_cells(config, context, options.chunk), config.last_owner
+    rows, few = min(options.chunk, cells.full), options.slots
+    through = config.layers[: last + 1]  # these all rows go through, and all layers a few
+    kinds = {spec.sliding for spec in through[:-1]}  # the last one attends for those few
+    masks = _HALF * (rows * sum(map(cells.of, kinds)) + few * (cells.full + cells.sliding))
+    read = config.n_embd + config.n_per_layer * last  # of tables
+    inputs = masks + _FLOAT * (rows * (read + _NUMBERS) + few * config.n_per_layer * config.n_layer)
+    # The embeddings are kept for later layers; what per-layer inputs were made of leaves a gap.
+    kept = 2 * read if config.n_per_layer else read
+    layers = rows * (kept + _NUMBERS + _widest(config, through))
+    layers += few * (_widest(config, config.layers) + config.n_vocab)
+    # Some is lost between tensors, on a device the more where masks have a buffer of their own.
+    return masks + _FLOAT * layers * 4 // 3, inputs * 9 // 8
 
 
-def _feed_forward(config: Config, index: int) -> int:
-    spec = config.layers[index]
-    experts = 3 * spec.experts.used * spec.experts.n_ff if spec.experts else 0
-    chosen = 2 * spec.experts.used * config.n_embd if spec.experts else 0
-    return 3 * spec.n_ff + experts + chosen
+def _widest(config: Config, specs: Sequence[LayerSpec]) -> int:
+    """The most numbers that a row has at once in one of these layers, beside what it keeps."""
+    inputs = 2 * config.n_per_layer * len(specs)  # before they are mixed
+    return max([inputs, *(max(_attention(config, s), _feed_forward(config, s)) for s in specs)])
+
+
+def _attention(config: Config, spec: LayerSpec) -> int:
+    q, kv = spec.n_head * spec.head_dim, spec.n_kv * spec.head_dim
+    return config.n_embd + max(config.n_embd + q + 2 * kv, 2 * q, q + config.n_embd)
+
+
+def _feed_forward(config: Config, spec: LayerSpec) -> int:
+    dense = config.n_embd + max(3 * spec.n_ff, config.n_embd + 2 * spec.n_ff)
+    if not spec.experts:
+        return dense
+    used, n_ff = spec.experts.used, spec.experts.n_ff
+    chosen = max(3 * used * n_ff, used * (n_ff + config.n_embd), 2 * used * config.n_embd)
+    return max(dense, 3 * config.n_embd + 2 * spec.experts.count + chosen)

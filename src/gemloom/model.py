@@ -371,7 +371,7 @@ class Model:
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds since it was loaded by phase of a step: build, input, compute, read."""
+        """Seconds since it was loaded by phase of a step, as ``Runner.times``."""
         return dict(self._runner.times)
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise, repeat
 
 from gemloom.errors import DeviceError
 
@@ -45,10 +45,12 @@ class Sizes:
     head: int  # the matrix and the norm before it
     shared: int  # what every device with layers has
     tables: int  # of which rows are read, always on the host
-    compute: int  # for intermediate results, on each device in use
+    compute: int  # for intermediate results, where layers run
+    inputs: int  # for those on a host where none do, and no cells are
     duplicate: int = 0  # of the head's bytes, those of a matrix that the host has among its tables
     copied: bool = False  # the host's weights are no pages of a file
     moves: tuple[bool, ...] = ()  # of each layer, if devices can compute with its cells; (): all
+    owners: tuple[int, ...] = ()  # of each layer, the one whose cells it reads; (): its own
 
     def cells_move(self, layer: int) -> bool:
         """Whether a layer's K/V cells may lie where it runs, if that is a device."""
@@ -192,23 +194,39 @@ def _fit(
 def _splits(
     sizes: Sizes, count: int, spaces: Sequence[Space], wanted: Wanted
 ) -> Iterator[tuple[int, ...]]:
-    """Ways to give the last ``count`` layers to the devices: by their shares, then filling up."""
+    """Ways to give the last ``count`` layers to the devices, best first.
+
+    By their shares, then filling up; with the layers that read others' cells beside those, then
+    without. Shares that were asked for are all there is.
+    """
     n, host = len(sizes.layers), len(spaces) - 1
-    here = (host,) * (n - count)
-    moved = range(n - count, n)
+    first = n - count
+    here = (host,) * first
     if not count:
         yield here
         return
-    each = [sizes.layers[i] + sizes.cells[i] for i in moved]
+    each = [sizes.layers[i] + sizes.cells[i] * sizes.cells_move(i) for i in range(first, n)]
     each[-1] += sizes.head
     devices = spaces[:host]
     shares = wanted.split or tuple(float(space.usable or 0) for space in devices)
     if not sum(shares):
         shares = (1.0,) * host
-    yield here + _by_share(each, shares)
-    if wanted.split is None and host > 1:
-        rooms = [_room(space, sizes) for space in devices]
-        yield here + _filling(each, rooms)
+    if wanted.split is not None or host == 1:
+        yield here + _by_share(each, shares)
+        return
+    rooms = [_room(space, sizes) for space in devices]
+    for starts in (_cuts(sizes, first), range(first, n)):
+        lengths = [b - a for a, b in pairwise((*starts, n))]
+        sums = [sum(each[a - first : b - first]) for a, b in pairwise((*starts, n))]
+        for chosen in (_by_share(sums, shares), _filling(sums, rooms)):
+            yield here + tuple(chain.from_iterable(map(repeat, chosen, lengths)))
+
+
+def _cuts(sizes: Sizes, first: int) -> list[int]:
+    """The layers from ``first`` on before which no other one has cells that are read after it."""
+    n = len(sizes.layers)
+    owners = [i if first <= i and sizes.cells_move(i) else n for i in sizes.owners or range(n)]
+    return [i for i in range(first, n) if min(owners[i:]) >= i]
 
 
 def _room(space: Space, sizes: Sizes) -> float:
@@ -247,9 +265,9 @@ def _table(
         weights = sum(sizes.layers[i] for i in own) + (sizes.shared if own else 0)
         weights += sizes.head if index == head else 0
         weights += sizes.tables - (sizes.duplicate if head == host else 0) if index == host else 0
-        used = bool(own) or index == host
         kv = sum(size for size, at in zip(sizes.cells, cells, strict=True) if at == index)
-        compute = sizes.compute if used else 0
+        idle = sizes.inputs if index == host else 0
+        compute = sizes.compute if own or kv else idle
         yield Use(space.name, len(own), weights, kv, compute, space.free)
 
 

@@ -93,7 +93,9 @@ class Runner:
 
     ``ranks`` says that the device that makes the logits can find the largest of them as well, so
     that ``rank`` saves reading them all. ``times`` are the seconds since it was made by phase of
-    ``run``: build (and allocate), input, compute, read.
+    ``run``: build (and allocate), input, launch (handing the graph to devices, and what of it runs
+    on the CPU; nothing where all does), ahead (Python's work on the next step meanwhile), compute,
+    read.
     """
 
     def __init__(self, device: Device, config: Config, weights: Tensors, kv: KVCache) -> None:
@@ -104,19 +106,25 @@ class Runner:
         logits, count = weights.placement.logits, min(COUNT, config.n_vocab)
         self.ranks = finds_largest(device, logits, config.n_vocab, count)
         self._foreseen: dict[tuple[int, int, bool], np.ndarray] = {}  # masks of single rows
-        self.times = dict.fromkeys(("build", "input", "compute", "read"), 0.0)
+        self.times = dict.fromkeys(("build", "input", "launch", "ahead", "compute", "read"), 0.0)
         self._warned: set[str] = set()
         places = weights.placement
         owners = [spec.kv_owner for spec in config.layers]
         self._attention_on_host = sum(places.layers[i] != places.cells[i] for i in owners)
 
     def reserve(self) -> None:
-        """Take the compute memory of the largest prefill step now, rather than in a request."""
-        count = min(self.kv.chunk, self.kv.cells.full)
-        part = _Part(0, count, 1, self.kv.cells)
-        plan = self._build(_Key((part,)))
-        plan.graph.reserve()
-        plan.graph.close()
+        """Take the compute memory of the largest steps now, rather than in a request.
+
+        Those are a prompt's part alone, and parts of as many prompts as there are slots.
+        OutOfMemoryError where there is none.
+        """
+        count, slots = min(self.kv.chunk, self.kv.cells.full), self.kv.slots
+        each = -(-count // slots)
+        alone = (_Part(0, count, 1, self.kv.cells),)
+        shared = tuple(_Part(slot, each, 1, self.kv.cells) for slot in range(slots))
+        for parts in dict.fromkeys((alone, shared)):
+            with closing(self._build(_Key(parts, rank=self.ranks)).graph) as graph:
+                graph.reserve()
 
     def survey(self) -> tuple[Counter[str], int]:
         """What devices lack of the largest prefill step, and of how many nodes."""
@@ -173,8 +181,7 @@ class Runner:
         start = perf_counter()
         if self._plan is None or self._plan.key != key:
             self._forget()
-            self._plan = self._build(key)
-            self._plan.graph.allocate()
+            self._plan = self._allocated(key)
             self._warn()
         plan = self._plan
         plan.graph.allocate()
@@ -187,8 +194,25 @@ class Runner:
         start = self._lap("input", start)
         for chunk in batch:
             self.kv.mark(chunk.slot, chunk.end)
-        plan.graph.compute(partial(self._foresee, batch))
-        self._lap("compute", start)
+        waiting = start
+
+        def meanwhile() -> None:
+            nonlocal waiting
+            launched = self._lap("compute" if self._device.on_host else "launch", start)
+            self._foresee(batch)
+            waiting = self._lap("ahead", launched)
+
+        plan.graph.compute(meanwhile)
+        self._lap("compute", waiting)
+        return plan
+
+    def _allocated(self, key: _Key) -> _Plan:
+        plan = self._build(key)
+        try:
+            plan.graph.allocate()
+        except BaseException:
+            plan.graph.close()
+            raise
         return plan
 
     def check(self) -> None:

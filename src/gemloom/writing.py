@@ -322,12 +322,20 @@ def _numbers(key: str, value: Any) -> np.ndarray:
     if array.dtype.kind == "b":
         return array
     if array.dtype.kind == "f":
-        return array.astype(np.float32)
+        return _single(key, array)
     if not array.ndim and 0 <= value < 2**32:
         return array.astype(np.uint32)
     small = np.iinfo(np.int32)
     fits = small.min <= array.min() and array.max() <= small.max
     return array.astype(np.int32) if fits else array
+
+
+def _single(key: str, array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32)
+    if np.any(np.isinf(single) & ~np.isinf(array)):
+        raise ConfigError(f"{key}: beyond what a GGUF's 32-bit floats can hold")
+    return single
 
 
 def _strings(texts: Iterable[bytes]) -> bytes:

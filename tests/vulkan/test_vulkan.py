@@ -64,6 +64,11 @@ def test_adapters(checks: Checks, variant: str) -> None:
     checks.adapters(variant)
 
 
+@some
+def test_requests_at_once(checks: Checks, variant: str) -> None:
+    checks.together(variant)
+
+
 @pytest.mark.parametrize("variant", ["e2b", "gemma3"])
 def test_state_and_snapshots(checks: Checks, variant: str) -> None:
     checks.state(variant)

@@ -78,6 +78,10 @@ def plan(folder: str | os.PathLike[str], kind: Type | None = None) -> Plan:
         raise OptionError(f"cannot convert to {kind.name}: {', '.join(t.name for t in FILE_TYPES)}")
     found = settings.read(checkpoint.config, f"{checkpoint.folder / 'config.json'}")
     stored, notes = _by_gguf_name(checkpoint, found.tied)
+    # Before a token is made for each row that the config speaks of, however many.
+    d = found.keys[f"{found.architecture}.embedding_length"]
+    assert isinstance(d, int)
+    _check_tensor(checkpoint, stored, "token_embd.weight", (d, found.n_vocab))
     tokens, more = vocabulary.read(
         checkpoint, "llama" if found.architecture == "gemma3" else "gemma4", found.n_vocab
     )
@@ -181,19 +185,24 @@ def _check(
 ) -> None:
     """Hold the checkpoint against the tensors wanted, both ways."""
     for name, shape in shapes.items():
-        if name == _ROPE_FREQS:
-            continue
-        tensor = stored.get(name)
-        if tensor is None:
-            raise TensorError(f"{checkpoint.folder}: the tensor {names.to_hf(name)} is missing")
-        if tensor.shape != shape[::-1]:
-            raise TensorError(
-                f"{tensor.path}: {tensor.name} has the shape {list(tensor.shape)}, "
-                f"not {list(shape[::-1])}"
-            )
+        if name != _ROPE_FREQS:
+            _check_tensor(checkpoint, stored, name, shape)
     if extra := stored.keys() - shapes.keys() - unused:
         tensor = stored[min(extra)]
         raise TensorError(f"{tensor.path}: {tensor.name} does not belong to this architecture")
+
+
+def _check_tensor(
+    checkpoint: Checkpoint, stored: Mapping[str, Stored], name: str, shape: tuple[int, ...]
+) -> None:
+    tensor = stored.get(name)
+    if tensor is None:
+        raise TensorError(f"{checkpoint.folder}: the tensor {names.to_hf(name)} is missing")
+    if tensor.shape != shape[::-1]:
+        raise TensorError(
+            f"{tensor.path}: {tensor.name} has the shape {list(tensor.shape)}, "
+            f"not {list(shape[::-1])}"
+        )
 
 
 def _item(

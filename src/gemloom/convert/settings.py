@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from gemloom.config import MOST_LAYERS
 from gemloom.errors import ConfigError
 from gemloom.gguf import Metadata, Value
 
@@ -106,6 +107,13 @@ class _Config:
             self.refuse(key, f"{value:,} is no size")
         return value
 
+    def n_layer(self) -> int:
+        """How many layers there are; lists are made of them, so not any number will do."""
+        n = self.count("num_hidden_layers")
+        if n > MOST_LAYERS:
+            self.refuse("num_hidden_layers", f"{n:,} are more than {MOST_LAYERS}")
+        return n
+
     def table(self, key: str) -> Mapping[str, Any]:
         """A nested object, empty where there is none."""
         value = self.raw.get(key)
@@ -129,7 +137,7 @@ class _Config:
 
     def sliding(self) -> list[bool]:
         """Which layers slide: one boolean a layer."""
-        n, kinds = self.count("num_hidden_layers"), self.raw.get("layer_types")
+        n, kinds = self.n_layer(), self.raw.get("layer_types")
         if kinds is None and "sliding_window_pattern" in self.scalars:
             every = self.count("sliding_window_pattern")
             return [(i + 1) % every != 0 for i in range(n)]
@@ -308,7 +316,7 @@ def _experts(c: _Config) -> Keys:
 
 def _assistant(c: _Config, top: _Config) -> Keys:
     """A drafter owns no K/V: all its layers read those of the model it drafts for."""
-    n_layer = c.count("num_hidden_layers")
+    n_layer = c.n_layer()
     return {
         "attention.shared_kv_layers": n_layer,
         "embedding_length_out": top.count("backbone_hidden_size"),

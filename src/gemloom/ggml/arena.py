@@ -9,7 +9,7 @@ from typing import Any
 import ggml
 from gguf.constants import GGMLQuantizationType
 
-from gemloom.errors import DeviceError
+from gemloom.errors import OutOfMemoryError
 from gemloom.ggml.device import Device, Tensor, address
 from gemloom.ggml.memory import check_free
 
@@ -76,19 +76,21 @@ class Arena:
     def allocate(self, what: str) -> None:
         """Memory for every tensor that has none yet, cleared unless weights will fill it.
 
-        DeviceError if there is not enough; ``what`` names it there.
+        OutOfMemoryError if there is not enough; ``what`` names it there.
         """
         kind = self._buffer_type
         size = ggml.ggml_backend_alloc_ctx_tensors_from_buft_size(self.context, kind)
         if not size:
             return
+        if self._where != self._device.host:
+            what = f"{what} on {self._device.name(self._where)}"
         self._check_free(size, what)
         buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self.context, kind)
         if buffer:
             self._closers.append(lambda: ggml.ggml_backend_buffer_free(buffer))
         self._device.check()  # one that is lost gives whatever is asked for
         if not buffer:
-            raise DeviceError(
+            raise OutOfMemoryError(
                 f"no memory for {what}: {size / 2**20:,.0f} MiB could not be allocated"
             )
         if self._weights:  # keeps the scheduler from moving a product away from its weights
@@ -102,9 +104,9 @@ class Arena:
         if self._where == self._device.host:
             check_free(size, what)
         else:
-            name, info = self._device.name(self._where), self._device.found[self._where].info
+            info = self._device.found[self._where].info
             # A driver that does not tell says 0; then its own refusal is all there is.
-            check_free(size, f"{what} on {name}", info.free if info.total else size)
+            check_free(size, what, info.free if info.total else size)
 
     def close(self) -> None:
         """Free buffers and tensors, and let go of what was mapped."""

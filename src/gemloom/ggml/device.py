@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ggml
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from gemloom.errors import DeviceError, LostError, OutOfMemoryError
 from gemloom.ggml import backends
+from gemloom.ggml.memory import free_memory
 from gemloom.ggml.room import Room
 from gemloom.gguf import nbytes
 
@@ -175,8 +176,9 @@ class Device:
             self.kernels.use({name: getattr(ggml.ggml_tensor, name).offset for name in fields})
         self.threads = threads or usable_cores()
         self.cpu = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_CPU)
+        self._lost = ""  # why nothing is to be computed any more
         self.current: object = None  # the graph whose tensors have memory now
-        self.compute_bytes = 0  # for the intermediate tensors of graphs
+        self.compute_bytes = 0  # for the intermediate tensors of graphs, when last some were taken
         try:
             self.backends = self._start()
         except BaseException:
@@ -184,7 +186,8 @@ class Device:
             raise
         self.scheduler = self._schedule()
         self._closers.append(self._free_scheduler)
-        self.rooms = [Room(found.buffer_type) for found in self.found]  # for graphs' inputs
+        # For the inputs of graphs, on each device.
+        self.rooms = [Room(each.buffer_type, each.name, self.check) for each in self.found]
         self._closers += [room.close for room in self.rooms]
         self.names = [self._backend_name(index) for index in range(len(self.backends))]
 
@@ -247,15 +250,53 @@ class Device:
         """LostError if a device was lost, so that what it computed means nothing."""
         for worker in self._workers:
             worker.check()
+        if self._lost:
+            raise LostError(self._lost)
 
-    @contextmanager
-    def allocating(self) -> Iterator[None]:
-        """Around giving a graph memory, which workers must not refuse. As ``check``."""
-        with ExitStack() as stack:
-            for worker in self._workers:
-                stack.enter_context(worker.must_give())
-            yield
+    def fail(self, reason: str) -> NoReturn:
+        """Raise for a graph that a backend could not compute: the devices are not used after it."""
         self.check()
+        if self.on_host:
+            raise DeviceError(f"the CPU failed to compute: {reason}")
+        names = ", ".join(found.name for found in self.found)
+        self._lost = f"a step failed on {names}: {reason}"
+        raise LostError(self._lost)
+
+    def reserve(self, graph: Any) -> None:
+        """Take the memory that a graph of ggml's needs beyond what the scheduler holds.
+
+        A graph that is given memory without this ends the process where there is none. Raises
+        OutOfMemoryError, and nothing is held then; LostError.
+        """
+        free, held = free_memory(), self.compute_sizes()
+        there = ggml.ggml_backend_sched_reserve(self.scheduler, graph)
+        self.check()  # one that is lost gives whatever is asked for
+        sizes = self.compute_sizes()
+        more = sum(sizes[self.host :]) - sum(held[self.host :])  # on the host, not touched yet
+        if not there or (free is not None and more > free):
+            full = self.host if there else min(sizes.index(0), self.host)
+            self._empty()
+            raise OutOfMemoryError(
+                f"no memory on {self.name(full)} for intermediate results; "
+                "take a smaller chunk or context, fewer slots or fewer gpu_layers"
+            )
+        self.compute_bytes = sum(sizes) + sum(room.nbytes for room in self.rooms)
+
+    def _empty(self) -> None:
+        """Let the scheduler hold nothing.
+
+        A graph without nodes first: ggml would free twice what backends shared when one got none.
+        """
+        context = ggml.ggml_init(ggml.ggml_init_params(1 << 16, None, True))
+        nothing = ggml.ggml_new_graph_custom(context, 1, False)
+        ggml.ggml_backend_sched_reserve(self.scheduler, nothing)
+        ggml.ggml_free(context)
+        self._renew()
+
+    def _renew(self) -> None:
+        self._free_scheduler()
+        self.current = None
+        self.scheduler = self._schedule()
 
     def grow(self, nodes: int) -> bool:
         """Make room for graphs of so many nodes; True where that took what had been reserved.
@@ -264,23 +305,14 @@ class Device:
         """
         if nodes <= self.max_nodes:
             return False
-        self._free_scheduler()
-        self.current = None
         self.max_nodes = 1 << (nodes - 1).bit_length()
-        self.scheduler = self._schedule()
+        self._renew()
         return True
 
-    def measure(self) -> None:
-        """Look how much memory the scheduler holds, which only changes where a graph gets some."""
-        self.compute_bytes = sum(self.compute_sizes())
-
     def compute_sizes(self) -> list[int]:
-        """Bytes the scheduler holds on each backend now, and inputs take there."""
+        """Bytes the scheduler holds on each backend now."""
         size = ggml.ggml_backend_sched_get_buffer_size
-        sizes = [int(size(self.scheduler, backend)) for backend in self.backends]
-        for index, room in enumerate(self.rooms):
-            sizes[index] += room.nbytes
-        return sizes
+        return [int(size(self.scheduler, backend)) for backend in self.backends]
 
     def close(self) -> None:
         """Free scheduler and backends; no graph may be used afterwards."""

@@ -17,10 +17,8 @@ import ggml
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from gemloom.errors import DeviceError
 from gemloom.ggml.device import Device, Tensor, contiguous_strides
-from gemloom.ggml.pinning import Marks, pin, survey
-from gemloom.ggml.uploads import Upload, uploads
+from gemloom.ggml.spreading import Spread
 
 if TYPE_CHECKING:
     from gemloom.kernels.library import Library
@@ -56,15 +54,17 @@ class Graph:
         self._kept: list[Any] = []
         self._inputs: list[Tensor] = []
         self.names: list[str] = []
-        self._marks = None if device.on_host else Marks(self._context, 0)
-        self._split = False
-        self._uploads: list[Upload] = []
-        self.fallbacks: Counter[str] = Counter()  # nodes that a device lacks, by operation
+        self._spreading = None if device.on_host else Spread(device, self._context, self._graph)
+
+    @property
+    def fallbacks(self) -> Counter[str]:
+        """Nodes that a device lacks, by operation."""
+        return self._spreading.fallbacks if self._spreading else Counter()
 
     @property
     def place(self) -> int:
         """The device of what is made now."""
-        return self._marks.now if self._marks else self._device.host
+        return self._spreading.marks.now if self._spreading else self._device.host
 
     @property
     def kernels(self) -> Library | None:
@@ -97,8 +97,8 @@ class Graph:
 
     def at(self, index: int) -> None:
         """What is made from now on runs on this device (``Device.found``), while it can."""
-        if self._marks:
-            self._marks.at(index)
+        if self._spreading:
+            self._spreading.marks.at(index)
 
     @contextmanager
     def on(self, index: int) -> Iterator[None]:
@@ -112,10 +112,10 @@ class Graph:
     def beside(self, w: Tensor, operation: str) -> Iterator[None]:
         """On the host for a while if w had to stay there, so that it does not travel each time."""
         host = self._device.host
-        if not self._marks or w.where != host or self.place == host:
+        if not self._spreading or w.where != host or self.place == host:
             yield
             return
-        self._marks.brought[operation] += 1
+        self._spreading.marks.brought[operation] += 1
         with self.on(host):
             yield
 
@@ -134,50 +134,45 @@ class Graph:
         return name in self._taps
 
     def reserve(self) -> None:
-        """Let the scheduler take the memory this graph needs. DeviceError if there is none."""
-        self._reset()
-        with self._device.allocating():
-            there = ggml.ggml_backend_sched_reserve(self._device.scheduler, self._graph)
-        if not there:
-            raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
-        self._device.measure()
+        """Let the scheduler take the memory this graph needs.
+
+        OutOfMemoryError where there is none; another graph may have been given less.
+        """
+        self._begin()
+        self._device.reserve(self._graph)
 
     def allocate(self) -> None:
-        """Give every tensor memory, taking it from the graph that had it before."""
+        """Give every tensor memory, taking it from the graph that had it before. As ``reserve``."""
         if self._device.current is self:
             return
-        self._reset()
-        with self._device.allocating():
-            there = ggml.ggml_backend_sched_alloc_graph(self._device.scheduler, self._graph)
-        if not there:
-            raise DeviceError("no memory for the compute buffers; use a smaller chunk or context")
+        self.reserve()
+        self._begin()
+        there = ggml.ggml_backend_sched_alloc_graph(self._device.scheduler, self._graph)
+        assert there, "what was reserved is there"
         self._device.current = self
-        self._device.measure()
         for tensor in self._inputs:
             tensor.map()
 
-    def _reset(self) -> None:
-        """Make the scheduler forget the graph before. It changes this one: once is all."""
+    def _begin(self) -> None:
+        """Make the scheduler forget the graph before, and tell it of this one what it must know."""
         self._device.current = None
         ggml.ggml_backend_sched_reset(self._device.scheduler)
-        if self._marks:
-            assert not self._split, "a graph over several devices has memory once"
-            self._split = True
-            self.fallbacks, places = pin(self._device, self._graph, self._marks)
-            self._uploads.extend(uploads(self._device, self._graph, self._inputs, places))
+        if self._spreading:
+            self._spreading.begin(self._inputs)
 
     def survey(self) -> tuple[Counter[str], int]:
         """What devices lack of it, by operation, and of how many nodes; needs no memory."""
-        return survey(self._device, self._graph, self._marks) if self._marks else (Counter(), 0)
+        return self._spreading.survey() if self._spreading else (Counter(), 0)
 
     def compute(self, meanwhile: Callable[[], object] = lambda: None) -> None:
-        """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails.
+        """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails,
+        LostError if on a device.
 
         ``meanwhile`` is called while a device computes: after all was computed on the CPU.
         """
         assert self._device.current is self
-        for upload in self._uploads:
-            upload.send()
+        if self._spreading:
+            self._spreading.send()
         scheduler = self._device.scheduler
         status = ggml.ggml_backend_sched_graph_compute_async(scheduler, self._graph)
         try:
@@ -185,8 +180,7 @@ class Graph:
         finally:
             ggml.ggml_backend_sched_synchronize(scheduler)
         if status != ggml.GGML_STATUS_SUCCESS:
-            reason = ggml.ggml_status_to_string(status).decode()
-            raise DeviceError(f"the backend failed to compute: {reason}")
+            self._device.fail(ggml.ggml_status_to_string(status).decode())
         self._device.check()
 
     def close(self) -> None:
@@ -196,8 +190,8 @@ class Graph:
         if self._context:
             ggml.ggml_free(self._context)
             self._context = None
-        while self._uploads:
-            self._uploads.pop().close()
+            if self._spreading:
+                self._spreading.close()
 
     # -- products and rows -------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 
-from gemloom.errors import DeviceError
+from gemloom.errors import OutOfMemoryError
 
 
 def free_memory() -> int | None:
@@ -25,19 +25,19 @@ def free_memory() -> int | None:
 
 
 def check_free(size: int, what: str, free: int | None = None) -> None:
-    """DeviceError where so many bytes are not free; ``what`` they are for is named in it.
+    """OutOfMemoryError where so many bytes are not free; ``what`` they are for is named in it.
 
     ``free`` is what is, if not the host's memory is meant.
     """
     free = free_memory() if free is None else free
     if free is not None and size > free:
-        raise DeviceError(
+        raise OutOfMemoryError(
             f"no memory for {what}: {size / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} free"
         )
 
 
 def pages(size: int, what: str) -> memoryview:
-    """Memory of its own for much that is filled at once. DeviceError as ``check_free``.
+    """Memory of its own for much that is filled at once. OutOfMemoryError as ``check_free``.
 
     Not in huge pages: making those takes longer than clearing small ones, where memory is full
     of cached files (5 s to 1.5 for 1.4 GiB).
@@ -46,7 +46,7 @@ def pages(size: int, what: str) -> memoryview:
     try:
         return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     except OSError as error:
-        raise DeviceError(f"no memory for {what}: {error.strerror}") from error
+        raise OutOfMemoryError(f"no memory for {what}: {error.strerror}") from error
 
 
 def trim_memory() -> None:

@@ -47,14 +47,14 @@ class Marks:
         return self._places[bisect_right(self._starts, address) - 1]
 
 
-def pin(device: Device, graph: Any, marks: Marks) -> tuple[Counter[str], dict[int, int]]:
-    """Tell the scheduler where each node runs.
+def pins(device: Device, graph: Any, marks: Marks) -> tuple[list[tuple[Any, int]], Counter[str]]:
+    """The device on which each node runs, and how many the devices lack, by operation.
 
-    Gives how many the devices lack, by operation, and where each runs, by its address. DeviceError
-    where a device lacks what has to run there, since it writes into a tensor there.
+    DeviceError where a device lacks what has to run there, since it writes into a tensor there.
     """
     lacking = marks.brought.copy()
     places: dict[int, int] = {}
+    pinned = []
     for node in _nodes(graph):
         address = ctypes.addressof(node.contents)
         index = places.get(_root(node), marks.of(address))
@@ -65,8 +65,8 @@ def pin(device: Device, graph: Any, marks: Marks) -> tuple[Counter[str], dict[in
             lacking[name] += 1
             index = device.host
         places[address] = index
-        ggml.ggml_backend_sched_set_tensor_backend(device.scheduler, node, device.backends[index])
-    return lacking, places
+        pinned.append((node, index))
+    return pinned, lacking
 
 
 def survey(device: Device, graph: Any, marks: Marks) -> tuple[Counter[str], int]:

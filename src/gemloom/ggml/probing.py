@@ -45,12 +45,21 @@ class Probe:
             arena = Arena(self._device, 16)
             store = arena.tensor("k", kind, (heads[0] * heads[2], cells))
             nodes = (_written(arena.context, store), _attended(arena.context, store, heads))
-            self._known[key] = all(map(self._all_support, nodes))
+            self._known[key] = _grouped(heads) and all(map(self._all_support, nodes))
             arena.close()
         return self._known[key]
 
     def _all_support(self, node: Any) -> bool:
         return all(self._device.supports(i, node) for i in range(self._device.host))
+
+
+def _grouped(heads: tuple[int, int, int]) -> bool:
+    """Whether attention is what ggml's CUDA backend has kernels for.
+
+    With heads above 256 and two query heads to one of K/V it says so, and then aborts.
+    """
+    head_dim, n_head, n_kv = heads
+    return head_dim <= 256 or n_head > 2 * n_kv
 
 
 def product(context: Any, w: Tensor) -> Any:

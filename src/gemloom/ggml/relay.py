@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
 from gemloom.ggml import wire
-from gemloom.ggml.wire import HEAD, SIZE, Command, Facts, Ledger, MalformedError, RefusedError
+from gemloom.ggml.wire import HEAD, SIZE, Command, Facts, Ledger, MalformedError
 
 GREETING = 5.0  # seconds a worker has to take a connection, and to answer each first question
 PATIENCE = 120.0  # seconds for any answer: those to a long prompt's step come when it is computed
@@ -106,13 +106,11 @@ class Relay:
 
     The client connects to ``port`` of the loopback, some times one after another; after
     ``settle()`` its connection is the last, and its end ends all. ``lost`` is why the worker is
-    not there any more, or ""; ``refused`` is what it had no memory for while the client could not
-    bear that (``must_give``), and makes results worthless as well.
+    not there any more, or "".
     """
 
     def __init__(self, worker: socket.socket, devices: list[Facts]) -> None:
-        self.lost = self.refused = ""
-        self.must_give = False
+        self.lost = ""
         self._worker, self._ledger = worker, Ledger(devices)
         self._settled = False
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -121,11 +119,6 @@ class Relay:
         self._part = memoryview(bytearray(_PART))
         self._thread = threading.Thread(target=self._serve, name="gemloom-worker", daemon=True)
         self._thread.start()
-
-    @property
-    def gone(self) -> bool:
-        """Whether the worker is not asked any more."""
-        return bool(self.lost or self.refused)
 
     def settle(self) -> None:
         """Take no further connection: nobody else on this machine shall find the worker here."""
@@ -223,7 +216,7 @@ class Relay:
 
     def _send(self, data: bytes | bytearray | memoryview) -> None:
         """To the worker, if it is there."""
-        if self.gone:
+        if self.lost:
             return
         try:
             self._worker.settimeout(PATIENCE)
@@ -233,21 +226,17 @@ class Relay:
 
     def _checked(self, command: int, request: bytes, size: int) -> bytes:
         """The worker's answer of so many bytes, or what stands in for it."""
-        if not self.gone:
+        if not self.lost:
             try:
                 answer = _answer(self._worker, size, PATIENCE)
                 return self._ledger.checked(command, request, answer)
             except (OSError, MalformedError) as error:
                 self._lose(error)
-            except RefusedError as error:
-                if not self.must_give:
-                    return wire.NO_BUFFER
-                self.refused = str(error)
         return self._ledger.stand_in(command, request)
 
     def _pass_back(self, client: socket.socket, left: int) -> None:
         """A tensor of so many bytes from the worker to the client; zeros where none come."""
-        if not self.gone:
+        if not self.lost:
             try:
                 _expect(self._worker, left, time.monotonic() + PATIENCE)
             except (OSError, MalformedError) as error:
@@ -260,7 +249,7 @@ class Relay:
 
     def _receive(self, most: int) -> memoryview:
         """What comes from the worker of the next ``most`` bytes; all of them, zeros, if it went."""
-        if not self.gone:
+        if not self.lost:
             try:
                 self._worker.settimeout(PATIENCE)
                 if count := self._worker.recv_into(self._part[:most]):

@@ -12,8 +12,8 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ggml
@@ -98,19 +98,10 @@ class Worker:
         self._relay.settle()
         return [ggml.ggml_backend_reg_dev_get(registry, index) for index in range(count)]
 
-    @contextmanager
-    def must_give(self) -> Iterator[None]:
-        """Around what ends the process where there is no memory; ``check()`` tells then."""
-        self._relay.must_give = True
-        yield
-        self._relay.must_give = False
-
     def check(self) -> None:
-        """LostError where the worker has gone; DeviceError where it had no memory for a graph."""
+        """LostError where the worker has gone."""
         if self._relay.lost:
             raise LostError(f"the worker {self.name} was lost: {self._relay.lost}")
-        if self._relay.refused:
-            raise DeviceError(f"the worker {self.name} cannot go on: {self._relay.refused}")
 
     def close(self) -> None:
         """Let go of it, so that it can work for somebody else; never waits for one that is gone."""

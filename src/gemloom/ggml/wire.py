@@ -31,9 +31,7 @@ _TENSORS = {  # where the descriptions of tensors are in a request, and how many
 }  # fmt: skip
 _MOST = 1 << 48  # bytes; more than any memory, and few enough for sums of them
 _SMALLEST_LIMIT = 1 << 20  # of a buffer's size: ggml spreads a graph over 16 buffers at most
-
-
-NO_BUFFER = bytes(16)  # an answer to ALLOC_BUFFER
+_NO_BUFFER = bytes(16)  # an answer to ALLOC_BUFFER
 _names = itertools.count(1)  # of buffers, for all workers
 
 
@@ -69,13 +67,6 @@ _ANSWERS = {  # bytes; commands that are not here get no answer, GET_TENSOR as m
 
 class MalformedError(Exception):
     """An answer that ggml must not see; says what is wrong with it."""
-
-
-class RefusedError(Exception):
-    """A worker has no memory for so many bytes."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(f"it has no memory for {size / 2**20:,.1f} MiB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +171,7 @@ class Ledger:
     def checked(self, command: int, request: bytes, answer: bytes) -> bytes:
         """What ggml is to get for a worker's answer of the right size.
 
-        MalformedError for one that cannot be; RefusedError where there is no memory.
+        MalformedError for one that cannot be.
         """
         if command == Command.ALLOC_BUFFER:
             return self._new_buffer(request, answer)
@@ -204,21 +195,15 @@ class Ledger:
         device, wanted = struct.unpack("<IQ", request)
         theirs, size = struct.unpack("<QQ", answer)
         if not theirs:
-            raise RefusedError(wanted)
+            return _NO_BUFFER
         if not wanted <= size <= _MOST:
             raise MalformedError(f"it gave {size:,} bytes for {wanted:,}")
-        return self._named(theirs, device, size)
-
-    def _named(self, theirs: int, device: int, size: int) -> bytes:
         ours = next(_names)
         self._buffers[ours] = theirs, device
         return struct.pack("<QQ", ours, size)
 
     def stand_in(self, command: int, request: bytes) -> bytes:
         """What ggml can go on with where the worker is gone; GET_TENSOR's zeros are not here."""
-        if command == Command.ALLOC_BUFFER:  # where a graph gets none, ggml reads at address 0
-            device, wanted = struct.unpack("<IQ", request)
-            return self._named(0, device, wanted)
         if command == Command.BUFFER_GET_BASE:
             return SIZE.pack(_MOST)
         if command == Command.GET_ALLOC_SIZE:

@@ -1,4 +1,4 @@
-"""Loads the model again when a device that it needs was lost: a worker that died, and came back.
+"""Loads the model again when a device was lost: a worker that died, a driver whose step failed.
 
 Other failures are not cured by that, and are left for people to see.
 """
