@@ -209,4 +209,5 @@ def copied(model: gemloom.Model) -> tuple[list[str], set[str]]:
         for source in takewhile(bool, ggml.ggml_graph_node(graph, i).contents.src):
             if copy := re.fullmatch(r".+#(.*)#0", source.contents.name.decode()):
                 names.add(copy[1])
-    return [each.name for upload in plan.graph._uploads for each in upload._inputs], names
+    assert plan.graph._spreading
+    return [each.name for upload in plan.graph._spreading.uploads for each in upload.inputs], names

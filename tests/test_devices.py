@@ -174,6 +174,7 @@ def test_intermediate_results_take_what_was_planned(
             model = load(variant, device="own0", **options)
             planned = [use.compute for use in model.placement.table]
             taken = model._device.compute_sizes()
+            taken[0] += model._device.rooms[0].nbytes
             assert all(t <= p for t, p in zip(taken, planned, strict=True)), options
             assert planned[1] <= 2 * taken[1], options
             assert layers < n or planned[0] <= 2 * taken[0], options  # half may have few rows

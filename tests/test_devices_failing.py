@@ -43,7 +43,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("gpu_layers", [7, 10])
 def test_memory_that_is_refused_while_loading(load: Load, own0: Faults, gpu_layers: int) -> None:
-    """Weights, cells, intermediate results: whichever is refused is named."""
+    """Weights, cells, inputs, intermediate results: whichever is refused is named."""
     options = {"device": "own0", "gpu_layers": gpu_layers}
     wanted = load("e2b", **options).logits(prompt(20))
     told = []

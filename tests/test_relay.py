@@ -96,12 +96,7 @@ TABLE: list[tuple[Command, int, bytes | None, str]] = [
     (Command.ALLOC_BUFFER, 1, None, f"LostError: the worker W was lost: {GONE}"),
     (Command.ALLOC_BUFFER, 1, words(4096, 8), "LostError: the worker W was lost: it gave 8 bytes"),
     (Command.ALLOC_BUFFER, 1, words(4096, 2**64 - 1), "it gave 18,446,744,073,709,551,615 bytes"),
-    (
-        Command.ALLOC_BUFFER,
-        2,
-        words(0, 0),
-        "OutOfMemoryError: no memory on rpc:W for the inputs of a step",
-    ),
+    (Command.ALLOC_BUFFER, 2, words(0, 0), "OutOfMemoryError: no memory on rpc:W for the inputs"),
     (
         Command.ALLOC_BUFFER,
         3,

@@ -166,7 +166,8 @@ def compute_bytes(config: Config, options: Options, context: int) -> tuple[int, 
     kept = 2 * read if config.n_per_layer else read
     layers = rows * (kept + _NUMBERS + _widest(config, through))
     layers += few * (_widest(config, config.layers) + config.n_vocab)
-    return (masks + _FLOAT * layers) * 5 // 4, inputs * 9 // 8  # some is lost between tensors
+    # Some is lost between tensors, on a device the more where masks have a buffer of their own.
+    return masks + _FLOAT * layers * 4 // 3, inputs * 9 // 8
 
 
 def _widest(config: Config, specs: Sequence[LayerSpec]) -> int:

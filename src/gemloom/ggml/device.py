@@ -186,9 +186,8 @@ class Device:
             raise
         self.scheduler = self._schedule()
         self._closers.append(self._free_scheduler)
-        self.rooms = [
-            Room(found.name, found.buffer_type) for found in self.found
-        ]  # for graphs' inputs
+        # For the inputs of graphs, on each device.
+        self.rooms = [Room(each.buffer_type, each.name, self.check) for each in self.found]
         self._closers += [room.close for room in self.rooms]
         self.names = [self._backend_name(index) for index in range(len(self.backends))]
 
@@ -281,10 +280,10 @@ class Device:
         A graph that is given memory without this ends the process where there is none. Raises
         OutOfMemoryError, and nothing is held then; LostError.
         """
-        free, held = free_memory(), self._scheduled()
+        free, held = free_memory(), self.compute_sizes()
         there = ggml.ggml_backend_sched_reserve(self.scheduler, graph)
         self.check()  # one that is lost gives whatever is asked for
-        sizes = self._scheduled()
+        sizes = self.compute_sizes()
         more = sum(sizes[self.host :]) - sum(held[self.host :])  # on the host, not touched yet
         if not there or (free is not None and more > free):
             full = self.host if there else min(sizes.index(0), self.host)
@@ -293,7 +292,7 @@ class Device:
                 f"no memory on {self.name(full)} for intermediate results; "
                 "take a smaller chunk or context, fewer slots or fewer gpu_layers"
             )
-        self.compute_bytes = sum(self.compute_sizes())
+        self.compute_bytes = sum(sizes) + sum(room.nbytes for room in self.rooms)
 
     def _empty(self) -> None:
         """Let the scheduler hold nothing.
@@ -323,14 +322,7 @@ class Device:
         return True
 
     def compute_sizes(self) -> list[int]:
-        """Bytes that intermediate results and inputs take on each backend now."""
-        sizes = self._scheduled()
-        for index, room in enumerate(self.rooms):
-            sizes[index] += room.nbytes
-        return sizes
-
-    def _scheduled(self) -> list[int]:
-        """Bytes that the scheduler holds on each backend."""
+        """Bytes the scheduler holds on each backend now."""
         size = ggml.ggml_backend_sched_get_buffer_size
         return [int(size(self.scheduler, backend)) for backend in self.backends]
 

@@ -17,10 +17,8 @@ import ggml
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from gemloom.errors import OutOfMemoryError
 from gemloom.ggml.device import Device, Tensor, contiguous_strides
-from gemloom.ggml.pinning import Marks, pins, survey
-from gemloom.ggml.uploads import Upload, uploads
+from gemloom.ggml.spreading import Spread
 
 if TYPE_CHECKING:
     from gemloom.kernels.library import Library
@@ -56,16 +54,17 @@ class Graph:
         self._kept: list[Any] = []
         self._inputs: list[Tensor] = []
         self.names: list[str] = []
-        self._marks = None if device.on_host else Marks(self._context, 0)
-        self._built: bytes | None = None  # its memory before the scheduler cut it
-        self._pins: list[tuple[Any, Any]] = []  # nodes and their backends
-        self._uploads: list[Upload] = []
-        self.fallbacks: Counter[str] = Counter()  # nodes that a device lacks, by operation
+        self._spreading = None if device.on_host else Spread(device, self._context, self._graph)
+
+    @property
+    def fallbacks(self) -> Counter[str]:
+        """Nodes that a device lacks, by operation."""
+        return self._spreading.fallbacks if self._spreading else Counter()
 
     @property
     def place(self) -> int:
         """The device of what is made now."""
-        return self._marks.now if self._marks else self._device.host
+        return self._spreading.marks.now if self._spreading else self._device.host
 
     @property
     def kernels(self) -> Library | None:
@@ -98,8 +97,8 @@ class Graph:
 
     def at(self, index: int) -> None:
         """What is made from now on runs on this device (``Device.found``), while it can."""
-        if self._marks:
-            self._marks.at(index)
+        if self._spreading:
+            self._spreading.marks.at(index)
 
     @contextmanager
     def on(self, index: int) -> Iterator[None]:
@@ -115,10 +114,10 @@ class Graph:
     def beside(self, w: Tensor, operation: str) -> Iterator[None]:
         """On the host for a while if w had to stay there, so that it does not travel each time."""
         host = self._device.host
-        if not self._marks or w.where != host or self.place == host:
+        if not self._spreading or w.where != host or self.place == host:
             yield
             return
-        self._marks.brought[operation] += 1
+        self._spreading.marks.brought[operation] += 1
         with self.on(host):
             yield
 
@@ -157,39 +156,15 @@ class Graph:
             tensor.map()
 
     def _begin(self) -> None:
-        """Make the scheduler forget the graph before, and tell it where the nodes of this one run.
-
-        Where it cuts a graph it changes what nodes read, so that is put back first.
-        """
+        """Make the scheduler forget the graph before, and tell it of this one what it must know."""
         self._device.current = None
         ggml.ggml_backend_sched_reset(self._device.scheduler)
-        if self._marks:
-            if self._built is None:
-                self._prepare(self._marks)
-            self._restore()
-            for node, backend in self._pins:
-                ggml.ggml_backend_sched_set_tensor_backend(self._device.scheduler, node, backend)
-
-    def _prepare(self, marks: Marks) -> None:
-        """Find out where nodes run, and where on devices they read their inputs."""
-        device, graph = self._device, self._graph
-        self._pins, self.fallbacks, places = pins(device, graph, marks)
-        try:
-            self._uploads.extend(uploads(device, graph, self._inputs, places))
-        except OutOfMemoryError:
-            device.check()  # one that is lost gives no memory
-            raise
-        size = ggml.ggml_used_mem(self._context)
-        self._built = ctypes.string_at(ggml.ggml_get_mem_buffer(self._context), size)
-
-    def _restore(self) -> None:
-        """Make nodes and tensors what they were before the scheduler changed them."""
-        assert self._built is not None
-        ctypes.memmove(ggml.ggml_get_mem_buffer(self._context), self._built, len(self._built))
+        if self._spreading:
+            self._spreading.begin(self._inputs)
 
     def survey(self) -> tuple[Counter[str], int]:
         """What devices lack of it, by operation, and of how many nodes; needs no memory."""
-        return survey(self._device, self._graph, self._marks) if self._marks else (Counter(), 0)
+        return self._spreading.survey() if self._spreading else (Counter(), 0)
 
     def compute(self, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Run it; ``allocate()`` and all inputs must have come before. DeviceError if it fails,
@@ -198,8 +173,8 @@ class Graph:
         ``meanwhile`` is called while a device computes: after all was computed on the CPU.
         """
         assert self._device.current is self
-        for upload in self._uploads:
-            upload.send()
+        if self._spreading:
+            self._spreading.send()
         scheduler = self._device.scheduler
         status = ggml.ggml_backend_sched_graph_compute_async(scheduler, self._graph)
         try:
@@ -217,8 +192,8 @@ class Graph:
         if self._context:
             ggml.ggml_free(self._context)
             self._context = None
-        while self._uploads:
-            self._uploads.pop().close()
+            if self._spreading:
+                self._spreading.close()
 
     # -- products and rows -------------------------------------------------------------------
 

@@ -47,13 +47,10 @@ class Marks:
         return self._places[bisect_right(self._starts, address) - 1]
 
 
-def pins(
-    device: Device, graph: Any, marks: Marks
-) -> tuple[list[tuple[Any, Any]], Counter[str], dict[int, int]]:
-    """The backend on which each node runs.
+def pins(device: Device, graph: Any, marks: Marks) -> tuple[list[tuple[Any, int]], Counter[str]]:
+    """The device on which each node runs, and how many the devices lack, by operation.
 
-    Gives how many the devices lack, by operation, and where each runs, by its address. DeviceError
-    where a device lacks what has to run there, since it writes into a tensor there.
+    DeviceError where a device lacks what has to run there, since it writes into a tensor there.
     """
     lacking = marks.brought.copy()
     places: dict[int, int] = {}
@@ -68,8 +65,8 @@ def pins(
             lacking[name] += 1
             index = device.host
         places[address] = index
-        pinned.append((node, device.backends[index]))
-    return pinned, lacking, places
+        pinned.append((node, index))
+    return pinned, lacking
 
 
 def survey(device: Device, graph: Any, marks: Marks) -> tuple[Counter[str], int]:

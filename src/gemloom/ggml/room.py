@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ggml
@@ -12,9 +13,9 @@ from gemloom.errors import OutOfMemoryError
 class Room:
     """One buffer, which is kept from graph to graph and grows. Free with ``close()``."""
 
-    def __init__(self, name: str, buffer_type: Any) -> None:
-        """``name`` is the device's."""
-        self._name, self._type = name, buffer_type
+    def __init__(self, buffer_type: Any, name: str, check: Callable[[], None]) -> None:
+        """``name`` is the device's; ``check`` raises if it was lost."""
+        self._type, self._name, self._check = buffer_type, name, check
         self.buffer: Any = None
         self.nbytes = 0
 
@@ -24,18 +25,22 @@ class Room:
         alignment = int(ggml.ggml_backend_buft_get_alignment(self._type))
         return -(-size // alignment) * alignment
 
-    def take(self, size: int) -> int:
-        """Where so many bytes begin. What was there before is gone. OutOfMemoryError."""
-        if size > self.nbytes:
-            self.close()
-            self.buffer = ggml.ggml_backend_buft_alloc_buffer(self._type, size)
-            if not self.buffer:
-                raise OutOfMemoryError(
-                    f"no memory on {self._name} for the inputs of a step; "
-                    "take a smaller chunk or fewer gpu_layers"
-                )
-            self.nbytes = int(ggml.ggml_backend_buffer_get_size(self.buffer))
-        return int(ggml.ggml_backend_buffer_get_base(self.buffer))
+    def grow(self, size: int) -> None:
+        """Have so many bytes at least, in another buffer if these are more.
+
+        OutOfMemoryError, LostError.
+        """
+        if size <= self.nbytes:
+            return
+        self.close()
+        self.buffer = ggml.ggml_backend_buft_alloc_buffer(self._type, size)
+        self._check()  # one that is lost gives none, or what is none
+        if not self.buffer:
+            raise OutOfMemoryError(
+                f"no memory on {self._name} for the inputs of a step; "
+                "take a smaller chunk or context, or fewer slots"
+            )
+        self.nbytes = int(ggml.ggml_backend_buffer_get_size(self.buffer))
 
     def close(self) -> None:
         """Free the buffer."""

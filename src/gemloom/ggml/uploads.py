@@ -6,7 +6,7 @@ Left to itself, ggml's scheduler copies every input apart, and waits for the dev
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -14,7 +14,6 @@ import ggml
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from gemloom.errors import OutOfMemoryError
 from gemloom.ggml.device import Device, Tensor
 from gemloom.ggml.room import Room
 
@@ -25,31 +24,31 @@ class Upload:
     """Inputs that a graph's nodes read on one device. Free with ``close()``, the graph first."""
 
     def __init__(self, room: Room, inputs: Sequence[Tensor]) -> None:
-        """``copies`` are those on the device, in the order of ``inputs``. OutOfMemoryError."""
+        """``copies`` are those on the device, in the order of ``inputs``."""
         count = len(inputs) + 1
         params = ggml.ggml_init_params(count * ggml.ggml_tensor_overhead(), None, True)
         self._context = ggml.ggml_init(params)
-        self._inputs, self._room = inputs, room
+        self._room, self.inputs = room, inputs
         self.copies = [_like(self._context, each) for each in inputs]
         self._places = [0]
         for copy in self.copies:
             self._places.append(self._places[-1] + room.size_of(copy))
         size = self._places[-1]
-        try:
-            base = room.take(size)
-        except OutOfMemoryError:
-            self.close()
-            raise
-        self._buffer = room.buffer
         self._all = ggml.ggml_new_tensor_1d(self._context, _I8, size)
-        for tensor, place in zip((*self.copies, self._all), (*self._places[:-1], 0), strict=True):
-            ggml.ggml_backend_tensor_alloc(room.buffer, tensor, base + place)
         self._bytes = np.zeros(size, np.uint8)
+
+    def settle(self) -> None:
+        """Give the copies memory, which another graph's may have had since. OutOfMemoryError."""
+        self._room.grow(self._bytes.nbytes)
+        buffer = self._room.buffer
+        base = int(ggml.ggml_backend_buffer_get_base(buffer))
+        for tensor, place in zip((self._all, *self.copies), (0, *self._places), strict=False):
+            tensor.contents.buffer = tensor.contents.data = None
+            ggml.ggml_backend_tensor_alloc(buffer, tensor, base + place)
 
     def send(self) -> None:
         """Copy the inputs, as they are now, to the device."""
-        assert self._room.buffer is self._buffer, "a graph since then wanted more room"
-        for tensor, place in zip(self._inputs, self._places, strict=False):
+        for tensor, place in zip(self.inputs, self._places, strict=False):
             assert tensor.array is not None, tensor
             self._bytes[place : place + tensor.nbytes] = tensor.array.reshape(-1).view(np.uint8)
         ggml.ggml_backend_tensor_set(self._all, self._bytes.ctypes.data, 0, self._bytes.nbytes)
@@ -67,15 +66,16 @@ def _like(context: Any, tensor: Tensor) -> Any:
 
 
 def uploads(
-    device: Device, graph: Any, inputs: Sequence[Tensor], places: Mapping[int, int]
+    device: Device, graph: Any, inputs: Sequence[Tensor], pins: Sequence[tuple[Any, int]]
 ) -> Iterator[Upload]:
-    """Let the nodes that run on devices read copies there; ``places`` are the nodes' by address.
+    """Let the nodes that run on devices read copies there; ``pins`` are nodes and their devices.
 
     Inputs of which they read a view are left to the scheduler.
     """
     known = {ctypes.addressof(each.pointer.contents): each for each in inputs}
     for index in range(device.host):
-        reads = [read for read in _reads(graph, places, index) if read[2] in known]
+        nodes = (node for node, place in pins if place == index)
+        reads = [read for node in nodes for read in _reads(node) if read[2] in known]
         if not reads:
             continue
         read = list(dict.fromkeys(source for _, _, source in reads))
@@ -88,10 +88,7 @@ def uploads(
         yield upload
 
 
-def _reads(graph: Any, places: Mapping[int, int], index: int) -> Iterator[tuple[Any, int, int]]:
-    """Of every node on a device: it, and the number and address of each of its sources."""
-    for i in range(ggml.ggml_graph_n_nodes(graph)):
-        node = ggml.ggml_graph_node(graph, i)
-        if places.get(ctypes.addressof(node.contents)) == index:
-            for which, source in enumerate(takewhile(bool, node.contents.src)):
-                yield node, which, ctypes.addressof(source.contents)
+def _reads(node: Any) -> Iterator[tuple[Any, int, int]]:
+    """Of every source of a node: the node, the source's number and its address."""
+    for which, source in enumerate(takewhile(bool, node.contents.src)):
+        yield node, which, ctypes.addressof(source.contents)
