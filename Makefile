@@ -35,8 +35,8 @@ test-neon: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest tests/test_kernels_neon.py
 
 # Mesa's driver shows its one device twice, for a model over two. Half floats in products blur what is compared;
-# the second run is with them. Compiling the shaders takes the first runs minutes; Mesa keeps them.
-LAVAPIPE = VK_DRIVER_FILES=$(abspath $(VULKAN))/vulkan/lvp_icd.json
+# the second run is with them. Compiling the shaders takes most of the first run; they are kept beside the driver.
+LAVAPIPE = VK_DRIVER_FILES=$(abspath $(VULKAN))/vulkan/lvp_icd.json MESA_SHADER_CACHE_DIR=$(abspath $(VULKAN))/vulkan/shaders
 ON_VULKAN = PYTHONPATH=src $(VULKAN)/bin/python -m pytest tests/vulkan --timeout 1200
 test-vulkan: $(VULKAN)/.vulkan $(VULKAN)/vulkan/lvp_icd.json
 	$(LAVAPIPE) GGML_VK_VISIBLE_DEVICES=0,0 GGML_VK_DISABLE_F16=1 $(ON_VULKAN)
