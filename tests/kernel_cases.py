@@ -18,11 +18,11 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
-from gemloom.ggml.device import Device, Tensor
+from gemloom.ggml.device import Device, Packed, Tensor
 from gemloom.ggml.graph import F16, F32, I32, Graph
 from gemloom.ggml.quants import quantize
 from gemloom.kernels.library import TYPES, Library, Weight, supported
-from gemloom.kernels.operations import I8, Packed, expert_product, product
+from gemloom.kernels.operations import I8, expert_product, product
 
 Array = np.ndarray[Any, Any]
 Op = Callable[[Graph, list[Tensor]], Tensor]

@@ -239,7 +239,8 @@ def test_what_it_serves(library: Library) -> None:
 @pytest.mark.parametrize("n", [1, 7])
 def test_rows_that_lie_apart(library: Library, n: int) -> None:
     """Activations as a slice of wider rows."""
-    from gemloom.kernels.operations import Packed, product
+    from gemloom.ggml.device import Packed
+    from gemloom.kernels.operations import product
 
     w, wide = matrix(Type.Q6_K, 65, 256), activations("gauss", n, 700)
 

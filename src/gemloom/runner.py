@@ -9,51 +9,27 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
-from typing import cast
 
 import numpy as np
 
-from gemloom.adapters.active import Stretch, Versioned, stretches
-from gemloom.adapters.delta import Delta
-from gemloom.adapters.loaded import Loaded
-from gemloom.cache import Extent, KVCache, Rows, Span
+from gemloom.adapters.active import Versioned
+from gemloom.cache import KVCache, Rows
 from gemloom.candidates import COUNT, Candidates, candidates
 from gemloom.config import Config
 from gemloom.ggml.device import Device, Tensor
-from gemloom.ggml.graph import F16, I32, I64, SUMS, Graph, f16_mask, finds_largest
+from gemloom.ggml.graph import I32, I64, SUMS, Graph, finds_largest
+from gemloom.inputs import Inputs, Key, Part, declare, key_of, write
 from gemloom.models import ARCHITECTURES
 from gemloom.sampling import Floats, Ids
-from gemloom.sequence import Batch, Chunk
+from gemloom.sequence import Batch
 from gemloom.weights import Tensors
 
 _log = logging.getLogger("gemloom.runner")
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What of a chunk decides the shape of the graph."""
-
-    slot: int
-    count: int
-    wanted: int
-    cells: Extent
-
-
-@dataclass(frozen=True, slots=True)
-class _Key:
-    """All that a graph depends on."""
-
-    parts: tuple[_Part, ...]
-    taps: frozenset[str] = frozenset()
-    head: bool = True
-    rank: bool = False
-    adapters: tuple[Stretch, ...] = ()  # on all rows
-    wanted_adapters: tuple[Stretch, ...] = ()  # on those wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +45,7 @@ class _Ranked:
 class _Plan:
     """A graph with its inputs and its output."""
 
-    key: _Key
+    key: Key
     graph: Graph
     rows: Rows
     wanted: Rows | None
@@ -105,7 +81,7 @@ class Runner:
         self._plan: _Plan | None = None
         logits, count = weights.placement.logits, min(COUNT, config.n_vocab)
         self.ranks = finds_largest(device, logits, config.n_vocab, count)
-        self._foreseen: dict[tuple[int, int, bool], np.ndarray] = {}  # masks of single rows
+        self._inputs = Inputs(kv)
         self.times = dict.fromkeys(("build", "input", "launch", "ahead", "compute", "read"), 0.0)
         self._warned: set[str] = set()
         places = weights.placement
@@ -120,16 +96,16 @@ class Runner:
         """
         count, slots = min(self.kv.chunk, self.kv.cells.full), self.kv.slots
         each = -(-count // slots)
-        alone = (_Part(0, count, 1, self.kv.cells),)
-        shared = tuple(_Part(slot, each, 1, self.kv.cells) for slot in range(slots))
+        alone = (Part(0, count, 1, self.kv.cells),)
+        shared = tuple(Part(slot, each, 1, self.kv.cells) for slot in range(slots))
         for parts in dict.fromkeys((alone, shared)):
-            with closing(self._build(_Key(parts, rank=self.ranks)).graph) as graph:
+            with closing(self._build(Key(parts, rank=self.ranks)).graph) as graph:
                 graph.reserve()
 
     def survey(self) -> tuple[Counter[str], int]:
         """What devices lack of the largest prefill step, and of how many nodes."""
         count = min(self.kv.chunk, self.kv.cells.full)
-        plan = self._build(_Key((_Part(0, count, 1, self.kv.cells),)))
+        plan = self._build(Key((Part(0, count, 1, self.kv.cells),)))
         with closing(plan.graph):
             return plan.graph.survey()
 
@@ -139,7 +115,7 @@ class Runner:
         K/V of every row are in the cache afterwards. With ``taps``, ``tapped()`` has their values;
         with ``head`` False that is all there is, and the logits are not computed.
         """
-        plan = self._compute(batch, self._key(batch, taps, head))
+        plan = self._compute(batch, key_of(self.kv, batch, taps, head=head))
         if plan.logits is None:
             return np.empty((0, self.config.n_vocab), np.float32)
         return self._read(plan.logits)
@@ -149,7 +125,7 @@ class Runner:
 
         A row with a logit that is not finite is given whole.
         """
-        plan = self._compute(batch, replace(self._key(batch, (), head=True), rank=True))
+        plan = self._compute(batch, replace(key_of(self.kv, batch), rank=True))
         if plan.ranked is None:
             return []
         start = perf_counter()
@@ -176,7 +152,7 @@ class Runner:
         self._lap("read", start)
         return values
 
-    def _compute(self, batch: Batch, key: _Key) -> _Plan:
+    def _compute(self, batch: Batch, key: Key) -> _Plan:
         """Run the graph of ``key``, built if need be, on a batch."""
         start = perf_counter()
         if self._plan is None or self._plan.key != key:
@@ -186,11 +162,7 @@ class Runner:
         plan = self._plan
         plan.graph.allocate()
         start = self._lap("build", start)
-        self._write_rows(plan.rows, batch)
-        self._write_scales(plan.rows, key.adapters)
-        if plan.wanted and plan.wanted is not plan.rows:
-            self._write_wanted(plan.wanted, batch)
-            self._write_scales(plan.wanted, key.wanted_adapters)
+        self._inputs.write(plan.rows, plan.wanted, batch, key)
         start = self._lap("input", start)
         for chunk in batch:
             self.kv.mark(chunk.slot, chunk.end)
@@ -199,14 +171,14 @@ class Runner:
         def meanwhile() -> None:
             nonlocal waiting
             launched = self._lap("compute" if self._device.on_host else "launch", start)
-            self._foresee(batch)
+            self._inputs.foresee(batch)
             waiting = self._lap("ahead", launched)
 
         plan.graph.compute(meanwhile)
         self._lap("compute", waiting)
         return plan
 
-    def _allocated(self, key: _Key) -> _Plan:
+    def _allocated(self, key: Key) -> _Plan:
         plan = self._build(key)
         try:
             plan.graph.allocate()
@@ -256,7 +228,7 @@ class Runner:
                 inputs += self._move(g, slot, positions, drop, sliding)
             g.allocate()
             for tensor, values in inputs:
-                self._write(tensor, [values])
+                write(tensor, [values])
             g.compute()
 
     def _move(
@@ -286,8 +258,8 @@ class Runner:
 
     def names(self) -> list[str]:
         """Every name that can be tapped."""
-        part = _Part(0, 1, 1, self.kv.extent(1))
-        plan = self._build(_Key((part,)))
+        part = Part(0, 1, 1, self.kv.extent(1))
+        plan = self._build(Key((part,)))
         plan.graph.close()
         return list(dict.fromkeys(plan.graph.names))
 
@@ -307,33 +279,14 @@ class Runner:
 
     # -- building ----------------------------------------------------------------------------
 
-    def _part(self, chunk: Chunk) -> _Part:
-        cells = self.kv.extent(chunk.end)
-        return _Part(chunk.slot, len(chunk.tokens), len(chunk.wanted), cells)
-
-    def _key(self, batch: Batch, taps: Collection[str], head: bool) -> _Key:
-        parts = tuple(self._part(chunk) for chunk in batch)
-        key = _Key(parts, frozenset(taps), head)
-        if not any(chunk.adapters for chunk in batch):
-            return key
-        at = [(np.arange(chunk.start, chunk.end), chunk.adapters) for chunk in batch]
-        wanted = [
-            (chunk.start + np.asarray(chunk.wanted, np.int64), chunk.adapters) for chunk in batch
-        ]
-        return replace(key, adapters=stretches(at), wanted_adapters=stretches(wanted))
-
-    def _build(self, key: _Key) -> _Plan:
-        parts, stretched = key.parts, len(key.adapters)
+    def _build(self, key: Key) -> _Plan:
         extra = sum(3 if tap.endswith(SUMS) else 1 for tap in key.taps)
-        budget = node_budget(self.config, len(parts), extra, stretched)
+        budget = node_budget(self.config, len(key.parts), extra, len(key.adapters))
         if self._device.grow(budget):
             self.reserve()
         g = Graph(self._device, budget, key.taps)
         try:
-            rows = self._all_rows(g, key)
-            wanted: Rows | None = self._wanted_rows(g, key)
-            if all(part.wanted == part.count for part in parts):
-                wanted = rows
+            rows, wanted = declare(g, key)
             logits = self._model.forward(g, rows, wanted, self.kv)
             logits = g.output(logits) if logits and key.head else None
             ranked = self._ranked(g, logits) if logits and key.rank else None
@@ -347,103 +300,3 @@ class Runner:
         ids = g.output(g.largest(logits, min(COUNT, n_vocab)))
         values = g.get_experts(g.reshape(logits, 1, n_vocab, n), ids)
         return _Ranked(ids, g.output(values), g.output(g.sum_rows(logits)))
-
-    def _all_rows(self, g: Graph, key: _Key) -> Rows:
-        parts = key.parts
-        n = sum(part.count for part in parts)
-        return Rows(
-            tokens=g.input("tokens", I32, n),
-            positions=g.input("positions", I32, n),
-            spans=self._spans(g, "", [(part, part.count) for part in parts]),
-            full_cells=g.input("full_cells", I64, n),
-            sliding_cells=g.input("sliding_cells", I64, n),
-            deltas=_deltas(key.adapters),
-        )
-
-    def _wanted_rows(self, g: Graph, key: _Key) -> Rows | None:
-        parts = key.parts
-        n = sum(part.wanted for part in parts)
-        if not n:
-            return None
-        return Rows(
-            tokens=g.input("wanted_tokens", I32, n),
-            positions=g.input("wanted_positions", I32, n),
-            spans=self._spans(g, "wanted_", [(part, part.wanted) for part in parts if part.wanted]),
-            source=g.input("wanted_rows", I32, n),
-            deltas=_deltas(key.wanted_adapters),
-        )
-
-    def _spans(
-        self, g: Graph, prefix: str, counts: Sequence[tuple[_Part, int]]
-    ) -> tuple[Span, ...]:
-        spans, first = [], 0
-        for i, (part, count) in enumerate(counts):
-            full = g.input(f"{prefix}full_mask.{i}", F16, part.cells.full, count)
-            sliding = g.input(f"{prefix}sliding_mask.{i}", F16, part.cells.sliding, count)
-            spans.append(Span(part.slot, first, count, part.cells, full, sliding))
-            first += count
-        return tuple(spans)
-
-    # -- inputs ------------------------------------------------------------------------------
-
-    def _write_rows(self, rows: Rows, batch: Batch) -> None:
-        positions = [np.arange(chunk.start, chunk.end, dtype=np.int32) for chunk in batch]
-        self._write(rows.tokens, [np.asarray(chunk.tokens, np.int32) for chunk in batch])
-        self._write(rows.positions, positions)
-        slots = np.repeat([c.slot for c in batch], [len(c.tokens) for c in batch])
-        for sliding, cells in ((False, rows.full_cells), (True, rows.sliding_cells)):
-            self._write(cells, [self.kv.indices(slots, np.concatenate(positions), sliding)])
-        self._write_masks(rows, batch, positions)
-
-    def _write_wanted(self, rows: Rows, batch: Batch) -> None:
-        chunks = [chunk for chunk in batch if chunk.wanted]
-        wanted = [np.asarray(chunk.wanted, np.int32) for chunk in chunks]
-        firsts = np.cumsum([0, *(len(chunk.tokens) for chunk in batch)])
-        starts = [first for first, chunk in zip(firsts, batch, strict=False) if chunk.wanted]
-        positions = [chunk.start + w for chunk, w in zip(chunks, wanted, strict=True)]
-        tokens = [np.asarray(c.tokens, np.int32)[w] for c, w in zip(chunks, wanted, strict=True)]
-        self._write(rows.tokens, tokens)
-        self._write(rows.positions, positions)
-        self._write(rows.source, [w + s for w, s in zip(wanted, starts, strict=True)])
-        self._write_masks(rows, chunks, positions)
-
-    def _write_masks(
-        self, rows: Rows, chunks: Sequence[Chunk], positions: Sequence[np.ndarray]
-    ) -> None:
-        for span, chunk, at in zip(rows.spans, chunks, positions, strict=True):
-            for sliding in (False, True):
-                self._write(span.mask(sliding), [self._mask(at, chunk.end, sliding)])
-
-    def _mask(self, at: np.ndarray, end: int, sliding: bool) -> np.ndarray:
-        """f16 [rows, cells]: what rows at these positions see of a slot that holds ``end``."""
-        foreseen = self._foreseen.get((int(at[0]), end, sliding)) if len(at) == 1 else None
-        if foreseen is not None:
-            return foreseen
-        cells = self.kv.extent(end).of(sliding)
-        return f16_mask(self.kv.visible(at, end, cells, sliding))
-
-    def _foresee(self, batch: Batch) -> None:
-        """Make the masks of the next step, if all decode on: none depends on the tokens."""
-        self._foreseen = {
-            (chunk.end, chunk.end + 1, sliding): self._mask(
-                np.array([chunk.end]), chunk.end + 1, sliding
-            )
-            for chunk in batch
-            if chunk.wanted
-            for sliding in (False, True)
-        }
-
-    @staticmethod
-    def _write_scales(rows: Rows, there: Sequence[Stretch]) -> None:
-        for delta, stretch in zip(rows.deltas, there, strict=True):
-            delta.write(stretch.scales)
-
-    @staticmethod
-    def _write(tensor: Tensor | None, arrays: Sequence[np.ndarray]) -> None:
-        if tensor is not None and tensor.array is not None:  # else no node reads it
-            tensor.array[...] = np.concatenate(arrays)
-
-
-def _deltas(there: Sequence[Stretch]) -> tuple[Delta, ...]:
-    """What is put into a graph for them; the adapters are those the registry has loaded."""
-    return tuple(Delta(cast(Loaded, s.adapter), s.first, s.count) for s in there)

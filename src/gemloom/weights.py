@@ -15,12 +15,12 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gemloom.errors import TensorError
 from gemloom.filling import FIRST_BYTES, Filling
 from gemloom.ggml.arena import ALIGNMENT, Arena
-from gemloom.ggml.device import Device, Tensor, address
+from gemloom.ggml.device import Device, Packed, Tensor, address
 from gemloom.ggml.memory import pages
 from gemloom.ggml.repacking import Repacking
 from gemloom.gguf import GGUF, TensorInfo, nbytes
 from gemloom.kernels import packed_file
-from gemloom.kernels.operations import I8, Packed
+from gemloom.kernels.operations import I8
 from gemloom.kernels.packing import ALIGNMENT as PACKED_ALIGNMENT
 from gemloom.kernels.packing import Plan, Progress
 from gemloom.options import Options

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import ggml
@@ -24,8 +25,7 @@ from gemloom.ggml.room import Room
 from gemloom.gguf import nbytes
 
 if TYPE_CHECKING:
-    from gemloom.kernels.library import Library
-    from gemloom.kernels.operations import Packed
+    from gemloom.kernels.library import Library, Weight
 
 _NUMPY: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -124,6 +124,14 @@ class Tensor:
         """A copy of one row of a matrix."""
         size = self.strides[1]
         return np.frombuffer(self.read(row * size, size), _NUMPY[self.type])
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A matrix [k, m] or experts [k, m, n_expert] in our kernels' layout, in ``tensor``'s bytes."""
+
+    weight: Weight
+    tensor: Tensor
 
 
 def contiguous_strides(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from gemloom.ggml.device import Tensor
+from gemloom.ggml.device import Packed, Tensor
 from gemloom.ggml.graph import F16, F32, Graph
-from gemloom.kernels.library import Attention, Stretch, Stretches, Weight
+from gemloom.kernels.library import Attention, Stretch, Stretches
 
 I8, BF16 = GGMLQuantizationType.I8, GGMLQuantizationType.BF16
 _CELLS, _LANES = 32, 16  # of which attention takes whole multiples
 _SEGMENT, _NARROW, _WIDE = 512, 16, 64  # cells and rows of its blocks, as in library.cpp
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A matrix [k, m] or experts [k, m, n_expert] in our kernels' layout, in ``tensor``'s bytes."""
-
-    weight: Weight
-    tensor: Tensor
 
 
 def product(g: Graph, w: Packed, x: Tensor) -> Tensor:
