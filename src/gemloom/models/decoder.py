@@ -6,7 +6,7 @@ Shapes are in ggml order: T rows, D = n_embd, H query heads, KV key/value heads,
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -28,6 +28,12 @@ class Decoder:
         self.config, self.weights = config, weights
         self.placement = weights.placement
         self.blk = [weights.block(spec.index) for spec in config.layers]
+
+    def layers(self, g: Graph) -> Iterator[tuple[LayerSpec, Block]]:
+        """Each layer's facts and tensors in turn; what is made meanwhile runs where they lie."""
+        for spec, block in zip(self.config.layers, self.blk, strict=True):
+            g.at(self.placement.layers[spec.index])
+            yield spec, block
 
     def embed(self, g: Graph, rows: Rows) -> Tensor:
         """Token embeddings, scaled: [D, T]."""
@@ -72,8 +78,7 @@ class Decoder:
     def rope(self, g: Graph, spec: LayerSpec, positions: Tensor, x: Tensor) -> Tensor:
         """Rotate x [hd, heads, T] as this layer does."""
         rope = spec.rope
-        there = self.placement.layers[spec.index]
-        factors = self.weights.on("rope_freqs.weight", there) if rope.factors else None
+        factors = self.weights.on("rope_freqs.weight", g.place) if rope.factors else None
         return g.rope(x, positions, rope.n_dims, rope.base, rope.scale, factors)
 
     def attention(
@@ -92,10 +97,10 @@ class Decoder:
 
     def logits(self, g: Graph, rows: Rows, x: Tensor) -> Tensor:
         """x [D, T] -> [n_vocab, T], still to go through ``softcap``."""
-        g.at(there := self.placement.head)
+        g.at(self.placement.head)
         h = self.norm(g, self.weights["output_norm.weight"], x)
         name = "token_embd.weight" if self.placement.tied else "output.weight"
-        head = self.weights.on(name, there)
+        head = self.weights.on(name, g.place)
         return g.name(linear(g, head, h, rows.deltas, name="output.weight"), "logits")
 
     def softcap(self, logits: np.ndarray) -> np.ndarray:

@@ -33,8 +33,7 @@ class Gemma3(Decoder):
         K/V of all ``rows`` are written; in the last layer only the wanted rows go on.
         """
         x = self.embed(g, rows)
-        for spec, w in zip(self.config.layers, self.blk, strict=True):
-            g.at(self.placement.layers[spec.index])
+        for spec, w in self.layers(g):
             h = self.norm(g, w["attn_norm"], x)
             kv.write(g, spec, rows, *self._keys_values(g, spec, w, rows, h))
             if spec.index == self.config.last_owner and wanted is not rows:

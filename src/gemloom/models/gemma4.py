@@ -33,6 +33,12 @@ from gemloom.weights import PER_LAYER_TABLE, Layout, Tensors
 class Gemma4(Decoder):
     """E2B, E4B, 12B, 26B-A4B, 31B and any other size with the same keys."""
 
+    def __init__(self, config: Config, weights: Tensors) -> None:
+        super().__init__(config, weights)
+        table, p = weights.get(PER_LAYER_TABLE), config.n_per_layer
+        if table and p % GGML_QUANT_SIZES[table.type][0]:
+            raise TensorError(f"{table.name}: {table.type.name} blocks do not divide into {p}s")
+
     def forward(self, g: Graph, rows: Rows, wanted: Rows | None, kv: KVCache) -> Tensor | None:
         """Logits [n_vocab, wanted rows]; None if no row's are wanted.
 
@@ -42,8 +48,7 @@ class Gemma4(Decoder):
         n_layer, last = self.config.n_layer, self.config.last_owner
         embedded = x = self.embed(g, rows)
         per_layer = self._per_layer_inputs(g, rows, x, 0, n_layer if wanted is rows else last)
-        for spec, w in zip(self.config.layers, self.blk, strict=True):
-            g.at(self.placement.layers[spec.index])
+        for spec, w in self.layers(g):
             h = self.norm(g, w["attn_norm"], x)
             if spec.owns_kv:
                 kv.write(g, spec, rows, *self._keys_values(g, spec, w, rows, h))
@@ -61,12 +66,6 @@ class Gemma4(Decoder):
             x = self._inject(g, spec, w, rows, x, per_layer)
             x = self.named(g, spec, "out", x)
         return self.logits(g, rows, x)
-
-    def __init__(self, config: Config, weights: Tensors) -> None:
-        super().__init__(config, weights)
-        table, p = weights.get(PER_LAYER_TABLE), config.n_per_layer
-        if table and p % GGML_QUANT_SIZES[table.type][0]:
-            raise TensorError(f"{table.name}: {table.type.name} blocks do not divide into {p}s")
 
     def _keys_values(
         self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, h: Tensor
@@ -105,17 +104,17 @@ class Gemma4(Decoder):
         self, g: Graph, rows: Rows, embedded: Tensor, first: int, stop: int
     ) -> dict[int, Tensor]:
         """The inputs of layers on one device: table rows and a projection, mixed."""
-        p, n, there = self.config.n_per_layer, stop - first, self.placement.layers[first]
+        p, n = self.config.n_per_layer, stop - first
         table, part = self.weights[PER_LAYER_TABLE], (first * p, stop * p)
         with g.on(self.placement.host):
             t = table_rows(g, table, rows.tokens, rows.deltas, part)
             g.expand(t)  # with all else of the host, before the devices take over
         t = g.scale(t, sqrt(p))  # [P * n, T]
-        projection = self.weights.on("per_layer_model_proj.weight", there)
+        projection = self.weights.on("per_layer_model_proj.weight", g.place)
         y = linear(g, projection, embedded, rows.deltas, part)
         y = g.scale(y, self.config.n_embd**-0.5)
         y = g.reshape(y, p, n, rows.count)
-        y = self.norm(g, self.weights.on("per_layer_proj_norm.weight", there), y)
+        y = self.norm(g, self.weights.on("per_layer_proj_norm.weight", g.place), y)
         mixed = g.scale(g.add(y, g.reshape(t, p, n, rows.count)), sqrt(0.5))  # [P, n, T]
         by_layer = g.cont(g.swap(mixed))  # [P, T, n]
         slices = (g.slice(by_layer, 2, i, i + 1) for i in range(n))
