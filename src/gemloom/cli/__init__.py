@@ -1,7 +1,8 @@
 """The ``gemloom`` command: one file a group of commands, and here what all have in common.
 
-Exit status: 0; 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, 141 where the reader of
-stdout has gone. An error is one line on stderr, with a traceback only under --debug.
+Exit status: 0; 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM while
+something is written, 141 where the reader of stdout has gone. An error is one line on stderr,
+with a traceback only under --debug.
 What a command needs is imported inside it, so that --help is quick.
 """
 
@@ -22,6 +23,7 @@ from gemloom.cli.doctor import doctor
 from gemloom.cli.importance import imatrix
 from gemloom.cli.inspecting import inspect, tokenize
 from gemloom.cli.judging import compare, perplexity
+from gemloom.cli.output import Terminated
 from gemloom.cli.quantizing import quantize
 from gemloom.cli.running import run
 from gemloom.cli.sealing import seal, unseal
@@ -30,7 +32,8 @@ from gemloom.cli.terminal import fail
 from gemloom.cli.working import worker
 from gemloom.errors import GemloomError, OptionError
 
-_FAILED, _WRONG_USAGE, _INTERRUPTED, _NO_READER = 1, 2, 128 + 2, 128 + 13
+_FAILED, _WRONG_USAGE = 1, 2
+_INTERRUPTED, _NO_READER, _TERMINATED = 128 + 2, 128 + 13, 128 + 15
 
 app = typer.Typer(
     name="gemloom",
@@ -57,7 +60,7 @@ class Command(TyperCommand):
         except KeyboardInterrupt as error:
             if sys.stderr.isatty():
                 sys.stderr.write("\n")
-            raise typer.Exit(_INTERRUPTED) from error
+            raise typer.Exit(_status(error)) from error
         except Exception as error:
             if isinstance(error, OSError):
                 _drop_stdout()  # it may be what failed
@@ -65,6 +68,10 @@ class Command(TyperCommand):
                 traceback.print_exc()
             fail(_explain(error))
             raise typer.Exit(_WRONG_USAGE if isinstance(error, OptionError) else _FAILED) from error
+
+
+def _status(error: KeyboardInterrupt) -> int:
+    return _TERMINATED if isinstance(error, Terminated) else _INTERRUPTED
 
 
 def _explain(error: Exception) -> str:

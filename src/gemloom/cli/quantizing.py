@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemloom.cli.opening import open_file
+from gemloom.cli.output import Force, output
 from gemloom.cli.terminal import bar, note, print_json, render, size, table
 from gemloom.errors import OptionError
 
@@ -58,6 +59,7 @@ def quantize(
         int | None,
         typer.Option("--threads", min=1, max=512, help="Threads. [default: one a core]"),
     ] = None,
+    force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make a model file smaller.
@@ -71,18 +73,32 @@ def quantize(
     """
     from gemloom import quantize as work
 
-    if target is None and not dry_run:
-        raise OptionError("OUT is missing: the file to make; or --dry-run")
     wanted = _wanted(kind, tensor_type or [], imatrix, requantize)
+    if dry_run:
+        _report(_plan(source, wanted, kind, dry_run)[1], as_json)
+    elif target is None:
+        raise OptionError("OUT is missing: the file to make; or --dry-run")
+    else:
+        with output(target, source, imatrix, force=force) as out:
+            plan, facts = _plan(source, wanted, kind, dry_run)
+            started = time.monotonic()
+            with bar(f"writing {target.name}", plan.source_bytes) as progress:
+                work.write(plan, out, threads, progress)
+            facts |= {"file": str(target), "seconds": round(time.monotonic() - started, 3)}
+            _report(facts, as_json)
+
+
+def _plan(source: str, wanted: "Wanted", kind: str, dry_run: bool) -> tuple["Plan", Facts]:
+    """What is to be made, its warnings told."""
+    from gemloom import quantize as work
+
     plan = work.plan(open_file(source), wanted)
     for warning in (*plan.warnings, *([plan.lacking] if dry_run and plan.lacking else [])):
         note(warning)
-    facts = _facts(plan, kind)
-    if target is not None and not dry_run:
-        started = time.monotonic()
-        with bar(f"writing {target.name}", plan.source_bytes) as progress:
-            work.write(plan, target, threads, progress)
-        facts |= {"file": str(target), "seconds": round(time.monotonic() - started, 3)}
+    return plan, _facts(plan, kind)
+
+
+def _report(facts: Facts, as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
