@@ -1,9 +1,12 @@
 """Conversations, and what a terminal, a pipe and a signal do to the command line."""
 
 import json
+import os
 import re
+import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,13 +79,51 @@ def test_a_reader_that_goes_away(model: Path, opened: gemloom.Model) -> None:
     process.stderr.close()
 
 
-def test_a_full_disk() -> None:
-    with open("/dev/full", "w") as full:
+@pytest.mark.parametrize("args", [("--help",), ("run", "--help"), ("inspect",), ("tokenize", "x")])
+def test_a_reader_that_has_gone(model: Path, args: tuple[str, ...]) -> None:
+    """The same status from every command, whatever prints."""
+    given = args if "--help" in args else (args[0], model, *args[1:])
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as closed:
         done = subprocess.run(
-            command("doctor", "--json"), env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE
+            command(*given), env=ENVIRONMENT, stdout=closed, stderr=subprocess.PIPE
         )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("args", [("doctor", "--json"), ("--help",)])
+def test_a_full_disk(args: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command(*args), env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1
     assert re.fullmatch(rb"gemloom: .*No space left on device\n", done.stderr)
+
+
+def test_stdout_that_is_closed(model: Path) -> None:
+    """What was asked for is lost, and that is no success."""
+    line = shlex.join(command("tokenize", model, "hello"))
+    done = subprocess.run(["sh", "-c", f"exec {line} >&-"], env=ENVIRONMENT, capture_output=True)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert b"stdout is closed" in done.stderr
+
+
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "gemloom.cli.quantizing":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+runpy.run_module("gemloom", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_ctrl_c_before_anything_has_begun() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT], env=ENVIRONMENT, capture_output=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_ctrl_c_ends_run(model: Path, opened: gemloom.Model) -> None:

@@ -6,13 +6,18 @@ with a traceback only under --debug.
 What a command needs is imported inside it, so that --help is quick.
 """
 
+import errno
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from gemloom import __version__
 from gemloom.cli import adapting
@@ -35,39 +40,42 @@ from gemloom.errors import GemloomError, OptionError
 _FAILED, _WRONG_USAGE = 1, 2
 _INTERRUPTED, _NO_READER, _TERMINATED = 128 + 2, 128 + 13, 128 + 15
 
-app = typer.Typer(
-    name="gemloom",
-    rich_markup_mode=None,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
 
+class Commands(TyperGroup):
+    """All commands; whatever goes wrong in one ends in a line on stderr and an exit status."""
 
-class Command(TyperCommand):
-    """A command whose exceptions end in one line on stderr and an exit status."""
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        """As typer's, which prints --help and --version here."""
+        with _told(None):
+            return super().make_context(*args, **more)
 
     def invoke(self, ctx: Any) -> None:
         """Run the command; typer.Exit for whatever went wrong."""
-        try:
+        with _told(ctx):
             super().invoke(ctx)
             sys.stdout.flush()  # a reader that has gone, a full disk: now, not at exit
-        except typer.Exit:
-            raise
-        except BrokenPipeError:
-            _drop_stdout()
-            raise typer.Exit(_NO_READER) from None
-        except KeyboardInterrupt as error:
-            if sys.stderr.isatty():
-                sys.stderr.write("\n")
-            raise typer.Exit(_status(error)) from error
-        except Exception as error:
-            if isinstance(error, OSError):
-                _drop_stdout()  # it may be what failed
-            if ctx.find_root().params["debug"]:
-                traceback.print_exc()
-            fail(_explain(error))
-            raise typer.Exit(_WRONG_USAGE if isinstance(error, OptionError) else _FAILED) from error
+
+
+@contextmanager
+def _told(ctx: Any) -> Iterator[None]:
+    try:
+        yield
+    except (typer.Exit, TyperException):
+        raise
+    except BrokenPipeError:
+        _drop_stdout()
+        raise typer.Exit(_NO_READER) from None
+    except KeyboardInterrupt as error:
+        if sys.stderr.isatty():
+            sys.stderr.write("\n")
+        raise typer.Exit(_status(error)) from error
+    except Exception as error:
+        if isinstance(error, OSError):
+            _drop_stdout()  # it may be what failed
+        if ctx and ctx.params["debug"]:
+            traceback.print_exc()
+        fail(_explain(error))
+        raise typer.Exit(_WRONG_USAGE if isinstance(error, OptionError) else _FAILED) from error
 
 
 def _status(error: KeyboardInterrupt) -> int:
@@ -75,16 +83,29 @@ def _status(error: KeyboardInterrupt) -> int:
 
 
 def _explain(error: Exception) -> str:
-    if isinstance(error, GemloomError | OSError):
+    if isinstance(error, GemloomError):
         return str(error)
+    if isinstance(error, OSError) and error.errno == errno.EBADF and sys.__stdout__ is None:
+        return "stdout is closed, and what was to be printed is lost"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     return f"internal error: {type(error).__name__}: {error} (gemloom --debug shows where)"
 
 
 def _drop_stdout() -> None:
     """Let what is still buffered for a reader that has gone go nowhere, without a complaint."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    with open(os.devnull, "wb") as nowhere, suppress(OSError):  # OSError: it is no file
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+app = typer.Typer(
+    name="gemloom",
+    cls=Commands,
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -119,21 +140,34 @@ for _command in (
     run, chat, serve, worker, inspect, tokenize, doctor, bench,
     convert, quantize, imatrix, perplexity, compare, seal, unseal,
 ):  # fmt: skip
-    app.command(cls=Command)(_command)
+    app.command()(_command)
 _adapter = typer.Typer(
     help="LoRA adapters: inspect, convert, merge, extract.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
 for _command in adapting.COMMANDS:
-    _adapter.command(cls=Command)(_command)
+    _adapter.command()(_command)
 app.add_typer(_adapter, name="adapter")
 
 
 def main() -> None:
     """Run the command line of this process, and end it."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started this process
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    _open_streams()
+    command = typer.main.get_command(app)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what __main__.py set ends here
+    command(prog_name="gemloom")
+
+
+def _open_streams() -> None:
+    """Whatever was closed by those who started this process is opened; stdout so that it fails."""
+    for name, mode, flags in (
+        ("stdin", "r", os.O_RDONLY),
+        ("stdout", "w", os.O_RDONLY),  # else what is printed would be lost, and nobody told
+        ("stderr", "w", os.O_WRONLY),
+    ):
+        if getattr(sys, name) is None:
+            file = open(os.open(os.devnull, flags), mode, encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, file)
         getattr(sys, name).reconfigure(errors="replace")  # letters that its encoding has not
-    app(prog_name="gemloom")

@@ -66,10 +66,21 @@ def note(text: str) -> None:
 
 
 def render(item: "RenderableType", *, aside: bool = False) -> None:
-    """Write a rich table to stdout, or ``aside`` to stderr; no colours if that is no terminal."""
+    """Write a rich table to stdout, or ``aside`` to stderr; no colours if that is no terminal.
+
+    rich itself ends the process where the reader has gone, so the text is written here.
+    """
     from rich.console import Console
 
-    Console(stderr=aside, highlight=False, markup=False, emoji=False).print(item)
+    target = sys.stderr if aside else sys.stdout
+    console = Console(file=target, highlight=False, markup=False, emoji=False)
+    with console.capture() as text:
+        console.print(item)
+    lines = text.get().splitlines(keepends=True)
+    if not console.is_terminal:  # blanks to the width of the table are of no use to programs
+        lines = [f"{line.rstrip()}\n" for line in lines]
+    target.write("".join(lines))
+    target.flush()
 
 
 def table(*columns: str) -> "Table":
