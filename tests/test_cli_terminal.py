@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from typer.testing import Result
 
 import gemloom
-from command_line import ENVIRONMENT, GREEDY, command, endless, fine, terminal, write
+from command_line import ENVIRONMENT, GREEDY, call, command, endless, fine, terminal, write
 from conftest import paced
 from gemloom.cli.conversation import Conversation, transcript
 from gemloom.cli.terminal import clean
-from gemloom.errors import RequestError
+from gemloom.errors import LostError, RequestError
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,27 @@ def test_ctrl_c_ends_run(model: Path, opened: gemloom.Model) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == b""
+
+
+@pytest.mark.parametrize("name", ["run", "chat"])
+def test_a_lost_worker_is_told_once(
+    name: str, model: Path, opened: gemloom.Model, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = iter(range(1_000_000))
+    lost = "the worker 10.0.0.7:50052 was lost: connection reset by peer"
+
+    def check(_: Any) -> None:
+        if next(steps) > 12:
+            raise LostError(lost)
+
+    monkeypatch.setattr("gemloom.runner.Runner.check", check)
+    args = [*(["hello"] if name == "run" else []), "--threads", "1", *endless(opened)]
+    result = call(name, model, *args, input="hello\n")
+    assert result.exit_code == 1
+    assert result.stdout.strip() and result.stdout.endswith("\n")
+    told = [line for line in result.stderr.splitlines() if "worker" in line]
+    assert told == [f"gemloom: {lost}; once it is back, run the command again"]
+    assert capfd.readouterr().err == ""
 
 
 # -- chat ------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ class Engine:
         self._wake = threading.Condition()
         self._free = free
         self._closing, self._failure, self._lost = False, "", False
+        self._cause: BaseException | None = None  # of the failure
         self._counts = dict.fromkeys(("prompt", "cached", "generated", "steps"), 0)
         self._thread = threading.Thread(target=self._loop, name="gemloom-engine", daemon=True)
         self._thread.start()
@@ -422,10 +423,13 @@ class Engine:
         with self._wake:
             line = " ".join(str(lost or error).split()) or type(error).__name__
             self._failure, self._lost = f"the engine stopped: {line}", bool(lost)
+            self._cause = lost or error
         self._end_all(self._refusal())
 
     def _refusal(self) -> EngineError:
-        return EngineError(f"{self._failure}; the model must be loaded again")
+        refusal = EngineError(f"{self._failure}; the model must be loaded again")
+        refusal.__cause__ = self._cause
+        return refusal
 
     def _end_all(self, error: GemloomError) -> None:
         """End every request, and whoever waits for a call, with ``error``."""

@@ -12,11 +12,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Annotated, Any
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Annotated, Any, cast
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from gemloom import __version__
@@ -28,6 +28,7 @@ from gemloom.cli.doctor import doctor
 from gemloom.cli.importance import imatrix
 from gemloom.cli.inspecting import inspect, tokenize
 from gemloom.cli.judging import compare, perplexity
+from gemloom.cli.logs import as_notes
 from gemloom.cli.output import Terminated
 from gemloom.cli.quantizing import quantize
 from gemloom.cli.running import run
@@ -35,7 +36,7 @@ from gemloom.cli.sealing import seal, unseal
 from gemloom.cli.serving import serve
 from gemloom.cli.terminal import fail
 from gemloom.cli.working import worker
-from gemloom.errors import GemloomError, OptionError
+from gemloom.errors import EngineError, GemloomError, LostError, OptionError
 
 _FAILED, _WRONG_USAGE = 1, 2
 _INTERRUPTED, _NO_READER, _TERMINATED = 128 + 2, 128 + 13, 128 + 15
@@ -54,6 +55,16 @@ class Commands(TyperGroup):
         with _told(ctx):
             super().invoke(ctx)
             sys.stdout.flush()  # a reader that has gone, a full disk: now, not at exit
+
+
+class Command(TyperCommand):
+    """One command."""
+
+    def invoke(self, ctx: Any) -> None:
+        """Run it, with the library's log as notes where it is not a log of its own."""
+        plain = ctx.info_name == "serve" or ctx.find_root().params["debug"]
+        with nullcontext() if plain else as_notes():
+            super().invoke(ctx)
 
 
 @contextmanager
@@ -83,6 +94,10 @@ def _status(error: KeyboardInterrupt) -> int:
 
 
 def _explain(error: Exception) -> str:
+    if isinstance(error, EngineError) and error.__cause__:
+        error = cast(Exception, error.__cause__)  # there is no model to be loaded again by hand
+    if isinstance(error, LostError):
+        return f"{error}; once it is back, run the command again"
     if isinstance(error, GemloomError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.EBADF and sys.__stdout__ is None:
@@ -140,14 +155,14 @@ for _command in (
     run, chat, serve, worker, inspect, tokenize, doctor, bench,
     convert, quantize, imatrix, perplexity, compare, seal, unseal,
 ):  # fmt: skip
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 _adapter = typer.Typer(
     help="LoRA adapters: inspect, convert, merge, extract.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
 for _command in adapting.COMMANDS:
-    _adapter.command()(_command)
+    _adapter.command(cls=Command)(_command)
 app.add_typer(_adapter, name="adapter")
 
 

@@ -8,8 +8,8 @@ import typer
 
 from gemloom.cli.opening import default_model, load_adapters, names_model, open_model
 from gemloom.cli.options import AdapterOptions, LoadOptions, SamplingOptions, with_options
-from gemloom.cli.terminal import note, print_json, read_stdin, show, speed
-from gemloom.errors import OptionError
+from gemloom.cli.terminal import end_line, note, print_json, read_stdin, show, speed
+from gemloom.errors import GemloomError, OptionError
 
 if TYPE_CHECKING:
     from gemloom.generation import Completion, Run
@@ -96,9 +96,12 @@ def _print_completion(done: "Completion") -> None:
 
 def _print_stream(request: "Run") -> None:
     reason, text = None, ""
-    for piece in request:
-        show(piece.text)
-        reason, text = piece.finish_reason, piece.text or text
-    if not text.endswith("\n"):
-        show("\n")
+    try:
+        for piece in request:
+            show(piece.text)
+            reason, text = piece.finish_reason, piece.text or text
+    except GemloomError:
+        end_line(text or "\n")  # its line is not to be glued to the text
+        raise
+    end_line(text)
     note(speed(request.usage, reason or "stop"))

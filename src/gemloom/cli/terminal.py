@@ -40,6 +40,12 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
+def end_line(text: str) -> None:
+    """End the line of what was shown, unless it has ended."""
+    if not text.endswith("\n"):
+        show("\n")
+
+
 def show_thought(text: str) -> None:
     """Write a piece of a model's thought to a terminal, dim; nowhere else."""
     if sys.stdout.isatty():
