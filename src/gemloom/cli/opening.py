@@ -1,7 +1,11 @@
 """From what the command line names to an open file or model."""
 
 import os
-from contextlib import AbstractContextManager
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
     from gemloom.gguf import GGUF
     from gemloom.model import Model
     from gemloom.placement import Placement
+
+_THEN = "reading the vocabulary"  # the one thing that takes longer than weights may take
 
 
 def default_model() -> str:
@@ -78,10 +84,39 @@ def open_model(name: str, load: LoadOptions) -> "Model":
     options = Options(**load.given())  # wrong ones are told before a file is fetched
     file = gguf.read(source.resolve(name, key=load.key_file, forward=True))
     if (coming := _coming(file)) is not None:
-        with coming:
+        with stoppable(), coming:
             return Model(file, options, planned=_tell)
-    with progress(f"loading {file.name}") as show:
+    with progress(f"loading {file.name}", then=_THEN) as show, stoppable():
         return Model(file, options, show, _tell)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """At a terminal the first Ctrl-C says that it was heard, as a step may have to end first.
+
+    A second one does not wait for that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+        if sys.stderr.isatty():
+            os.write(2, b"\r\nstopping; Ctrl-C again ends it at once\r\n")
+        raise KeyboardInterrupt
+
+    before, ended = signal.getsignal(signal.SIGINT), threading.Event()
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, stop)
+    # While workers get their weights, signals are kept from this thread: another has to take them.
+    taker = threading.Thread(target=ended.wait, daemon=True)
+    taker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.signal(signal.SIGINT, before)
 
 
 def _tell(placement: "Placement") -> None:
@@ -100,4 +135,4 @@ def _coming(file: "GGUF") -> AbstractContextManager[None] | None:
         return None
     known = all(isinstance(blob, Blocks) for blob in coming)
     total = sum(blob.size for blob in coming) if known else None
-    return bar(f"loading {file.name}", total, lambda: sum(blob.fetched for blob in coming))
+    return bar(f"loading {file.name}", total, lambda: sum(blob.fetched for blob in coming), _THEN)

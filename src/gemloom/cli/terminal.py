@@ -200,8 +200,11 @@ class Show(Protocol):
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Show]:
-    """As ``waiting``, with a bar once the function it gives was told how much is done."""
+def progress(what: str, then: str = "") -> Iterator[Show]:
+    """As ``waiting``, with a bar once the function it gives was told how much is done.
+
+    When all of it is done, ``then`` says what the block still does, if it does more.
+    """
     if not sys.stderr.isatty():
         yield lambda done, of, words="": None
         return
@@ -213,6 +216,11 @@ def progress(what: str) -> Iterator[Show]:
     task = bar.add_task(escape(one_line(what)), total=None)
 
     def show(done: int, of: int, words: str = "") -> None:
+        nonlocal task
+        if then and done >= of:  # a full bar would say that it is over
+            bar.remove_task(task)
+            task = bar.add_task(escape(one_line(f"{what}: {then}")), total=None)
+            return
         text = escape(one_line(f"{what}: {words}" if words else what))
         bar.update(task, completed=done, total=of, description=text)
         if words:  # there is something to be read
