@@ -8,6 +8,7 @@ What a command needs is imported inside it, so that --help is quick.
 
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -63,8 +64,21 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> None:
         """Run it, with the library's log as notes where it is not a log of its own."""
         plain = ctx.info_name == "serve" or ctx.find_root().params["debug"]
-        with nullcontext() if plain else as_notes():
-            super().invoke(ctx)
+        try:
+            with nullcontext() if plain else as_notes():
+                super().invoke(ctx)
+        except OptionError as error:
+            raise OptionError(self._in_flags(str(error))) from error
+
+    def _in_flags(self, message: str) -> str:
+        """What the library says of its options, with their names here."""
+        for option in self.params:
+            flag = next((name for name in option.opts if name.startswith("--")), None)
+            name = str(option.name)
+            anywhere = "_" in name  # the others are words that any sentence may have
+            if flag and (anywhere or message.startswith(name)):
+                message = re.sub(rf"(?<![-\w]){name}\b", flag, message, count=not anywhere)
+        return message
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from gemloom.cli.options import LoadOptions
 from gemloom.cli.placing import plan_table
 from gemloom.cli.progress import bar
-from gemloom.cli.terminal import note, one_line, progress, render, waiting
+from gemloom.cli.terminal import note, one_line, progress, read_stdin, render, utf8, waiting
+from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
     from gemloom.adapters.info import AdapterInfo
@@ -36,6 +37,20 @@ def names_model(text: str) -> bool:
 
     known = text.startswith("hf:") or text.endswith((".gguf", ".gguf.sealed")) or is_url(text)
     return known or text == default_model() or os.path.exists(text)
+
+
+def model_and_text(first: str | None, second: str | None) -> tuple[str, str]:
+    """[MODEL] [TEXT] told apart: a lone argument that names no model is the text.
+
+    A text that is missing, or -, is read from stdin. OptionError where nobody would write there.
+    """
+    if second is None and first is not None and not names_model(first):
+        first, second = None, first
+    if second is None and sys.stdin.isatty():
+        raise OptionError("there is no text; give one, or - to type it")
+    text = read_stdin() if second in (None, "-") else second
+    assert text is not None
+    return first or default_model(), utf8("the text", text)
 
 
 def open_file(name: str, key: Path | None = None) -> "GGUF":
@@ -83,11 +98,16 @@ def open_model(name: str, load: LoadOptions) -> "Model":
 
     options = Options(**load.given())  # wrong ones are told before a file is fetched
     file = gguf.read(source.resolve(name, key=load.key_file, forward=True))
+
+    def planned(placement: "Placement") -> None:
+        _tell(placement)
+        _tell_unused(load, placement)
+
     if (coming := _coming(file)) is not None:
         with stoppable(), coming:
-            return Model(file, options, planned=_tell)
+            return Model(file, options, planned=planned)
     with progress(f"loading {file.name}", then=_THEN) as show, stoppable():
-        return Model(file, options, show, _tell)
+        return Model(file, options, show, planned)
 
 
 @contextmanager
@@ -123,6 +143,13 @@ def _tell(placement: "Placement") -> None:
     """Print what goes where, if there is a choice."""
     if not placement.on_host:
         render(plan_table(placement), aside=True)
+
+
+def _tell_unused(load: LoadOptions, placement: "Placement") -> None:
+    """Say which options do nothing without a device to put layers on."""
+    for flag, given in (("--gpu-layers", load.gpu_layers), ("--tensor-split", load.tensor_split)):
+        if given and placement.on_host:
+            note(f"{flag} does nothing: all is on the CPU (gemloom doctor lists the devices)")
 
 
 def _coming(file: "GGUF") -> AbstractContextManager[None] | None:

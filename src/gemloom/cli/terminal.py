@@ -9,9 +9,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from gemloom.errors import RequestError
+from gemloom.errors import OptionError, RequestError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -95,8 +95,10 @@ def table(*columns: str) -> "Table":
 
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
-        right = name.startswith(">")
-        made.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
+        right, name = name.startswith(">"), name.lstrip(">")
+        longest = max(map(len, name.split()), default=0)  # a header is broken between words only
+        justify: Literal["left", "right"] = "right" if right else "left"
+        made.add_column(name, justify=justify, overflow="fold", min_width=longest)
     return made
 
 
@@ -117,10 +119,25 @@ def speed(usage: "Usage", end: str) -> str:
     """Tokens and tokens a second of a request, and how it ended if not by itself, on a line."""
     ended = {"stop": "", "length": "; limit reached"}.get(end, f"; {end}")
     cached = f" ({usage.cached_tokens:,} cached)" if usage.cached_tokens else ""
+    prompt, answer = _rate(usage.prompt_tokens_per_second), _rate(usage.tokens_per_second)
     return (
-        f"prompt {usage.prompt_tokens:,} tokens{cached}, {usage.prompt_tokens_per_second:,.1f} "
-        f"tok/s; generated {usage.completion_tokens:,}, {usage.tokens_per_second:,.1f} tok/s{ended}"
+        f"prompt {usage.prompt_tokens:,} tokens{cached}{prompt}; "
+        f"generated {usage.completion_tokens:,}{answer}{ended}"
     )
+
+
+def _rate(tokens_per_second: float) -> str:
+    """Nothing where nothing was timed: the first token of an answer is not."""
+    return f", {tokens_per_second:,.1f} tok/s" if tokens_per_second else ""
+
+
+def utf8(what: str, text: str) -> str:
+    """An argument that is a text. OptionError where its bytes were no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(f"{what}: character {error.start + 1:,} is not UTF-8") from None
+    return text
 
 
 def read_stdin() -> str:
