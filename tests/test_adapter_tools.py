@@ -104,8 +104,7 @@ def test_convert_command(tmp_path: Path) -> None:
         tiny_lora.assert_same(read(back), adapter)
         config = json.loads((back / "adapter_config.json").read_text())
         assert all(name.startswith(inner) for name in config["target_modules"])
-    assert "nothing was written" in call("adapter", "convert", out, back).stderr  # not empty
-    assert "nothing was written" in call("adapter", "convert", out, tmp_path / "no" / "x").stderr
+    assert "there is no folder" in call("adapter", "convert", out, tmp_path / "no" / "x").stderr
     fused = {"blk.0.attn_qkv.weight": next(iter(adapter.pairs.values()))}
     (tmp_path / "f.gguf").write_bytes(tiny_lora.gguf_bytes(replace(adapter, pairs=fused)))
     result = call("adapter", "convert", tmp_path / "f.gguf", tmp_path / "f")
@@ -285,13 +284,13 @@ def test_merge_command(tmp_path: Path) -> None:
     wanted = tensors(model)[name] + tiny_lora.delta(adapters[0].pairs[name])
     wanted -= 0.5 * tiny_lora.delta(adapters[1].pairs[name])
     np.testing.assert_allclose(tensors(out)[name], wanted, atol=1e-6)
-    fine("adapter", "merge", model, one, out, "--type", "q8_0")
+    fine("adapter", "merge", model, one, out, "--type", "q8_0", "--force")
     assert gguf.read(source.resolve(out)).tensors[name].type == FILE.Q8_0
     for wrong, message in (
-        ((model, one, model), "is the base"),
+        ((model, one, model, "--force"), "is the source itself"),
         ((model, one), "takes a model"),
         ((model, one, out, "--type", "Q9"), "--type Q9 is no type"),
-        ((model, f"{one}@nan", out), "not finite"),
+        ((model, f"{one}@nan", out, "--force"), "not finite"),
     ):
         result = call("adapter", "merge", *wrong)
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
@@ -399,6 +398,6 @@ def test_extract_command(tmp_path: Path) -> None:
     assert all(by_name[name]["share"] > 0.9 for name in adapter.pairs)
     assert facts["share"] < 1  # what q8_0 lost is a difference too
     assert set(adapter.pairs) < set(read(out).pairs)
-    shown = fine("adapter", "extract", base, tuned, out, "-r", "3").stdout
+    shown = fine("adapter", "extract", base, tuned, out, "-r", "3", "--force").stdout
     assert re.search(r"all\s+[\d.]+\s+[\d.]+%", shown)
     assert call("adapter", "extract", base, tuned, out).exit_code == 2

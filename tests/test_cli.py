@@ -12,10 +12,12 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import gemloom
 import tiny
 from command_line import ENVIRONMENT, GREEDY, call, fine, write
+from gemloom.cli import app
 from gemloom.cli.doctor import advise, unused
 from gemloom.cli.opening import names_model
 from gemloom.cli.options import LoadOptions, SamplingOptions
@@ -190,17 +192,17 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "device twice": (["run", "{model}", "x", "--device", "cpu,CPU"], 2, "twice"),
     "shares": (["run", "{model}", "x", "--tensor-split", "3,x"], 2, "N,N"),
     "no shares": (["run", "{model}", "x", "--tensor-split", "0,0"], 2, "sum above 0"),
-    "gpu layers": (["run", "{model}", "x", "--gpu-layers=-1"], 2, "gpu_layers must be"),
-    "top_p": (["run", "gone.gguf", "x", "--top-p", "2"], 2, "top_p must be"),
-    "no tokens": (["run", "gone.gguf", "x", "-n", "0"], 2, "max_tokens must be"),
+    "gpu layers": (["run", "{model}", "x", "--gpu-layers=-1"], 2, "--gpu-layers must be"),
+    "top_p": (["run", "gone.gguf", "x", "--top-p", "2"], 2, "--top-p must be"),
+    "no tokens": (["run", "gone.gguf", "x", "-n", "0"], 2, "--max-tokens must be"),
     "bias": (["run", "gone.gguf", "x", "--logit-bias", "5"], 2, "ID=BIAS"),
     "bias of no token": (["run", "{model}", "x", "--logit-bias", "99999=1"], 2, "token id"),
-    "kv type": (["chat", "gone.gguf", "--kv-type", "f8"], 2, "kv_type must be"),
-    "context": (["inspect", "{model}", "--context", "999999"], 2, "is more than the model's"),
-    "no context": (["inspect", "{model}", "--context", "0"], 2, "context must be"),
-    "keep": (["run", "{model}", "x", "-c", "20", "--keep", "9"], 2, "keep 9"),
+    "kv type": (["chat", "gone.gguf", "--kv-type", "f8"], 2, "--kv-type must be"),
+    "context": (["inspect", "{model}", "--context", "999999"], 2, "--context 999,999 is more"),
+    "no context": (["inspect", "{model}", "--context", "0"], 2, "--context must be"),
+    "keep": (["run", "{model}", "x", "-c", "20", "--keep", "9"], 2, "--keep 9"),
     "hub name": (["inspect", "hf:nothing"], 2, "hf:owner/repo"),
-    "surrogate": (["tokenize", "{model}", "a\udc80"], 2, "surrogate"),
+    "surrogate": (["tokenize", "{model}", "a\udc80"], 2, "the text: character 2 is not UTF-8"),
 }
 
 
@@ -255,6 +257,37 @@ def test_debug_shows_where() -> None:
     assert "SourceError" in result.stderr
 
 
+def test_the_first_token_alone_has_no_speed(model: Path) -> None:
+    told = fine("run", model, "the", "-n", "1", *GREEDY).stderr
+    assert re.fullmatch(r"prompt \d+ tokens, [\d.,]+ tok/s; generated 1; limit reached\n", told)
+
+
+@pytest.mark.parametrize("name", ["--stop", "PROMPT"])
+def test_what_is_no_text_is_named(model: Path, name: str) -> None:
+    args = ["x", "--stop", "a\udcff"] if name == "--stop" else ["a\udcff"]
+    result = call("run", model, *args)
+    told = {"--stop": "--stop", "PROMPT": "the text"}[name]
+    assert result.exit_code == 2
+    assert result.stderr == f"gemloom: {told}: character 2 is not UTF-8\n"
+
+
+def test_a_checkpoint_is_to_be_converted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}              ")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        result = call("run", path, "x")
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert "gemloom convert" in result.stderr
+
+
+def test_types_without_case_and_options_that_do_nothing(model: Path) -> None:
+    args = ("run", model, "the", "-n", "1", *GREEDY, "--kv-type", "F32", "--device", "cpu")
+    told = [fine(*args, *more).stderr.splitlines() for more in ((), ("--gpu-layers", "5"))]
+    assert len(told[0]) + 1 == len(told[1])
+    assert told[1][0].startswith("--gpu-layers does nothing: all is on the CPU")
+    assert call("inspect", model, "--kv-type", "Q8_0").exit_code == 0
+
+
 def test_a_mistake_of_ours_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemloom.cli.inspecting.open_file", lambda name: 1 / 0)
     result = call("inspect", "x")
@@ -295,6 +328,14 @@ def test_inspect_json(model: Path) -> None:
     assert facts["tensors"]["bytes"] == sum(tensor["bytes"] for tensor in listed)
     assert facts["memory"]["context"] == 8192
     assert "list" not in json.loads(fine("inspect", model, "--json").stdout)["tensors"]
+
+
+def test_tables_for_programs_and_for_narrow_terminals(model: Path) -> None:
+    for columns in ("40", "80", "300"):
+        shown = CliRunner(env={"COLUMNS": columns}).invoke(app, ["inspect", str(model)])
+        lines = shown.stdout.splitlines()
+        assert lines == [line.rstrip() for line in lines]
+        assert re.search(r"\btensors\b.*\bweights\b", shown.stdout)
 
 
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
@@ -366,6 +407,15 @@ def test_tokenize_shows_bytes_that_are_no_text(model: Path) -> None:
 def test_tokenize_bos_and_stdin(model: Path, opened: gemloom.Model) -> None:
     answer = json.loads(fine("tokenize", model, "-", "--bos", "--json", input="hello\n").stdout)
     assert answer["ids"] == [opened.tokenizer.bos, *opened.tokenize("hello")]
+
+
+def test_tokenize_a_model_alone_or_a_text_alone(
+    model: Path, opened: gemloom.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gemloom.cli.opening.default_model", lambda: str(model))
+    for args, typed in ((["hello"], None), ([model], "hello\n"), (["-"], "hello\n")):
+        answer = json.loads(fine("tokenize", *args, "--json", input=typed).stdout)
+        assert answer["ids"] == opened.tokenize("hello")
 
 
 def test_tokenize_needs_no_weights(tmp_path: Path) -> None:
@@ -461,6 +511,8 @@ def test_bench(model: Path) -> None:
     assert "tokens/s" in result.stderr
     table = fine("bench", model, "-p", "20", "-n", "3", "-r", "1")
     assert "outside ggml" in table.stdout
+    only = json.loads(fine("bench", model, "-p", "20", "-n", "0", "-r", "1", "--json").stdout)
+    assert [timing["kind"] for timing in only["timings"]] == ["prompt"]
     wrong = call("bench", model, "-p", "0")
     assert wrong.exit_code == 2
     assert "prompt" in wrong.stderr

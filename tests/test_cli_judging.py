@@ -131,9 +131,9 @@ def test_a_picture(folder: Path, tmp_path: Path) -> None:
 def test_pictures_that_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told before anything is loaded."""
     arguments = ("compare", "no.gguf", "no.gguf", folder / "fox.txt", "--picture")
-    for name, told in (("q.pdf", "only .png"), ("no/q.png", "there is no folder no")):
+    for name, told, status in (("q.pdf", "only .png", 2), ("no/q.png", "no folder no", 1)):
         failed = call(*arguments, name)
-        assert failed.exit_code == 2 and told in failed.stderr
+        assert failed.exit_code == status and told in failed.stderr
     monkeypatch.setattr("gemloom.cli.picturing.find_spec", lambda name: None)
     failed = call(*arguments, "q.png")
     assert failed.exit_code == 2
@@ -242,4 +242,4 @@ def test_wrong_usage(
 
 def test_no_folder_for_the_matrix(folder: Path) -> None:
     failed = call("imatrix", folder / "base.gguf", folder / "fox.txt", folder / "no" / "m.gguf")
-    assert failed.exit_code == 2 and "there is no folder" in failed.stderr
+    assert failed.exit_code == 1 and "there is no folder" in failed.stderr

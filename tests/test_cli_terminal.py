@@ -1,9 +1,12 @@
 """Conversations, and what a terminal, a pipe and a signal do to the command line."""
 
 import json
+import os
 import re
+import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,11 @@ from hypothesis import strategies as st
 from typer.testing import Result
 
 import gemloom
-from command_line import ENVIRONMENT, GREEDY, command, endless, fine, terminal, write
+from command_line import ENVIRONMENT, GREEDY, call, command, endless, fine, terminal, write
 from conftest import paced
 from gemloom.cli.conversation import Conversation, transcript
 from gemloom.cli.terminal import clean
-from gemloom.errors import RequestError
+from gemloom.errors import LostError, RequestError
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +79,51 @@ def test_a_reader_that_goes_away(model: Path, opened: gemloom.Model) -> None:
     process.stderr.close()
 
 
-def test_a_full_disk() -> None:
-    with open("/dev/full", "w") as full:
+@pytest.mark.parametrize("args", [("--help",), ("run", "--help"), ("inspect",), ("tokenize", "x")])
+def test_a_reader_that_has_gone(model: Path, args: tuple[str, ...]) -> None:
+    """The same status from every command, whatever prints."""
+    given = args if "--help" in args else (args[0], model, *args[1:])
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as closed:
         done = subprocess.run(
-            command("doctor", "--json"), env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE
+            command(*given), env=ENVIRONMENT, stdout=closed, stderr=subprocess.PIPE
         )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("args", [("doctor", "--json"), ("--help",)])
+def test_a_full_disk(args: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command(*args), env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1
     assert re.fullmatch(rb"gemloom: .*No space left on device\n", done.stderr)
+
+
+def test_stdout_that_is_closed(model: Path) -> None:
+    """What was asked for is lost, and that is no success."""
+    line = shlex.join(command("tokenize", model, "hello"))
+    done = subprocess.run(["sh", "-c", f"exec {line} >&-"], env=ENVIRONMENT, capture_output=True)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert b"stdout is closed" in done.stderr
+
+
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "gemloom.cli.quantizing":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+runpy.run_module("gemloom", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_ctrl_c_before_anything_has_begun() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT], env=ENVIRONMENT, capture_output=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_ctrl_c_ends_run(model: Path, opened: gemloom.Model) -> None:
@@ -96,6 +137,27 @@ def test_ctrl_c_ends_run(model: Path, opened: gemloom.Model) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == b""
+
+
+@pytest.mark.parametrize("name", ["run", "chat"])
+def test_a_lost_worker_is_told_once(
+    name: str, model: Path, opened: gemloom.Model, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = iter(range(1_000_000))
+    lost = "the worker 10.0.0.7:50052 was lost: connection reset by peer"
+
+    def check(_: Any) -> None:
+        if next(steps) > 12:
+            raise LostError(lost)
+
+    monkeypatch.setattr("gemloom.runner.Runner.check", check)
+    args = [*(["hello"] if name == "run" else []), "--threads", "1", *endless(opened)]
+    result = call(name, model, *args, input="hello\n")
+    assert result.exit_code == 1
+    assert result.stdout.strip() and result.stdout.endswith("\n")
+    told = [line for line in result.stderr.splitlines() if "worker" in line]
+    assert told == [f"gemloom: {lost}; once it is back, run the command again"]
+    assert capfd.readouterr().err == ""
 
 
 # -- chat ------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_command_line(tmp_path: Path) -> None:
     folder = checkpoints.checkpoint(tmp_path / "in")
     for arguments, status, words in (
         ((tmp_path / "nowhere", tmp_path / "x.gguf"), 1, "is no folder"),
-        ((folder, tmp_path / "no" / "x.gguf"), 1, "no is no folder"),
+        ((folder, tmp_path / "no" / "x.gguf"), 1, "there is no folder"),
         ((folder, tmp_path / "x.gguf", "--type", "Q4_K"), 2, "none of F32, F16, BF16, Q8_0"),
         ((folder, folder / "config.json"), 1, "--force"),
     ):

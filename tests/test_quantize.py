@@ -173,7 +173,7 @@ def test_quantized_again_only_where_asked(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["in.gguf"]
     told = cli(tmp_path, tmp_path / "out.gguf", "--type", "Q4_K_M", "--requantize")
     assert told["bytes"] < told["source_bytes"]
-    same = cli(tmp_path, tmp_path / "out.gguf", "--type", "Q8_0")  # nothing changes its type
+    same = cli(tmp_path, tmp_path / "same.gguf", "--type", "Q8_0")  # nothing changes its type
     assert same["bytes"] == same["source_bytes"]
 
 
@@ -347,7 +347,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     """The old file is there until the new one is whole, and a second run makes it."""
     path, out = large(tmp_path, 1 << 13), tmp_path / "out.gguf"
     out.write_bytes(b"old")
-    args = ["quantize", path, out, "--type", "Q8_0", "--tensor-type", "token_embd=Q4_K"]
+    args = ["quantize", path, out, "--type", "Q8_0", "--tensor-type", "token_embd=Q4_K", "--force"]
     with subprocess.Popen(
         [sys.executable, "-c", HALF_WAY, *args], env=ENVIRONMENT, stdout=subprocess.PIPE
     ) as process:

@@ -412,7 +412,7 @@ def test_failures_leave_nothing_behind(paths: tuple[Path, Path, Path], tmp_path:
         (("unseal", broken, back, "--key-file", key), "damaged: chunk 2 of 2"),
         (("unseal", given, back, "--key-file", key), "not a sealed file"),
         (("seal", out, back, "--key-file", key), "sealed already"),
-        (("seal", given, tmp_path / "no" / "b", "--key-file", key), "it was not written"),
+        (("seal", given, tmp_path / "no" / "b", "--key-file", key), "there is no folder"),
         (("seal", tmp_path / "none", back, "--key-file", key), "no such file"),
     ):
         result = call(*args)

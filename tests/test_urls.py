@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 import traceback
@@ -368,7 +369,9 @@ def test_a_server_that_does_not_answer(shelf: Shelf, monkeypatch: pytest.MonkeyP
 
 
 def test_nobody_there(memory: Any) -> None:
-    assert "Cannot connect to host" in refusal("http://127.0.0.1:1/m.gguf")
+    assert refusal("http://127.0.0.1:1/m.gguf").endswith("m.gguf: Connection refused")
+    unknown = socket.gaierror(-2, "Name or service not known")
+    assert urls._reason(unknown) == "no server is known by that name"
     assert refusal("memory://none.gguf") == "memory://none.gguf: no such file"
     assert refusal("nonsense://x") == "nonsense://x: Protocol not known: nonsense"
     memory.mkdir("/folder")

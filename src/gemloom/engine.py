@@ -94,6 +94,7 @@ class Engine:
         self._wake = threading.Condition()
         self._free = free
         self._closing, self._failure, self._lost = False, "", False
+        self._cause: BaseException | None = None  # of the failure
         self._counts = dict.fromkeys(("prompt", "cached", "generated", "steps"), 0)
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="gemloom-engine", daemon=True)
@@ -432,12 +433,14 @@ class Engine:
         with self._wake:
             line = " ".join(str(lost or error).split()) or type(lost or error).__name__
             self._failure = f"the engine stopped: {line}"
-            self._lost = isinstance(lost, LostError)
+            self._lost, self._cause = isinstance(lost, LostError), lost or error
         _log.error("%s", self._refusal())
         self._end_all(self._refusal())
 
     def _refusal(self) -> EngineError:
-        return EngineError(f"{self._failure}; the model must be loaded again")
+        refusal = EngineError(f"{self._failure}; the model must be loaded again")
+        refusal.__cause__ = self._cause
+        return refusal
 
     def _end_all(self, error: GemloomError) -> None:
         """End every request, and whoever waits for a call, with ``error``."""

@@ -19,7 +19,7 @@ from gguf.quants import dequantize
 
 from gemloom.ggml.device import Tensor, address
 from gemloom.gguf import TensorInfo
-from gemloom.kernels.packing import Matrix, Piece, Plan, Progress
+from gemloom.kernels.packing import Matrix, Piece, Plan, Progress, no_more_if_stopped
 
 FIRST_BYTES = 256
 _SHARE = 4 << 20  # bytes
@@ -80,7 +80,8 @@ class Filling:
         readers = {share.info.blob.readers or self._threads for share in self._shares}
         total, done = sum(share.length for share in self._shares), 0
         in_order = 1 in readers  # then here and not in a thread: what makes the parts may care
-        with ThreadPoolExecutor(self._threads if in_order else max(readers, default=1)) as pool:
+        count = self._threads if in_order else max(readers, default=1)
+        with ThreadPoolExecutor(count) as pool, no_more_if_stopped(pool):
             outer, inner = (map, pool.map) if in_order else (pool.map, map)
             work = outer(lambda share: self._use(share, inner), self._shares)
             for share, _ in zip(self._shares, work, strict=True):

@@ -291,8 +291,10 @@ class _Reader:
         if bytes(self.head[:4]) != MAGIC:
             found = bytes(self.head[:4])
             what = f"its first bytes are {found!r}" if found else "it is empty"
-            order = "; are its parts in order?" if self.blob.cut else ""
-            raise FormatError(f"{self.blob.name}: not a GGUF file: {what}{order}")
+            hint = "; are its parts in order?" if self.blob.cut else ""
+            if self.blob.name.endswith(".safetensors"):
+                hint = "; gemloom convert FOLDER OUT.gguf makes one of a checkpoint"
+            raise FormatError(f"{self.blob.name}: not a GGUF file: {what}{hint}")
         self.position = 4
         self._check_version(self._u32("header"))
         n_tensors, n_keys = self._count("tensors"), self._count("keys")

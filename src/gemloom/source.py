@@ -228,13 +228,20 @@ def _map(path: str) -> memoryview:
     """The whole file, mapped read-only; one that cannot be mapped (a pipe) is read."""
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
-            raise SourceError(f"{path}: a folder; name a .gguf file in it")
+            raise SourceError(f"{path}: a folder; {_in_folder(path)}")
         with open(path, "rb") as file:
             return _map_file(path, file)
     except FileNotFoundError as error:
         raise SourceError(f"{path}: no such file{_hint(path)}") from error
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise SourceError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _in_folder(path: str) -> str:
+    """What to do with a folder."""
+    if os.path.exists(os.path.join(path, "config.json")):
+        return f"gemloom convert {path} OUT.gguf makes a GGUF of a checkpoint"
+    return "name a .gguf file in it"
 
 
 def _hint(path: str) -> str:
@@ -421,7 +428,11 @@ def _choose(repo: str, files: list[str], wanted: str | None) -> str:
     """The one model of the wanted type; with none wanted the only one, or a preferred type."""
     models = sorted(file for file in files if _is_model(file))
     if not models:
-        raise SourceError(f"hf:{repo}: no GGUF model in this repository")
+        hint = "; gemloom convert makes one of a checkpoint that was downloaded"
+        checkpoint = any(file.endswith(".safetensors") for file in files)
+        raise SourceError(
+            f"hf:{repo}: no GGUF model in this repository{hint if checkpoint else ''}"
+        )
     if wanted is None and len(models) == 1:
         return models[0]
     for kind in (wanted,) if wanted else _PREFERRED:

@@ -8,7 +8,9 @@ secrets: it is shown without its user part and its query, and so are the texts o
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -163,6 +165,12 @@ def _reason(error: BaseException) -> str:
         return "no such file"
     if isinstance(error, TimeoutError):
         return "no answer in time"
+    system = getattr(error, "os_error", error)  # what aiohttp's has inside
+    if isinstance(system, socket.gaierror):
+        return "no server is known by that name"
+    ours = system is not error or isinstance(error, ConnectionError)  # others' texts say more
+    if ours and isinstance(system, OSError) and system.errno:
+        return os.strerror(system.errno)
     lines = shown(str(error)).strip().splitlines() or ["no reason was given"]
     kind = "" if isinstance(error, ImportError | ValueError) else f"{type(error).__name__}: "
     return f"{kind}{lines[0][:200]}"

@@ -1,6 +1,7 @@
 """``gemloom adapter``: look into LoRA adapters, convert, merge and extract them."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemloom.cli.opening import open_file
+from gemloom.cli.output import Force, check_folder, output
 from gemloom.cli.terminal import note, one_line, print_json, render, size, table
 from gemloom.errors import AdapterError, OptionError
 
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
     from gemloom.adapters.base import Base
     from gemloom.adapters.checking import Report
+    from gemloom.adapters.extracting import Extracted
     from gemloom.adapters.lora import Lora
+    from gemloom.adapters.merging import Merged
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Adapter = Annotated[
@@ -68,6 +72,7 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    force: Force = False,
 ) -> None:
     """Turn a PEFT adapter into a GGUF LoRA, or a GGUF LoRA into a PEFT folder.
 
@@ -77,18 +82,42 @@ def convert(
       gemloom adapter convert style.gguf style-peft/
     """
     from gemloom.adapters.gguf_lora import write_gguf
-    from gemloom.adapters.peft_writing import write_peft
+
+    if out.suffix == ".gguf" or out.is_fifo() or out.is_char_device():
+        with output(out, source, model, force=force) as target:
+            lora, architecture = _read_for(source, model)
+            write_gguf(lora, architecture, target)
+    else:
+        used = check_folder(out, force=force)
+        lora, architecture = _read_for(source, model)
+        _write_folder(
+            lora, out, architecture == "gemma4" if multimodal is None else multimodal, used
+        )
+    note(f"{out}: {len(lora.pairs):,} matrices")
+
+
+def _read_for(source: str, model: str | None) -> tuple["Lora", str]:
+    """An adapter, and the architecture that it is for; told what of it is not used."""
     from gemloom.adapters.reading import read
 
     lora = read(source)
     architecture = _architecture(lora, model)
     _note_ignored(lora.ignored)
-    if out.suffix == ".gguf":
-        write_gguf(lora, architecture, out)
-    else:
-        as_multimodal = architecture == "gemma4" if multimodal is None else multimodal
-        write_peft(lora, out, multimodal=as_multimodal)
-    note(f"{out}: {len(lora.pairs):,} matrices")
+    return lora, architecture
+
+
+def _write_folder(lora: "Lora", out: Path, multimodal: bool, used: bool) -> None:
+    """Write a PEFT folder; of one that is in ``use`` only the adapter's own files are replaced."""
+    from gemloom.adapters.peft_writing import write_peft
+
+    if not used:
+        write_peft(lora, out, multimodal=multimodal)
+        return
+    with tempfile.TemporaryDirectory(prefix=".gemloom-", dir=out) as folder:
+        made = Path(folder, "made")
+        write_peft(lora, made, multimodal=multimodal)
+        for file in made.iterdir():
+            file.replace(out / file.name)
 
 
 def merge(
@@ -102,6 +131,7 @@ def merge(
             "--type", help="The matrices' type: F16, Q8_0, Q4_K ... [default: as they are]"
         ),
     ] = None,
+    force: Force = False,
     as_json: _Json = False,
 ) -> None:
     """Write a new model: the base with adapters added for good.
@@ -117,17 +147,23 @@ def merge(
     if len(files) < 2:
         raise OptionError("merge takes a model, one adapter or more, and the file to write")
     wanted = _type(kind)
-    adapters = [(read(name), scale) for name, scale in map(_scaled, files[:-1])]
-    base = _base(model)
-    with _bar("merging", _bytes(base)) as advance:
-        merged = merging.merge(base, adapters, files[-1], wanted, advance)
+    named, out = [_scaled(name) for name in files[:-1]], Path(files[-1])
+    with output(out, model, *(name for name, _ in named), force=force) as target:
+        adapters = [(read(name), scale) for name, scale in named]
+        base = _base(model)
+        with _bar("merging", _bytes(base)) as advance:
+            merged = merging.merge(base, adapters, target, wanted, advance)
+        _report_merged(merged, out, as_json)
+
+
+def _report_merged(merged: "Merged", out: Path, as_json: bool) -> None:
     if as_json:
         kinds = {name: kind.name for name, kind in merged.kinds.items()}
         print_json(
-            {"file": files[-1], "bytes": merged.nbytes, "changed": merged.changed, "types": kinds}
+            {"file": str(out), "bytes": merged.nbytes, "changed": merged.changed, "types": kinds}
         )
     else:
-        note(f"{files[-1]}: {len(merged.changed):,} tensors changed; {size(merged.nbytes)}")
+        note(f"{out}: {len(merged.changed):,} tensors changed; {size(merged.nbytes)}")
 
 
 def extract(
@@ -135,6 +171,8 @@ def extract(
     tuned: Annotated[str, typer.Argument(help="The model after.")],
     out: Annotated[Path, typer.Argument(help="The GGUF LoRA to write.")],
     rank: Annotated[int, typer.Option("--rank", "-r", help="Of each change.")],
+    *,
+    force: Force = False,
     as_json: _Json = False,
 ) -> None:
     """Make an adapter from the difference of two models of the same size.
@@ -146,10 +184,15 @@ def extract(
     from gemloom.adapters import extracting
     from gemloom.adapters.gguf_lora import write_gguf
 
-    before, after = _base(base), _base(tuned)
-    with _bar("extracting", _bytes(before)) as advance:
-        found = extracting.extract(before, after, rank, advance)
-    write_gguf(found.lora, before.config.architecture, out)
+    with output(out, base, tuned, force=force) as target:
+        before, after = _base(base), _base(tuned)
+        with _bar("extracting", _bytes(before)) as advance:
+            found = extracting.extract(before, after, rank, advance)
+        write_gguf(found.lora, before.config.architecture, target)
+        _report_extracted(found, out, as_json)
+
+
+def _report_extracted(found: "Extracted", out: Path, as_json: bool) -> None:
     if as_json:
         matrices = [asdict(kept) | {"share": kept.share} for kept in found.matrices]
         print_json(

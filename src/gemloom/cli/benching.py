@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from gemloom.cli.opening import open_model
+from gemloom.cli.opening import default_model, open_model
 from gemloom.cli.options import LoadOptions, with_options
 from gemloom.cli.terminal import note, print_json, render
 
@@ -13,13 +13,21 @@ _Counts = list[int]
 
 @with_options
 def bench(
-    model: Annotated[str, typer.Argument(help="A file, a URL, hf:owner/repo, a built-in name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A file, a URL, hf:owner/repo, a built-in name.",
+            default_factory=default_model,
+            show_default="the built-in one",
+        ),
+    ],
     *,
     prompt: Annotated[
         _Counts, typer.Option("--prompt", "-p", help="Tokens of a prompt; repeatable.")
     ] = [512],  # noqa: B006  (typer copies it)
     generate: Annotated[
-        _Counts, typer.Option("--generate", "-n", help="Tokens to decode; repeatable.")
+        _Counts, typer.Option("--generate", "-n", help="Tokens to decode; repeatable; 0: none.")
     ] = [64],  # noqa: B006
     depth: Annotated[
         _Counts, typer.Option("--depth", "-d", help="Positions before them; repeatable.")
@@ -39,6 +47,8 @@ def bench(
     from dataclasses import replace
 
     from gemloom import bench as measure
+
+    generate = [count for count in generate if count]
 
     if load.context is None:
         load = replace(load, context=measure.context_for(prompt, generate, depth))

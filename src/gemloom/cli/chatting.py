@@ -12,8 +12,8 @@ import typer
 
 from gemloom.cli.opening import default_model, load_adapters, open_model
 from gemloom.cli.options import AdapterOptions, LoadOptions, SamplingOptions, with_options
-from gemloom.cli.terminal import fail, note, show, show_thought, speed
-from gemloom.errors import ContextError, RequestError
+from gemloom.cli.terminal import end_line, fail, note, show, show_thought, speed
+from gemloom.errors import ContextError, GemloomError, RequestError
 
 if TYPE_CHECKING:
     from gemloom.cli.conversation import Conversation
@@ -135,17 +135,21 @@ def _show_answer(request: "ChatRun") -> tuple[str, str]:
     from gemloom.router import Content, Reasoning
 
     text, thought = "", False
-    for part in request:
-        if isinstance(part, Reasoning):
-            show_thought(part.text)
-            thought = True
-        elif isinstance(part, Content):
-            if thought:
-                show_thought("\n")
-                thought = False
-            shown = part.text if text else part.text.lstrip()
-            show(shown)
-            text += shown
+    try:
+        for part in request:
+            if isinstance(part, Reasoning):
+                show_thought(part.text)
+                thought = True
+            elif isinstance(part, Content):
+                if thought:
+                    show_thought("\n")
+                    thought = False
+                shown = part.text if text else part.text.lstrip()
+                show(shown)
+                text += shown
+    except GemloomError:
+        end_line(text or "\n")
+        raise
     show("\n")
     return text.rstrip(), request.finish_reason or "stopped"
 

@@ -1,16 +1,20 @@
 """``gemloom convert``: a checkpoint as a GGUF. The work is done by ``gemloom.convert``."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemloom.cli.output import Force, output
 from gemloom.cli.terminal import bar, note, print_json, size, waiting
 from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
     from gguf.constants import GGMLQuantizationType
+
+    from gemloom.convert import Conversion
 
 
 def convert(
@@ -29,7 +33,7 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make a GGUF of a Gemma 3 or 4 checkpoint, of its text model.
@@ -44,14 +48,18 @@ def convert(
     """
     from gemloom import convert as work
 
-    with waiting(f"reading {source}"):
-        plan = work.plan(source, _type(kind))
-    for text in plan.notes:
-        note(text)
-    started = time.monotonic()
-    with bar(f"writing {target.name}", plan.source_bytes) as progress:
-        made = work.write(plan, target, force=force, progress=progress)
-    seconds = time.monotonic() - started
+    with output(target, force=force) as out:
+        with waiting(f"reading {source}"):
+            plan = work.plan(source, _type(kind))
+        for text in plan.notes:
+            note(text)
+        started = time.monotonic()
+        with bar(f"writing {target.name}", plan.source_bytes) as progress:
+            made = work.write(plan, out, force=force, progress=progress)
+        _report(replace(made, path=str(target)), time.monotonic() - started, as_json)
+
+
+def _report(made: "Conversion", seconds: float, as_json: bool) -> None:
     if as_json:
         print_json({**made.json(), "seconds": round(seconds, 3)})
         return

@@ -9,6 +9,7 @@ import typer
 
 from gemloom.cli.opening import open_model
 from gemloom.cli.options import LoadOptions, with_options
+from gemloom.cli.output import Force, output
 from gemloom.cli.terminal import note, print_json, progress, read_text
 from gemloom.errors import OptionError
 
@@ -41,6 +42,7 @@ def imatrix(
     model: Annotated[str, typer.Argument(help="A file, hf:owner/repo, a built-in name.")],
     text: Annotated[str, typer.Argument(metavar="FILE", help="A text, UTF-8; - reads stdin.")],
     out: Annotated[Path, typer.Argument(help="The file to write: .gguf, or .dat for old tools.")],
+    force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     *,
     how: ImatrixOptions,
@@ -58,12 +60,24 @@ def imatrix(
     """
     from gemloom.perplexity import Cut
 
+    if out.suffix not in (".gguf", ".dat") and not out.is_char_device() and not out.is_fifo():
+        raise OptionError(f"{out}: an importance matrix is a .gguf, or a .dat for old tools")
     cut, words = Cut(how.context, 0, how.chunks), read_text(text)
-    earlier = _earlier(out) if how.resume else None
-    if not out.parent.is_dir():
-        raise OptionError(f"{out}: there is no folder {out.parent}")
-    with open_model(model, LoadOptions(context=how.context, threads=how.threads)) as opened:
-        matrix, of = _collect(opened, words, cut, out, earlier, Path(text).name)
+    instead = "--resume goes on with it, --force replaces it"
+    with output(out, model, text, force=force or how.resume, instead=instead) as target:
+        earlier = _earlier(out) if how.resume else None
+        with open_model(model, LoadOptions(context=how.context, threads=how.threads)) as opened:
+            matrix, of = _collect(opened, words, cut, target, earlier, Path(text).name)
+        _report(matrix, of, out, earlier, as_json)
+
+
+def _report(
+    matrix: "ImportanceMatrix",
+    of: int,
+    out: Path,
+    earlier: "ImportanceMatrix | None",
+    as_json: bool,
+) -> None:
     if as_json:
         print_json(_facts(matrix, of, out))
     elif matrix is earlier:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemloom.cli.opening import open_file
+from gemloom.cli.opening import default_model, model_and_text, open_file
 from gemloom.cli.options import with_options
-from gemloom.cli.terminal import bar, print_json, read_stdin, render, show, table, waiting
+from gemloom.cli.terminal import bar, print_json, render, show, table, waiting
 from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gemloom.cli.report import Facts
     from gemloom.tokenizer import Tokenizer
 
-_Model = Annotated[str, typer.Argument(help="A file, hf:owner/repo, a built-in name.")]
+_A_MODEL = "A file, a URL, hf:owner/repo, a built-in name."
 _PIECE = 8 << 20
 
 
@@ -49,7 +49,15 @@ class InspectOptions:
 
 @with_options
 def inspect(
-    model: _Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help=_A_MODEL,
+            default_factory=default_model,
+            show_default="the built-in one",
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     *,
     what: InspectOptions,
@@ -78,7 +86,7 @@ def _print_facts(model: str, what: InspectOptions, as_json: bool) -> None:
     from gemloom.cli.report import describe, tables
     from gemloom.options import Options
 
-    options = Options(context=what.context, kv_type=what.kv_type)
+    options = Options(context=what.context, kv_type=what.kv_type.lower())
     facts = describe(open_file(model), options, list_tensors=what.tensors)
     if what.checksum:
         facts["sha256"] = _checksums(model)
@@ -130,8 +138,14 @@ def _checksums(model: str) -> dict[str, str]:
 
 
 def tokenize(
-    model: _Model,
-    text: Annotated[str, typer.Argument(help="The text; - reads it from stdin.")],
+    first: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help=_A_MODEL, show_default=False)
+    ] = None,
+    second: Annotated[
+        str | None,
+        typer.Argument(metavar="TEXT", help="The text; - reads it from stdin.", show_default=False),
+    ] = None,
+    *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     special: Annotated[
         bool, typer.Option("--special", help="Read <start_of_turn> and such as tokens.")
@@ -139,6 +153,9 @@ def tokenize(
     bos: Annotated[bool, typer.Option("--bos", help="Put the BOS token first.")] = False,
 ) -> None:
     """Show the tokens of a text.
+
+    A single argument is the TEXT, for the built-in model, unless it names a
+    model; then the text is read from stdin.
 
     \b
     Examples:
@@ -148,7 +165,9 @@ def tokenize(
     """
     from gemloom.tokenizer import Tokenizer
 
-    text = read_stdin() if text == "-" else text
+    if first is None:
+        raise OptionError('no text; give one, as in: gemloom tokenize "Hello, world"')
+    model, text = model_and_text(first, second)
     file = open_file(model)
     with waiting(f"reading the vocabulary of {model}"):
         tokenizer = Tokenizer(file.metadata)

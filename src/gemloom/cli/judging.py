@@ -1,9 +1,9 @@
 """``gemloom perplexity`` and ``gemloom compare``: how good a file is, and what it lost."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,7 @@ import typer
 
 from gemloom.cli.opening import open_file, open_model
 from gemloom.cli.options import LoadOptions, with_options
+from gemloom.cli.output import output, roomy
 from gemloom.cli.terminal import print_json, progress, read_text, render, size, table
 from gemloom.errors import OutputError
 
@@ -103,6 +104,9 @@ def compare(
     picture: Annotated[
         Path | None, typer.Option(help="Draw quality against size into this PNG.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the picture if it is there.")
+    ] = False,
     options: CutOptions,
 ) -> None:
     """Measure what smaller files of a model lost.
@@ -124,11 +128,13 @@ def compare(
     words, how = read_text(text), options.cut()
     if picture:
         check(picture)
-    files = [_facts(name) for name in (base, *models)]
-    found = _compare_all(base, models, words, how, options)
-    if picture:
-        pairs = zip(files[1:], found, strict=True)
-        draw(picture, [Point(f["file"], f["bytes"], c.divergence, c.same_top) for f, c in pairs])
+    aside = output(picture, base, *models, text, force=force) if picture else nullcontext()
+    with aside as target:
+        files = [_facts(name) for name in (base, *models)]
+        found = _compare_all(base, models, words, how, options)
+        if target:
+            pairs = zip(files[1:], found, strict=True)
+            draw(target, [Point(f["file"], f["bytes"], c.divergence, c.same_top) for f, c in pairs])
     if as_json:
         shown = [facts | c.json() for facts, c in zip(files[1:], found, strict=True)]
         print_json({"base": files[0], "models": shown})
@@ -152,7 +158,7 @@ def _compare_all(
     if len(models) == 1:
         with options.open(base) as opened:
             return [_compare(opened, models[0], words, how, options)]
-    with tempfile.TemporaryFile(dir=_roomy()) as file:
+    with tempfile.TemporaryFile(dir=roomy()) as file:
         with options.open(base) as opened:
             recorded = _record(opened, words, how, file)
         return [_compare(recorded, name, words, how, options) for name in models]
@@ -175,20 +181,14 @@ def _record(base: "Model", words: str, how: "Cut", file: IO[bytes]) -> "Recorded
     """What the base predicts, in ``file``. OutputError where the disk has no room for it."""
     from gemloom.perplexity import Recorded
 
-    needed, free = Recorded.nbytes(base, words, how), shutil.disk_usage(_roomy()).free
+    needed, free = Recorded.nbytes(base, words, how), shutil.disk_usage(roomy()).free
     if needed > free:
         raise OutputError(
-            f"what {base.name} predicts takes {size(needed)}, {_roomy()} has {size(free)} free: "
+            f"what {base.name} predicts takes {size(needed)}, {roomy()} has {size(free)} free: "
             "fewer --chunks, one model at a time, or TMPDIR set to another folder"
         )
     with progress(base.name) as show:
         return Recorded(base, words, how, file, lambda count, of: show(count, of, "the base"))
-
-
-def _roomy() -> str:
-    """Where to put much for a short time. /tmp is often in memory."""
-    disk = "/var/tmp"  # noqa: S108  (for a file without a name)
-    return disk if "TMPDIR" not in os.environ and Path(disk).is_dir() else tempfile.gettempdir()
 
 
 def _summary(files: Sequence[dict[str, Any]], found: Sequence["Comparison"]) -> "Table":

@@ -1,20 +1,27 @@
 """From what the command line names to an open file or model."""
 
 import os
-from contextlib import AbstractContextManager
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemloom.cli.options import LoadOptions
 from gemloom.cli.placing import plan_table
 from gemloom.cli.progress import bar
-from gemloom.cli.terminal import note, one_line, progress, render, waiting
+from gemloom.cli.terminal import note, one_line, progress, read_stdin, render, utf8, waiting
+from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
     from gemloom.adapters.info import AdapterInfo
     from gemloom.gguf import GGUF
     from gemloom.model import Model
     from gemloom.placement import Placement
+
+_THEN = "reading the vocabulary"  # the one thing that takes longer than weights may take
 
 
 def default_model() -> str:
@@ -30,6 +37,20 @@ def names_model(text: str) -> bool:
 
     known = text.startswith("hf:") or text.endswith((".gguf", ".gguf.sealed")) or is_url(text)
     return known or text == default_model() or os.path.exists(text)
+
+
+def model_and_text(first: str | None, second: str | None) -> tuple[str, str]:
+    """[MODEL] [TEXT] told apart: a lone argument that names no model is the text.
+
+    A text that is missing, or -, is read from stdin. OptionError where nobody would write there.
+    """
+    if second is None and first is not None and not names_model(first):
+        first, second = None, first
+    if second is None and sys.stdin.isatty():
+        raise OptionError("there is no text; give one, or - to type it")
+    text = read_stdin() if second in (None, "-") else second
+    assert text is not None
+    return first or default_model(), utf8("the text", text)
 
 
 def open_file(name: str, key: Path | None = None) -> "GGUF":
@@ -77,17 +98,58 @@ def open_model(name: str, load: LoadOptions) -> "Model":
 
     options = Options(**load.given())  # wrong ones are told before a file is fetched
     file = gguf.read(source.resolve(name, key=load.key_file, forward=True))
+
+    def planned(placement: "Placement") -> None:
+        _tell(placement)
+        _tell_unused(load, placement)
+
     if (coming := _coming(file)) is not None:
-        with coming:
-            return Model(file, options, planned=_tell)
-    with progress(f"loading {file.name}") as show:
-        return Model(file, options, show, _tell)
+        with stoppable(), coming:
+            return Model(file, options, planned=planned)
+    with progress(f"loading {file.name}", then=_THEN) as show, stoppable():
+        return Model(file, options, show, planned)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """At a terminal the first Ctrl-C says that it was heard, as a step may have to end first.
+
+    A second one does not wait for that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+        if sys.stderr.isatty():
+            os.write(2, b"\r\nstopping; Ctrl-C again ends it at once\r\n")
+        raise KeyboardInterrupt
+
+    before, ended = signal.getsignal(signal.SIGINT), threading.Event()
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, stop)
+    # While workers get their weights, signals are kept from this thread: another has to take them.
+    taker = threading.Thread(target=ended.wait, daemon=True)
+    taker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.signal(signal.SIGINT, before)
 
 
 def _tell(placement: "Placement") -> None:
     """Print what goes where, if there is a choice."""
     if not placement.on_host:
         render(plan_table(placement), aside=True)
+
+
+def _tell_unused(load: LoadOptions, placement: "Placement") -> None:
+    """Say which options do nothing without a device to put layers on."""
+    for flag, given in (("--gpu-layers", load.gpu_layers), ("--tensor-split", load.tensor_split)):
+        if given and placement.on_host:
+            note(f"{flag} does nothing: all is on the CPU (gemloom doctor lists the devices)")
 
 
 def _coming(file: "GGUF") -> AbstractContextManager[None] | None:
@@ -100,4 +162,4 @@ def _coming(file: "GGUF") -> AbstractContextManager[None] | None:
         return None
     known = all(isinstance(blob, Blocks) for blob in coming)
     total = sum(blob.size for blob in coming) if known else None
-    return bar(f"loading {file.name}", total, lambda: sum(blob.fetched for blob in coming))
+    return bar(f"loading {file.name}", total, lambda: sum(blob.fetched for blob in coming), _THEN)

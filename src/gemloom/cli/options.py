@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gemloom.cli.terminal import utf8
 from gemloom.errors import OptionError
 
 
@@ -97,6 +98,8 @@ class LoadOptions:
         given = _given(self)
         if device := given.get("device"):
             given["device"] = [name.strip() for name in device.split(",")]
+        if kv_type := given.get("kv_type"):
+            given["kv_type"] = kv_type.lower()
         if shares := given.get("tensor_split"):
             given["tensor_split"] = _shares(shares)
         return given
@@ -191,6 +194,8 @@ class SamplingOptions:
         given = _given(self)
         if biases := given.pop("logit_bias", None):
             given["logit_bias"] = dict(map(_bias, biases))
+        for text in self.stop or ():
+            utf8("--stop", text)
         return given
 
 

@@ -29,8 +29,6 @@ def check(path: Path) -> None:
         raise OptionError("--picture needs matplotlib: pip install 'gemloom[pictures]'")
     if path.suffix.lower() != ".png":
         raise OptionError(f"--picture {path}: only .png files are drawn")
-    if not path.parent.is_dir():
-        raise OptionError(f"--picture {path}: there is no folder {path.parent}")
 
 
 def draw(path: Path, points: Sequence[Point]) -> None:
@@ -38,6 +36,8 @@ def draw(path: Path, points: Sequence[Point]) -> None:
     from io import BytesIO
 
     from matplotlib.figure import Figure
+
+    from gemloom.writing import replace_file
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -53,7 +53,7 @@ def draw(path: Path, points: Sequence[Point]) -> None:
         axes.margins(x=0.12)  # room for the labels
     image = BytesIO()
     figure.savefig(image, dpi=120, format="png")
-    path.write_bytes(image.getvalue())
+    replace_file(path, image.getvalue())
 
 
 def _mark(axes: Any, index: int, name: str, at: tuple[float, float, float]) -> None:

@@ -16,13 +16,18 @@ _LOOK_EVERY = 0.2  # seconds, at how much has been done
 
 
 @contextmanager
-def bar(what: str, total: int | None, done: Callable[[], int]) -> Iterator[None]:
-    """Show how many bytes of ``total`` are ``done()`` while the block runs; None: not known."""
+def bar(
+    what: str, total: int | None, done: Callable[[], int], then: str = "finishing"
+) -> Iterator[None]:
+    """Show how many bytes of ``total`` are ``done()`` while the block runs; None: not known.
+
+    When all are done ``then`` says what the block still does: a full bar would say it is over.
+    """
     if not sys.stderr.isatty():
         yield
         return
     ended = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(_made(), what, total, done, ended))
+    watcher = threading.Thread(target=_watch, args=(_made(), (what, then), total, done, ended))
     watcher.start()
     try:
         yield
@@ -48,7 +53,7 @@ def _made() -> "Progress":
 
 def _watch(
     shown: "Progress",
-    what: str,
+    what: tuple[str, str],
     total: int | None,
     done: Callable[[], int],
     ended: threading.Event,
@@ -56,6 +61,10 @@ def _watch(
     if ended.wait(_BAR_AFTER):
         return
     with shown:
-        task = shown.add_task(one_line(what), total=total)
-        while not ended.wait(_LOOK_EVERY):
+        task = shown.add_task(one_line(what[0]), total=total)
+        while not ended.wait(_LOOK_EVERY) and (total is None or done() < total):
             shown.update(task, completed=done())
+        if not ended.is_set():
+            shown.remove_task(task)
+            shown.add_task(one_line(": ".join(what)), total=None)
+            ended.wait()

@@ -12,6 +12,7 @@ import typer
 
 from gemloom.cli.opening import open_file
 from gemloom.cli.options import with_options
+from gemloom.cli.output import Force, output
 from gemloom.cli.terminal import bar, note, print_json, render, size, table
 from gemloom.errors import OptionError
 
@@ -80,6 +81,7 @@ def quantize(
     target: Annotated[
         Path | None, typer.Argument(metavar="OUT", help="The file to make.", show_default=False)
     ] = None,
+    force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     *,
     how: QuantizeOptions,
@@ -95,17 +97,33 @@ def quantize(
     """
     from gemloom import quantize as work
 
-    if target is None and not how.dry_run:
+    wanted = how.wanted()
+    if how.dry_run:
+        _report(_plan(source, wanted, how)[1], as_json)
+    elif target is None:
         raise OptionError("OUT is missing: the file to make; or --dry-run")
-    plan = work.plan(open_file(source), how.wanted())
-    for warning in (*plan.warnings, *([plan.lacking] if how.dry_run and plan.lacking else [])):
+    else:
+        with output(target, source, how.imatrix, force=force) as out:
+            plan, facts = _plan(source, wanted, how)
+            started = time.monotonic()
+            with bar(f"writing {target.name}", plan.source_bytes) as progress:
+                work.write(plan, out, how.threads, progress)
+            facts |= {"file": str(target), "seconds": round(time.monotonic() - started, 3)}
+            _report(facts, as_json)
+
+
+def _plan(source: str, wanted: "Wanted", how: QuantizeOptions) -> tuple["Plan", Facts]:
+    """What is to be made, its warnings told."""
+    from gemloom import quantize as work
+
+    plan = work.plan(open_file(source), wanted)
+    lacking = [plan.lacking] if how.dry_run and plan.lacking else []
+    for warning in (*plan.warnings, *lacking):
         note(warning)
-    facts = _facts(plan, how.kind)
-    if target is not None and not how.dry_run:
-        started = time.monotonic()
-        with bar(f"writing {target.name}", plan.source_bytes) as progress:
-            work.write(plan, target, how.threads, progress)
-        facts |= {"file": str(target), "seconds": round(time.monotonic() - started, 3)}
+    return plan, _facts(plan, how.kind)
+
+
+def _report(facts: Facts, as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return

@@ -1,15 +1,14 @@
 """``gemloom run``: complete one prompt, streamed."""
 
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemloom.cli.opening import default_model, load_adapters, names_model, open_model
+from gemloom.cli.opening import load_adapters, model_and_text, open_model
 from gemloom.cli.options import AdapterOptions, LoadOptions, SamplingOptions, with_options
-from gemloom.cli.terminal import note, print_json, read_stdin, show, speed
-from gemloom.errors import OptionError
+from gemloom.cli.terminal import end_line, note, print_json, show, speed
+from gemloom.errors import GemloomError
 
 if TYPE_CHECKING:
     from gemloom.generation import Completion, Run
@@ -53,7 +52,7 @@ def run(
     """
     from gemloom.sampling import from_options
 
-    name, text = _model_and_prompt(first, second)
+    name, text = model_and_text(first, second)
     params = sampling.given()
     from_options(params)  # wrong ones are told before the model has been loaded
     with open_model(name, load) as model:
@@ -63,16 +62,6 @@ def run(
             _print_completion(request.completion())
         else:
             _print_stream(request)
-
-
-def _model_and_prompt(first: str | None, second: str | None) -> tuple[str, str]:
-    if second is None and first is not None and not names_model(first):
-        first, second = None, first
-    if second is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise OptionError('no prompt; give one, as in: gemloom run "Once upon a time"')
-    text = read_stdin() if second in (None, "-") else second
-    assert text is not None
-    return first or default_model(), text
 
 
 def _special_ids(model: "Model", text: str) -> list[int]:
@@ -96,9 +85,12 @@ def _print_completion(done: "Completion") -> None:
 
 def _print_stream(request: "Run") -> None:
     reason, text = None, ""
-    for piece in request:
-        show(piece.text)
-        reason, text = piece.finish_reason, piece.text or text
-    if not text.endswith("\n"):
-        show("\n")
+    try:
+        for piece in request:
+            show(piece.text)
+            reason, text = piece.finish_reason, piece.text or text
+    except GemloomError:
+        end_line(text or "\n")  # its line is not to be glued to the text
+        raise
+    end_line(text)
     note(speed(request.usage, reason or "stop"))

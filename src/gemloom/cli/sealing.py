@@ -1,12 +1,12 @@
 """``gemloom seal`` and ``gemloom unseal``: model files encrypted, and plain again."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemloom.cli.output import Force, check_output, output
 from gemloom.cli.progress import bar
 from gemloom.cli.terminal import note, print_json, size
 from gemloom.errors import OptionError
@@ -43,6 +43,7 @@ def seal(
             metavar="FILE", help="Make a key, and write it to a new file.", show_default=False
         ),
     ] = None,
+    force: Force = False,
     as_json: _Json = False,
 ) -> None:
     """Encrypt a model file.
@@ -65,6 +66,8 @@ def seal(
         raise OptionError("name IN and OUT, or --new-key FILE alone to make a key")
     if new_key is not None and key_file is not None:
         raise OptionError("--new-key makes the key; --key-file cannot name another")
+    if out is not None:
+        check_output(out, source, key_file, force=force)  # before a key is made for it
     plain = None if source is None else _plain(source)
     if new_key is None:
         key = _key(key_file)
@@ -72,7 +75,9 @@ def seal(
         key = sealed.write_new_key(new_key)
         note(f"{new_key}: a new key; keep it apart from the model, it cannot be made again")
     if plain is not None and out is not None:
-        _write(sealed.seal, plain, out, key, as_json)
+        with output(out, source, key_file, new_key, force=force) as target:
+            _write(sealed.seal, plain, target, key)
+            _report(target, out, as_json)
 
 
 def unseal(
@@ -80,6 +85,7 @@ def unseal(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The plain file.")],
     *,
     key_file: _KeyFile = None,
+    force: Force = False,
     as_json: _Json = False,
 ) -> None:
     """Decrypt a sealed file. Nothing is left under OUT unless all of it is as it was sealed.
@@ -92,7 +98,9 @@ def unseal(
     from gemloom import sealed
 
     key = _key(key_file)
-    _write(sealed.unseal, _plain(source), out, key, as_json)
+    with output(out, source, key_file, force=force) as target:
+        _write(sealed.unseal, _plain(source), target, key)
+        _report(target, out, as_json)
 
 
 def _key(file: Path | None) -> "Key":
@@ -119,7 +127,6 @@ def _write(
     blob: "Blob",
     out: Path,
     key: "Key",
-    as_json: bool,
 ) -> None:
     done = 0
 
@@ -127,12 +134,13 @@ def _write(
         nonlocal done
         done += count
 
-    if os.path.exists(blob.name) and out.exists() and os.path.samefile(blob.name, out):
-        raise OptionError(f"{out}: is IN itself; name another file")
     with bar(f"writing {out.name}", blob.size, lambda: done):
         how(blob, out, key, advance)
-    written = out.stat().st_size
+
+
+def _report(written: Path, out: Path, as_json: bool) -> None:
+    nbytes = written.stat().st_size
     if as_json:
-        print_json({"file": str(out), "bytes": written})
+        print_json({"file": str(out), "bytes": nbytes})
     else:
-        note(f"{out}: {size(written)}")
+        note(f"{out}: {size(nbytes)}")

@@ -9,9 +9,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from gemloom.errors import RequestError
+from gemloom.errors import OptionError, RequestError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,6 +40,12 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
+def end_line(text: str) -> None:
+    """End the line of what was shown, unless it has ended."""
+    if not text.endswith("\n"):
+        show("\n")
+
+
 def show_thought(text: str) -> None:
     """Write a piece of a model's thought to a terminal, dim; nowhere else."""
     if sys.stdout.isatty():
@@ -66,10 +72,21 @@ def note(text: str) -> None:
 
 
 def render(item: "RenderableType", *, aside: bool = False) -> None:
-    """Write a rich table to stdout, or ``aside`` to stderr; no colours if that is no terminal."""
+    """Write a rich table to stdout, or ``aside`` to stderr; no colours if that is no terminal.
+
+    rich itself ends the process where the reader has gone, so the text is written here.
+    """
     from rich.console import Console
 
-    Console(stderr=aside, highlight=False, markup=False, emoji=False).print(item)
+    target = sys.stderr if aside else sys.stdout
+    console = Console(file=target, highlight=False, markup=False, emoji=False)
+    with console.capture() as text:
+        console.print(item)
+    lines = text.get().splitlines(keepends=True)
+    if not console.is_terminal:  # blanks to the width of the table are of no use to programs
+        lines = [f"{line.rstrip()}\n" for line in lines]
+    target.write("".join(lines))
+    target.flush()
 
 
 def table(*columns: str) -> "Table":
@@ -78,8 +95,10 @@ def table(*columns: str) -> "Table":
 
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
-        right = name.startswith(">")
-        made.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
+        right, name = name.startswith(">"), name.lstrip(">")
+        longest = max(map(len, name.split()), default=0)  # a header is broken between words only
+        justify: Literal["left", "right"] = "right" if right else "left"
+        made.add_column(name, justify=justify, overflow="fold", min_width=longest)
     return made
 
 
@@ -100,10 +119,25 @@ def speed(usage: "Usage", end: str) -> str:
     """Tokens and tokens a second of a request, and how it ended if not by itself, on a line."""
     ended = {"stop": "", "length": "; limit reached"}.get(end, f"; {end}")
     cached = f" ({usage.cached_tokens:,} cached)" if usage.cached_tokens else ""
+    prompt, answer = _rate(usage.prompt_tokens_per_second), _rate(usage.tokens_per_second)
     return (
-        f"prompt {usage.prompt_tokens:,} tokens{cached}, {usage.prompt_tokens_per_second:,.1f} "
-        f"tok/s; generated {usage.completion_tokens:,}, {usage.tokens_per_second:,.1f} tok/s{ended}"
+        f"prompt {usage.prompt_tokens:,} tokens{cached}{prompt}; "
+        f"generated {usage.completion_tokens:,}{answer}{ended}"
     )
+
+
+def _rate(tokens_per_second: float) -> str:
+    """Nothing where nothing was timed: the first token of an answer is not."""
+    return f", {tokens_per_second:,.1f} tok/s" if tokens_per_second else ""
+
+
+def utf8(what: str, text: str) -> str:
+    """An argument that is a text. OptionError where its bytes were no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(f"{what}: character {error.start + 1:,} is not UTF-8") from None
+    return text
 
 
 def read_stdin() -> str:
@@ -183,8 +217,11 @@ class Show(Protocol):
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Show]:
-    """As ``waiting``, with a bar once the function it gives was told how much is done."""
+def progress(what: str, then: str = "") -> Iterator[Show]:
+    """As ``waiting``, with a bar once the function it gives was told how much is done.
+
+    When all of it is done, ``then`` says what the block still does, if it does more.
+    """
     if not sys.stderr.isatty():
         yield lambda done, of, words="": None
         return
@@ -196,6 +233,11 @@ def progress(what: str) -> Iterator[Show]:
     task = bar.add_task(escape(one_line(what)), total=None)
 
     def show(done: int, of: int, words: str = "") -> None:
+        nonlocal task
+        if then and done >= of:  # a full bar would say that it is over
+            bar.remove_task(task)
+            task = bar.add_task(escape(one_line(f"{what}: {then}")), total=None)
+            return
         text = escape(one_line(f"{what}: {words}" if words else what))
         bar.update(task, completed=done, total=of, description=text)
         if words:  # there is something to be read

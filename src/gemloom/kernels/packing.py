@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -25,6 +26,16 @@ _PIECE = 2 << 20  # bytes of the file that one thread packs at a time
 _TOLD_EVERY = 0.1  # seconds
 
 Progress = Callable[[int, int], None]  # gets the bytes done and all there are
+
+
+@contextmanager
+def no_more_if_stopped(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Where the block is left by Ctrl-C or an error, what the pool has not begun stays undone."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +131,7 @@ class Plan:
     ) -> None:
         """Have ``put`` called with every piece, by so many threads."""
         done, total = 0, sum(piece.nbytes for piece in self.pieces)
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads) as pool, no_more_if_stopped(pool):
             for piece, _ in zip(self.pieces, pool.map(put, self.pieces), strict=True):
                 done += piece.nbytes
                 if progress:
