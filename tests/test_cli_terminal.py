@@ -180,6 +180,23 @@ def test_chat_answers_as_the_model_does(model: Path, opened: gemloom.Model) -> N
     assert "cached" in result.stderr.splitlines()[1]
 
 
+def test_chat_answers_one_message_and_ends(model: Path) -> None:
+    typed = talk(model, "hello")
+    args = ("-n", "6", *GREEDY, "--context", "256")
+    told = fine("chat", model, "hello", *args)
+    piped = fine("chat", model, "-", *args, input="hello\n")
+    assert told.stdout == piped.stdout == typed.stdout
+    assert told.stderr.count("\n") == 1
+    long = call("chat", model, "hello " * 400, *args)
+    assert (long.exit_code, long.stderr.count("\n")) == (1, 1)
+
+
+def test_chat_with_a_message_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemloom.cli.opening.default_model", lambda: str(base))
+    args = ("-n", "6", *GREEDY, "--context", "256")
+    assert fine("chat", "hello", *args).stdout == talk(base, "hello").stdout
+
+
 def test_chat_with_a_base_model(base: Path) -> None:
     result = talk(base, "hello", options=["--stop", "zz"])
     assert "base model" in result.stderr.splitlines()[0]
