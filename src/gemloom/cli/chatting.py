@@ -53,10 +53,12 @@ def chat(
         ),
     ] = None,
     *,
-    system: Annotated[str | None, typer.Option(help="What the model is told at first.")] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the model is told at first.")
+    ] = None,
+    sampling: SamplingOptions,
     adapters: AdapterOptions,
     load: LoadOptions,
-    sampling: SamplingOptions,
 ) -> None:
     """Talk with a model; without MODEL, with the built-in one.
 
