@@ -2,12 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +14,7 @@ from typer.testing import CliRunner
 
 import gemloom
 import tiny
-from command_line import ENVIRONMENT, GREEDY, call, fine, write
+from command_line import GREEDY, call, fine, write
 from gemloom.cli import app
 from gemloom.cli.doctor import advise, unused
 from gemloom.cli.opening import names_model
@@ -25,13 +23,7 @@ from gemloom.cli.report import ranges
 from gemloom.cli.terminal import clean, size
 from gemloom.config import Config
 from gemloom.options import Options
-from gemloom.sampling import SamplingParams
 from gemloom.source import DEFAULT_MODEL
-
-COMMANDS = (
-    "run", "chat", "serve", "inspect", "tokenize", "quantize", "doctor", "perplexity", "compare",
-    "imatrix", "seal", "unseal", "worker",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,47 +35,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(model: Path) -> Iterator[gemloom.Model]:
     with gemloom.load(model, context=256, threads=1) as opened:
         yield opened
-
-
-# -- help ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_has_examples_and_fits(name: str) -> None:
-    text = fine(name, "--help").stdout
-    assert re.search(rf"Examples:\n  +gemloom {name} ?", text)
-    assert max(map(len, text.splitlines())) <= 80
-
-
-def test_the_list_of_commands() -> None:
-    text = fine("--help").stdout
-    listed = re.findall(r"^  (\w+) {2,}", text.partition("Commands:")[2], re.MULTILINE)
-    assert set(listed) >= set(COMMANDS)
-    assert "..." not in text.partition("Commands:")[2]  # nothing is cut off
-
-
-def test_help_imports_nothing_heavy() -> None:
-    heavy = ["numpy", "ggml", "gguf", "tokenizers", "jinja2", "huggingface_hub", "rich"]
-    heavy += ["fsspec", "aiohttp", "cryptography"]
-    code = f"import sys, gemloom.cli; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True)
-    assert done.stdout.decode().strip() == "[]"
-
-
-def test_version() -> None:
-    assert fine("--version").stdout == f"gemloom {gemloom.__version__}\n"
-
-
-@pytest.mark.parametrize(
-    ("group", "library"), [(LoadOptions, Options), (SamplingOptions, SamplingParams)]
-)
-def test_the_defaults_told_are_those_of_the_library(group: type, library: type) -> None:
-    defaults = {field.name: field.default for field in fields(library)}
-    for field in (field for field in fields(group) if field.name != "key_file"):
-        told = re.search(r"\[default: (.*)\]", get_args(field.type)[1].help)
-        default = defaults[field.name]  # a KeyError: an option that the library has not
-        if told and isinstance(default, int | float | str) and not isinstance(default, bool):
-            assert told[1] == str(default), field.name
 
 
 # -- run -------------------------------------------------------------------------------------

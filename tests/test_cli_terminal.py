@@ -180,6 +180,23 @@ def test_chat_answers_as_the_model_does(model: Path, opened: gemloom.Model) -> N
     assert "cached" in result.stderr.splitlines()[1]
 
 
+def test_chat_answers_one_message_and_ends(model: Path) -> None:
+    typed = talk(model, "hello")
+    args = ("-n", "6", *GREEDY, "--context", "256")
+    told = fine("chat", model, "hello", *args)
+    piped = fine("chat", model, "-", *args, input="hello\n")
+    assert told.stdout == piped.stdout == typed.stdout
+    assert told.stderr.count("\n") == 1
+    long = call("chat", model, "hello " * 400, *args)
+    assert (long.exit_code, long.stderr.count("\n")) == (1, 1)
+
+
+def test_chat_with_a_message_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemloom.cli.opening.default_model", lambda: str(base))
+    args = ("-n", "6", *GREEDY, "--context", "256")
+    assert fine("chat", "hello", *args).stdout == talk(base, "hello").stdout
+
+
 def test_chat_with_a_base_model(base: Path) -> None:
     result = talk(base, "hello", options=["--stop", "zz"])
     assert "base model" in result.stderr.splitlines()[0]
@@ -248,6 +265,22 @@ def test_a_bad_file_changes_nothing(case: str, conversation: Conversation, tmp_p
     assert conversation.messages == before[:1]
 
 
+def test_what_is_there_is_not_saved_over(conversation: Conversation, tmp_path: Path) -> None:
+    """But for the file that the conversation was saved to before, or comes from."""
+    path = tmp_path / "notes.json"
+    path.write_text("of great value")
+    with pytest.raises(RequestError, match="is there already"):
+        conversation.save(path)
+    assert path.read_text() == "of great value"
+    path.unlink()
+    for _ in range(2):
+        conversation.save(path)
+    conversation.load(path)
+    conversation.save(path)
+    with pytest.raises(RequestError, match="is there already"):
+        Conversation(None, {}).save(path)  # type: ignore[arg-type]
+
+
 def test_saving_where_it_cannot_be(conversation: Conversation, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -263,6 +296,7 @@ def test_what_is_saved_is_loaded(texts: list[str], tmp_path_factory: Any) -> Non
     one, other = (Conversation(None, {}) for _ in range(2))  # type: ignore[arg-type]
     for said, answer in zip(texts[::2], texts[1::2], strict=True):
         one.keep(said, answer)
+    path.unlink(missing_ok=True)
     one.save(path)
     other.load(path)
     assert other.messages == one.messages

@@ -70,6 +70,25 @@ class Command(TyperCommand):
         except OptionError as error:
             raise OptionError(self._in_flags(str(error))) from error
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """As typer's: MODEL and not {MODEL} for what has to be there, OUT once behind a list."""
+        pieces = [re.sub(r"[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
+        return [re.sub(r"(\.\.\. .*)\.\.\.$", r"\1", piece) for piece in pieces]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, and options under their headings, those that have none first."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            panel = getattr(parameter, "rich_help_panel", None)
+            kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            if record := parameter.get_help_record(ctx):
+                line = (re.sub(r"<list\[(\w+)\]>|<(int) range>", r"<\1\2>", record[0]), record[1])
+                sections.setdefault(panel or kind, []).append(line)
+        for name, lines in sections.items():
+            if lines:
+                with formatter.section(name):
+                    formatter.write_dl(lines)
+
     def _in_flags(self, message: str) -> str:
         """What the library says of its options, with their names here."""
         for option in self.params:

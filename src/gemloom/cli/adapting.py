@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Adapter = Annotated[
-    str, typer.Argument(help="A GGUF LoRA, a PEFT folder or an archive of one, hf:owner/repo.")
+    str,
+    typer.Argument(
+        metavar="ADAPTER", help="A GGUF LoRA, a PEFT folder or an archive of one, hf:owner/repo."
+    ),
 ]
 
 
 def inspect(
     file: _Adapter,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hold it against this.")
+        str | None, typer.Option("--model", "-m", metavar="MODEL", help="The base it has to fit.")
     ] = None,
     as_json: _Json = False,
 ) -> None:
@@ -58,10 +61,14 @@ def inspect(
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="An adapter.")],
-    out: Annotated[Path, typer.Argument(help="NAME.gguf for a GGUF LoRA, else a PEFT folder.")],
+    source: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="As for gemloom adapter inspect.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="NAME.gguf for a GGUF LoRA, else a PEFT folder.")
+    ],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The base: to check against, first.")
+        str | None, typer.Option("--model", "-m", metavar="MODEL", help="The base it has to fit.")
     ] = None,
     multimodal: Annotated[
         bool | None,
@@ -74,7 +81,7 @@ def convert(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Turn a PEFT adapter into a GGUF LoRA, or a GGUF LoRA into a PEFT folder.
+    """Turn a PEFT adapter into a GGUF LoRA, or back.
 
     \b
     Examples:
@@ -121,9 +128,10 @@ def _write_folder(lora: "Lora", out: Path, multimodal: bool, used: bool) -> None
 
 
 def merge(
-    model: Annotated[str, typer.Argument(help="The base, which is only read.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base, which is only read.")],
     files: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER[@SCALE]... OUT", help="Adapters; the new file.")
+        list[str],
+        typer.Argument(metavar="ADAPTER[@SCALE]... OUT", help="Adapters; the file to write."),
     ],
     kind: Annotated[
         str | None,
@@ -167,15 +175,15 @@ def _report_merged(merged: "Merged", out: Path, as_json: bool) -> None:
 
 
 def extract(
-    base: Annotated[str, typer.Argument(help="The model before.")],
-    tuned: Annotated[str, typer.Argument(help="The model after.")],
-    out: Annotated[Path, typer.Argument(help="The GGUF LoRA to write.")],
-    rank: Annotated[int, typer.Option("--rank", "-r", help="Of each change.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model before.")],
+    tuned: Annotated[str, typer.Argument(metavar="MODEL", help="The model after.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The GGUF LoRA to write.")],
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the change of each matrix.")],
     *,
     force: Force = False,
     as_json: _Json = False,
 ) -> None:
-    """Make an adapter from the difference of two models of the same size.
+    """Make an adapter of what two models differ in.
 
     \b
     Examples:

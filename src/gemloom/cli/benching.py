@@ -32,7 +32,9 @@ def bench(
     depth: Annotated[
         _Counts, typer.Option("--depth", "-d", help="Positions before them; repeatable.")
     ] = [0],  # noqa: B006
-    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Of each.")] = 5,
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", help="How often each is measured.")
+    ] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     load: LoadOptions,
 ) -> None:

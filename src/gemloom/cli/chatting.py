@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemloom.cli.opening import default_model, load_adapters, open_model
+from gemloom.cli.opening import (
+    default_model,
+    load_adapters,
+    model_and_text,
+    names_model,
+    open_model,
+)
 from gemloom.cli.options import AdapterOptions, LoadOptions, SamplingOptions, with_options
-from gemloom.cli.terminal import end_line, fail, note, show, show_thought, speed
+from gemloom.cli.terminal import end_line, fail, note, show, show_thought, speed, utf8
 from gemloom.errors import ContextError, GemloomError, RequestError
 
 if TYPE_CHECKING:
@@ -30,25 +36,42 @@ To begin a message with /, put a space before it."""
 
 @with_options
 def chat(
-    model: Annotated[
+    first: Annotated[
         str | None,
-        typer.Argument(help="A file, a URL, hf:owner/repo, a built-in name.", show_default=False),
+        typer.Argument(
+            metavar="MODEL",
+            help="A file, a URL, hf:owner/repo, a built-in name.",
+            show_default=False,
+        ),
+    ] = None,
+    second: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MESSAGE",
+            help="Answer this and end; - reads it from stdin.",
+            show_default=False,
+        ),
     ] = None,
     *,
-    system: Annotated[str | None, typer.Option(help="What the model is told at first.")] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the model is told at first.")
+    ] = None,
+    sampling: SamplingOptions,
     adapters: AdapterOptions,
     load: LoadOptions,
-    sampling: SamplingOptions,
 ) -> None:
     """Talk with a model; without MODEL, with the built-in one.
 
     The conversation is made into a prompt by the template in the file. A base
     model has none: it is given lines that begin with "User:" and "Assistant:".
     /help lists what else can be typed. Ctrl-C stops an answer, Ctrl-D ends.
+    With a MESSAGE that is answered, and nothing else; a single argument is the
+    MODEL if it names one, as for gemloom run.
 
     \b
     Examples:
       gemloom chat gemma-it.gguf
+      gemloom chat gemma-it.gguf "Why is the sky blue?"
       gemloom chat gemma-it.gguf --system "Answer in one sentence." --seed 1
       gemloom chat hf:owner/repo:Q4_K_M --context 16384 --kv-type q8_0
     """
@@ -57,14 +80,32 @@ def chat(
 
     params = sampling.given()
     from_options(params)  # wrong ones are told before the model has been loaded
-    with open_model(model or default_model(), load) as opened:
+    name, message = _model_and_message(first, second)
+    utf8("--system", system or "")
+    with open_model(name, load) as opened:
         params["adapters"] = load_adapters(opened, adapters.adapter or [])
         conversation = Conversation(opened, params, system)
         if opened.tokenizer.chat_template is None:
             note(f"{opened.name} is a base model, without chat template: plain User/Assistant text")
+        if message is not None:
+            _answer_once(conversation, message)
+            return
         if sys.stdin.isatty():
             note("/help lists the commands, Ctrl-D ends")
         _talk(conversation)
+
+
+def _model_and_message(first: str | None, second: str | None) -> tuple[str, str | None]:
+    if second is None and (first is None or names_model(first)):
+        return first or default_model(), None
+    return model_and_text(first, second)
+
+
+def _answer_once(conversation: "Conversation", message: str) -> None:
+    """Answer one message; whatever goes wrong is an error of the command."""
+    with conversation.ask(message) as request:
+        _, reason = _show_answer(request)
+    note(speed(request.usage, reason))
 
 
 def _talk(conversation: "Conversation") -> None:

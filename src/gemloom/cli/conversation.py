@@ -30,6 +30,7 @@ class Conversation:
         self._model, self._params = model, params
         self._system = [_message("system", system)] if system else []
         self.messages: list[Message] = [*self._system]
+        self._own: Path | None = None  # the file that it was saved to, or comes from
 
     def ask(self, text: str) -> ChatRun:
         """Start an answer; nothing of it is kept yet. Raises what ``Model.chat`` raises."""
@@ -54,12 +55,16 @@ class Conversation:
     def save(self, path: Path) -> str:
         """Write the messages as JSON, whole or not at all. Returns a line that says so.
 
-        Raises RequestError where the file cannot be written.
+        Raises RequestError where the file cannot be written, or is there and is not the one that
+        this conversation was saved to or loaded from.
         """
+        if os.path.lexists(path) and path.absolute() != self._own:
+            raise RequestError(f"{path}: is there already; name another file, or remove it")
         try:
             _write(path, json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
             raise RequestError(f"{path}: {error.strerror or error}") from error
+        self._own = path.absolute()
         return f"{len(self.messages)} messages written to {path}"
 
     def load(self, path: Path) -> str:
@@ -76,6 +81,7 @@ class Conversation:
         _check(path, messages)
         self.messages = messages
         self._system = [message for message in messages if message["role"] == "system"]
+        self._own = path.absolute()
         return f"{len(messages)} messages read from {path}"
 
 

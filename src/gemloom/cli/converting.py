@@ -38,7 +38,9 @@ def convert(
 ) -> None:
     """Make a GGUF of a Gemma 3 or 4 checkpoint, of its text model.
 
-    If it is stopped, the same command goes on where it was.
+    If it is stopped, the same command goes on where it was. The assistants of
+    Gemma 4 are made too, as drafters for programs that decode speculatively;
+    Gemloom does not, and has no use for one.
 
     \b
     Examples:

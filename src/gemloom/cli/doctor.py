@@ -29,7 +29,10 @@ _KERNELS_NEED = ({"avx2", "fma", "f16c"}, {"asimddp"})  # one of these sets, by 
 @with_options
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(help="Tell where this model would go, and what devices lack.")
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="Tell where this model would go, and what devices lack."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     *,

@@ -39,9 +39,13 @@ class ImatrixOptions:
 
 @with_options
 def imatrix(
-    model: Annotated[str, typer.Argument(help="A file, hf:owner/repo, a built-in name.")],
-    text: Annotated[str, typer.Argument(metavar="FILE", help="A text, UTF-8; - reads stdin.")],
-    out: Annotated[Path, typer.Argument(help="The file to write: .gguf, or .dat for old tools.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A file, hf:owner/repo, a built-in name.")
+    ],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="A file, UTF-8; - reads stdin.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The file to write: .gguf, or .dat for old tools.")
+    ],
     force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     *,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gemloom.model import Model
     from gemloom.perplexity import Comparison, Cut, Estimate, Perplexity, Recorded
 
-_Text = Annotated[str, typer.Argument(metavar="FILE", help="A text, UTF-8; - reads stdin.")]
+_Text = Annotated[str, typer.Argument(metavar="TEXT", help="A file, UTF-8; - reads stdin.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -34,7 +34,10 @@ class CutOptions:
         int, typer.Option("--context", "-c", help="Tokens of a window; the second half is scored.")
     ] = 512
     stride: Annotated[
-        int, typer.Option(help="Let windows overlap: so many tokens apart, and as many scored.")
+        int,
+        typer.Option(
+            help="Begin a window every so many tokens and score as many; 0: they do not overlap."
+        ),
     ] = 0
     chunks: Annotated[
         int | None, typer.Option(help="Stop after so many windows.", show_default="all")
@@ -59,7 +62,9 @@ class CutOptions:
 
 @with_options
 def perplexity(
-    model: Annotated[str, typer.Argument(help="A file, hf:owner/repo, a built-in name.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A file, hf:owner/repo, a built-in name.")
+    ],
     text: _Text,
     *,
     as_json: _Json = False,
@@ -96,7 +101,7 @@ def perplexity(
 
 @with_options
 def compare(
-    base: Annotated[str, typer.Argument(help="What the others are held against.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="What the others are held against.")],
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Files made of it.")],
     text: _Text,
     *,

@@ -106,7 +106,7 @@ def open_model(name: str, load: LoadOptions) -> "Model":
     if (coming := _coming(file)) is not None:
         with stoppable(), coming:
             return Model(file, options, planned=planned)
-    with progress(f"loading {file.name}", then=_THEN) as show, stoppable():
+    with progress(_loading(file), then=_THEN) as show, stoppable():
         return Model(file, options, show, planned)
 
 
@@ -139,6 +139,11 @@ def stoppable() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def _loading(file: "GGUF") -> str:
+    """The title of a bar, which has no room for folders."""
+    return f"loading {os.path.basename(file.name)}"
+
+
 def _tell(placement: "Placement") -> None:
     """Print what goes where, if there is a choice."""
     if not placement.on_host:
@@ -162,4 +167,4 @@ def _coming(file: "GGUF") -> AbstractContextManager[None] | None:
         return None
     known = all(isinstance(blob, Blocks) for blob in coming)
     total = sum(blob.size for blob in coming) if known else None
-    return bar(f"loading {file.name}", total, lambda: sum(blob.fetched for blob in coming), _THEN)
+    return bar(_loading(file), total, lambda: sum(blob.fetched for blob in coming), _THEN)

@@ -16,11 +16,16 @@ import typer
 from gemloom.cli.terminal import utf8
 from gemloom.errors import OptionError
 
+# Headings of --help, below the options that are used most.
+_SAMPLING, _DEVICES, _MEMORY, _SPEED = "Sampling", "Devices", "Memory", "Speed"
 
-def _option(*names: str, help: str, default: str = "", **more: Any) -> Any:
+
+def _option(
+    *names: str, help: str, default: str = "", panel: str | None = None, **more: Any
+) -> Any:
     """``default`` is that of the library, told in the help: here None leaves it as it is."""
     text = f"{help} [default: {default}]" if default else help
-    return typer.Option(*names, help=text, show_default=False, **more)
+    return typer.Option(*names, help=text, show_default=False, rich_help_panel=panel, **more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,29 +37,20 @@ class LoadOptions:
         _option(
             "--context",
             "-c",
-            help="Tokens that fit.",
+            help="Most tokens of prompt and answer together.",
             default="8192, or what the model was made for",
         ),
     ] = None
-    kv_type: Annotated[
-        str | None, _option(help="Type of the K/V cells: f32, f16 or q8_0.", default="f16")
+    key_file: Annotated[
+        Path | None,
+        _option(metavar="FILE", help="The key of a sealed model.", default="GEMLOOM_KEY holds it"),
     ] = None
-    chunk: Annotated[int | None, _option(help="Prompt tokens in one step.", default="512")] = None
-    keep: Annotated[
-        int | None,
-        _option(
-            help="When the context is full, go on: keep so many tokens of its beginning, drop "
-            "the older half of the rest.",
-            default="stop there",
-        ),
-    ] = None
-    threads: Annotated[
-        int | None, _option("--threads", "-t", help="Threads.", default="one a core")
-    ] = None
+
     device: Annotated[
         str | None,
         _option(
             metavar="NAME[,NAME]",
+            panel=_DEVICES,
             help="Where to compute: auto (every GPU), cpu, or devices as gemloom doctor lists "
             "them, preferred first.",
             default="auto",
@@ -62,35 +58,74 @@ class LoadOptions:
     ] = None
     gpu_layers: Annotated[
         int | None,
-        _option(help="Put so many layers on devices, the last ones.", default="all that fit"),
+        _option(
+            panel=_DEVICES,
+            help="How many layers go to devices, counted from the last.",
+            default="all that fit",
+        ),
     ] = None
     tensor_split: Annotated[
         str | None,
         _option(
-            metavar="N,N", help="Shares of the layers by device.", default="by their free memory"
+            metavar="N,N",
+            panel=_DEVICES,
+            help="How devices share the layers, as 3,1.",
+            default="by their free memory",
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        _option("--threads", "-t", panel=_DEVICES, help="CPU threads.", default="one a core"),
+    ] = None
+
+    kv_type: Annotated[
+        str | None,
+        _option(
+            panel=_MEMORY,
+            help="What the context is stored in: f32, f16, or q8_0, about half of f16.",
+            default="f16",
+        ),
+    ] = None
+    keep: Annotated[
+        int | None,
+        _option(
+            panel=_MEMORY,
+            help="Go on when the context is full: keep so many of its first tokens, drop the "
+            "older half of the rest.",
+            default="stop there",
         ),
     ] = None
     mmap: Annotated[
         bool | None,
-        _option("--mmap/--no-mmap", help="Use the file in place, or copy it.", default="in place"),
+        _option(
+            "--mmap/--no-mmap",
+            panel=_MEMORY,
+            help="Use the file's bytes where they lie, or copy them.",
+            default="where they lie",
+        ),
     ] = None
 
+    chunk: Annotated[
+        int | None,
+        _option(panel=_SPEED, help="Prompt tokens computed in one step.", default="512"),
+    ] = None
     kernels: Annotated[
         str | None,
-        _option(help="Of matrix products: auto (ours), ggml, or plain ggml.", default="auto"),
+        _option(
+            panel=_SPEED,
+            help="Code for matrix products: auto (ours where there is any), ggml (its fastest), "
+            "plain (its simplest).",
+            default="auto",
+        ),
     ] = None
     packed: Annotated[
         str | None,
         _option(
-            help="Weights packed for our kernels: auto takes them from MODEL.packed if it is "
-            "there, keep makes it for the next starts, off takes no notice of it.",
+            panel=_SPEED,
+            help="Weights prepared for our kernels: auto takes them from MODEL.packed if it is "
+            "there, keep writes it to start faster from then on, off takes no notice of it.",
             default="auto",
         ),
-    ] = None
-
-    key_file: Annotated[
-        Path | None,
-        _option(metavar="FILE", help="The key of a sealed model.", default="GEMLOOM_KEY holds it"),
     ] = None
 
     def given(self) -> dict[str, Any]:
@@ -117,18 +152,29 @@ class ManyOptions(LoadOptions):
     """As LoadOptions, for a model that many use at once; ``slots`` is 4 where it is not set."""
 
     slots: Annotated[
-        int | None, _option(help="Requests computed at once, each with its context.", default="4")
+        int | None,
+        _option(help="Requests answered at the same time, each with its context.", default="4"),
     ] = None
     queue: Annotated[
-        int | None, _option(help="Requests that may wait; more are refused.", default="64")
+        int | None,
+        _option(panel=_SPEED, help="Requests that may wait; more are refused.", default="64"),
     ] = None
     budget: Annotated[
         int | None,
-        _option(help="Prompt tokens in a step that others wait for.", default="128"),
+        _option(
+            panel=_SPEED,
+            help="As --chunk, while others are being answered.",
+            default="128",
+        ),
     ] = None
     snapshots: Annotated[
         int | None,
-        _option(metavar="MIB", help="Memory to come back to earlier turns.", default="128"),
+        _option(
+            metavar="MIB",
+            panel=_MEMORY,
+            help="For going back to earlier turns of a chat without computing them again.",
+            default="128",
+        ),
     ] = None
 
     def given(self) -> dict[str, Any]:
@@ -159,34 +205,52 @@ class SamplingOptions:
     temperature: Annotated[
         float | None, _option(help="0 takes the likeliest token every time.", default="1.0")
     ] = None
-    top_k: Annotated[
-        int | None, _option(help="Pick among the k likeliest; 0: all.", default="64")
-    ] = None
-    top_p: Annotated[
-        float | None, _option(help="Pick among the likeliest that sum to p.", default="0.95")
-    ] = None
-    min_p: Annotated[
-        float | None,
-        _option(help="Pick among those p times as likely as the likeliest.", default="0.0"),
-    ] = None
-    repetition_penalty: Annotated[
-        float | None, _option(help="For tokens of prompt and answer; 1: off.", default="1.0")
-    ] = None
-    presence_penalty: Annotated[
-        float | None, _option(help="For tokens of the answer.", default="0.0")
-    ] = None
-    frequency_penalty: Annotated[
-        float | None, _option(help="The same, times their count.", default="0.0")
-    ] = None
     seed: Annotated[
         int | None, _option(help="The same seed gives the same text.", default="random")
     ] = None
     stop: Annotated[
         list[str] | None, _option(metavar="TEXT", help="End before this text; repeatable.")
     ] = None
+
+    top_k: Annotated[
+        int | None,
+        _option(panel=_SAMPLING, help="Pick among the k likeliest; 0: all.", default="64"),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        _option(panel=_SAMPLING, help="Pick among the likeliest that sum to p.", default="0.95"),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        _option(
+            panel=_SAMPLING,
+            help="Pick among those p times as likely as the likeliest.",
+            default="0.0",
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        _option(
+            panel=_SAMPLING,
+            help="Makes tokens of prompt and answer less likely; 1: off.",
+            default="1.0",
+        ),
+    ] = None
+    presence_penalty: Annotated[
+        float | None,
+        _option(
+            panel=_SAMPLING, help="Taken from the logits of tokens in the answer.", default="0.0"
+        ),
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        _option(panel=_SAMPLING, help="The same, for each time they are there.", default="0.0"),
+    ] = None
     logit_bias: Annotated[
         list[str] | None,
-        _option(metavar="ID=BIAS", help="Added to the logit of a token; repeatable."),
+        _option(
+            metavar="ID=BIAS", panel=_SAMPLING, help="Added to the logit of a token; repeatable."
+        ),
     ] = None
 
     def given(self) -> dict[str, Any]:
@@ -218,7 +282,9 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     own = list(inspect.signature(command).parameters.values())
     groups: dict[str, Any] = {p.name: p.annotation for p in own if is_dataclass(p.annotation)}
     shared = [_parameter(option) for group in groups.values() for option in fields(group)]
-    parameters = [p for p in own if p.name not in groups] + shared
+    alone = [p for p in own if p.name not in groups]
+    given = [p for p in alone if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    parameters = given + shared + [p for p in alone if p not in given]
 
     def spread(**values: Any) -> None:
         for name, group in groups.items():

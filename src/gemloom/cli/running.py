@@ -31,9 +31,9 @@ def run(
     special: Annotated[
         bool, typer.Option("--special", help="Read <start_of_turn> and such as tokens.")
     ] = False,
+    sampling: SamplingOptions,
     adapters: AdapterOptions,
     load: LoadOptions,
-    sampling: SamplingOptions,
 ) -> None:
     """Complete a prompt; the text is shown as it is made.
 
@@ -41,7 +41,7 @@ def run(
     is the name of a built-in model or of a file that exists; else it is the
     PROMPT, for the built-in model. Without a PROMPT it is read from stdin, less one newline
     at its end. The model gets it as it is, without chat template; for
-    conversations there is gemloom chat.
+    questions and conversations there is gemloom chat.
 
     \b
     Examples:

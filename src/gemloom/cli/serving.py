@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _KEYS_VARIABLE = "GEMLOOM_API_KEYS"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ACCESS, _LIMITS, _ADAPTERS = "Access", "Limits", "Adapters"  # headings of --help
 _AFTER_STOP = 5  # seconds that clients get to read that their requests were ended
 
 
@@ -38,42 +39,82 @@ class ServerOptions:
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080
     name: Annotated[
         list[str] | None,
-        typer.Option(help="What requests call the model; repeatable, the first is told."),
+        typer.Option(
+            metavar="NAME", help="What requests call the model; repeatable, the first is told."
+        ),
     ] = None
     api_key: Annotated[
-        list[str] | None, typer.Option(help="A key that requests must have one of; repeatable.")
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=_ACCESS,
+            metavar="KEY",
+            help="A key that requests must have one of; repeatable.",
+        ),
     ] = None
     api_key_file: Annotated[
-        Path | None, typer.Option(help="A file of keys, one a line; # begins a comment.")
+        Path | None,
+        typer.Option(
+            rich_help_panel=_ACCESS,
+            metavar="FILE",
+            help="A file of keys, one a line; # begins a comment.",
+        ),
     ] = None
     cors: Annotated[
         list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Let pages of this site in; repeatable; * for all."),
+        typer.Option(
+            metavar="ORIGIN",
+            rich_help_panel=_ACCESS,
+            help="Let pages of this site in; repeatable; * for all.",
+        ),
     ] = None
-    max_body: Annotated[int, typer.Option(min=1, metavar="MIB", help="Largest request.")] = 32
+    max_body: Annotated[
+        int, typer.Option(min=1, metavar="MIB", rich_help_panel=_LIMITS, help="Largest request.")
+    ] = 32
     timeout: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Longest request; 0: no limit.")
+        float,
+        typer.Option(
+            min=0, metavar="SECONDS", rich_help_panel=_LIMITS, help="Longest request; 0: no limit."
+        ),
     ] = 600
     drain: Annotated[
         float,
-        typer.Option(min=0, metavar="SECONDS", help="At the end, time for requests under way."),
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            rich_help_panel=_LIMITS,
+            help="At the end, time for requests under way.",
+        ),
     ] = 30
     slot_state: Annotated[
-        bool, typer.Option("--slot-state", help="Let clients save and restore what was computed.")
+        bool,
+        typer.Option(
+            "--slot-state",
+            rich_help_panel=_ACCESS,
+            help="Let clients save and restore what was computed.",
+        ),
     ] = False
 
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=PATH[@SCALE]", help="A LoRA that requests may name; repeatable."
+            metavar="NAME=PATH[@SCALE]",
+            rich_help_panel=_ADAPTERS,
+            help="A LoRA that requests may name; repeatable.",
         ),
     ] = None
     adapter_upload: Annotated[
         bool,
-        typer.Option("--adapter-upload", help="Let clients with an API key send LoRAs."),
+        typer.Option(
+            "--adapter-upload",
+            rich_help_panel=_ADAPTERS,
+            help="Let clients with an API key send LoRAs.",
+        ),
     ] = False
     max_adapter: Annotated[
-        int, typer.Option(min=1, metavar="MIB", help="Largest LoRA that may be sent.")
+        int,
+        typer.Option(
+            min=1, metavar="MIB", rich_help_panel=_ADAPTERS, help="Largest LoRA that may be sent."
+        ),
     ] = 1024
 
     def settings(self, source: str) -> "Settings":
@@ -105,7 +146,11 @@ class ServerOptions:
 def serve(
     model: Annotated[
         str | None,
-        typer.Argument(help="A file, a URL, hf:owner/repo, a built-in name.", show_default=False),
+        typer.Argument(
+            metavar="MODEL",
+            help="A file, a URL, hf:owner/repo, a built-in name.",
+            show_default=False,
+        ),
     ] = None,
     *,
     server: ServerOptions,
