@@ -37,7 +37,7 @@ test-neon: $(VENV)/.dev
 # Mesa's driver shows its one device twice, for a model over two. Half floats in products blur what is compared;
 # the second run is with them. Compiling the shaders takes most of the first run; they are kept beside the driver.
 LAVAPIPE = VK_DRIVER_FILES=$(abspath $(VULKAN))/vulkan/lvp_icd.json MESA_SHADER_CACHE_DIR=$(abspath $(VULKAN))/vulkan/shaders
-ON_VULKAN = PYTHONPATH=src $(VULKAN)/bin/python -m pytest tests/vulkan --timeout 1200
+ON_VULKAN = PYTHONPATH=src $(VULKAN)/bin/python -m pytest tests/vulkan --timeout 1800
 test-vulkan: $(VULKAN)/.vulkan $(VULKAN)/vulkan/lvp_icd.json
 	$(LAVAPIPE) GGML_VK_VISIBLE_DEVICES=0,0 GGML_VK_DISABLE_F16=1 $(ON_VULKAN)
 	$(LAVAPIPE) GGML_VK_VISIBLE_DEVICES=0 $(ON_VULKAN) -k "test_layers and (e2b or 31b)"

@@ -43,6 +43,7 @@ def linear(
         else:
             for delta in deltas:
                 delta.add_product(g, name, x, y, part)
+            y = g.changed(y) if deltas else y
     return y if part else g.name(y, name.removesuffix(".weight"))
 
 
@@ -60,6 +61,7 @@ def expert_linear(g: Graph, w: Tensor, x: Tensor, ids: Tensor, deltas: Sequence[
         y = expert_product(g, w.packed, x, ids) if w.packed else g.mul_mat_id(w, x, ids)
         for delta in deltas:
             delta.add_expert_product(g, w.name, x, ids, y)
+        y = g.changed(y) if deltas else y
     return g.name(y, w.name.removesuffix(".weight"))
 
 
@@ -70,4 +72,4 @@ def table_rows(
     y = g.get_rows(g.slice(table, 0, *part) if part else table, tokens)
     for delta in deltas:
         delta.add_rows(g, table.name, tokens, y, part)
-    return y
+    return g.changed(y) if deltas else y

@@ -306,10 +306,18 @@ class Graph:
         return self._binary(ggml.ggml_add, a, b)
 
     def add_into(self, x: Tensor, y: Tensor) -> None:
-        """x += y in the memory of x, a view of what is read later; before whatever comes later."""
+        """x += y in the memory of x; what that is a view of is then read through ``changed``."""
         assert x.shape == y.shape, (x, y)
         result = ggml.ggml_add_inplace(self._context, x.pointer, y.pointer)
         self.expand(Tensor(result, F32, x.shape, x.strides))
+
+    def changed(self, x: Tensor) -> Tensor:
+        """x as the additions into it left it.
+
+        Backends may change the order of nodes that do not depend on each other. Two views of one
+        tensor do, for all of them; a tensor and a view of it, for Vulkan, do not.
+        """
+        return self.reshape(x, *x.shape)
 
     def mul(self, a: Tensor, b: Tensor) -> Tensor:
         """a * b, b repeated where its dimensions are shorter."""
