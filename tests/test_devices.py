@@ -18,7 +18,7 @@ from conftest import Load, prompt
 from device_checks import Bound, Checks, copied, run
 from gemloom import bench, gguf
 from gemloom.errors import DeviceError, OptionError
-from gemloom.ggml import backends, graph, pinning
+from gemloom.ggml import backends, pinning, spreading
 from gemloom.ggml.backends import DeviceInfo, Found
 from gemloom.model import Model
 from gemloom.options import Options
@@ -145,9 +145,9 @@ def test_backends_may_reorder_what_does_not_depend_on_each_other(
 ) -> None:
     """As Vulkan's does, for which a tensor and a view of it are two: deltas were added too late."""
     seen: list[str] = []
-    pin = graph.pin
+    pins = spreading.pins
     monkeypatch.setattr(
-        graph, "pin", lambda d, g, m: seen.append(",".join(hidden(g))) or pin(d, g, m)
+        spreading, "pins", lambda d, g, m: seen.append(",".join(hidden(g))) or pins(d, g, m)
     )
     model = load(variant, device="cpu0", slots=2, **PLAIN)
     model.adapters.load("a", random_lora(model))
