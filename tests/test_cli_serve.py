@@ -77,6 +77,13 @@ def refused(url: str) -> bool:
     return False
 
 
+def test_on_the_loopback_only_its_names_are_answered(file: Path) -> None:
+    with served(file) as (_, url), http(url) as client:
+        assert client.get("/v1/models").status_code == 200
+        assert client.get("/v1/models", headers={"Host": "localhost:1"}).status_code == 200
+        assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+
+
 def test_what_does_not_drain_in_time_is_told(file: Path) -> None:
     with (
         served(file, "--drain", "0.2", "--context", "30000") as (process, url),

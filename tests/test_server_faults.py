@@ -162,6 +162,26 @@ def test_pages_of_other_sites_are_kept_out_unless_asked_for(model: gemloom.Model
         assert client.post(COMPLETIONS, json=body, headers=third).status_code == 403
 
 
+def test_a_site_whose_name_means_this_machine_is_kept_out(model: gemloom.Model) -> None:
+    """DNS rebinding: Origin and Host agree, and are the site's."""
+    body = {"prompt": "a", "max_tokens": 1}
+    rebound = {"Host": "evil.example:80", "Origin": "http://evil.example:80"}
+    own = ("localhost", "127.0.0.1", "::1")
+    with serving(model, hosts=own) as url, connect(url) as client:
+        for host in ("evil.example:80", "localhost.evil.example", "127.0.0.1.evil.example",
+                     "evil.example:80@localhost", "", "[::1", "[::1].evil"):  # fmt: skip
+            answer = client.post(COMPLETIONS, json=body, headers={"Host": host})
+            assert (answer.status_code, host) == (403, host)
+            assert answer.json()["error"]["code"] == "forbidden"
+            assert client.get("/metrics", headers={"Host": host}).status_code == 403
+        assert client.post(COMPLETIONS, json=body, headers=rebound).status_code == 403
+        for host in ("localhost", "LOCALHOST:1", "127.0.0.1:8080", "[::1]:8080"):
+            assert client.post(COMPLETIONS, json=body, headers={"Host": host}).status_code == 200
+    with serving(model, hosts=own, api_keys=("k",)) as url, connect(url) as client:
+        named = {"Host": "behind.a.proxy", "Authorization": "Bearer k"}
+        assert client.get("/v1/models", headers=named).status_code == 200
+
+
 def test_the_page_runs_no_scripts_but_its_own(url: str) -> None:
     with connect(url) as client:
         page = client.get("/")

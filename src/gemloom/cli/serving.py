@@ -6,8 +6,9 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -174,6 +175,7 @@ def serve(
     source = model or default_model()
     settings = server.settings(source)
     listener = _listen(server.host, server.port)  # one in use is told before the model is loaded
+    settings = replace(settings, hosts=_own_names(server.host, listener))
     with listener, open_model(source, load) as opened:
         from gemloom.loading import load as load_again
         from gemloom.server.app import create_app
@@ -255,6 +257,13 @@ def _listen(host: str, port: int) -> socket.socket:
             raise AddressError(f"{reason}; try another --host or --port") from None
         stack.pop_all()
     return listener
+
+
+def _own_names(host: str, listener: socket.socket) -> tuple[str, ...]:
+    """What a server that only this machine reaches is called; of another one nobody knows."""
+    if not ip_address(listener.getsockname()[0]).is_loopback:
+        return ()
+    return tuple(dict.fromkeys(("localhost", "127.0.0.1", "::1", host.lower())))
 
 
 def _run(app: "FastAPI", listener: socket.socket, settings: "Settings", drain: float) -> None:

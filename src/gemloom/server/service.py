@@ -22,7 +22,7 @@ from gemloom.model import Model
 from gemloom.server.adapters import AdapterFile, ServedAdapters
 from gemloom.server.answers import Head, new_id
 from gemloom.server.errors import ForbiddenError, UnknownModelError
-from gemloom.server.guard import Keys, check_origin, is_local, read_body
+from gemloom.server.guard import Keys, check_host, check_origin, is_local, read_body
 from gemloom.server.jobs import Job, Preparer, start
 from gemloom.server.metrics import Metrics
 from gemloom.server.protocol import Adapted, Body, parse
@@ -49,6 +49,7 @@ class Settings:
     name: str  # of the model, as requests call it
     aliases: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()  # none: whoever reaches it may use it
+    hosts: tuple[str, ...] = ()  # names it may be asked by without a key; none: any
     cors: tuple[str, ...] = ()  # origins whose pages may use it; "*" for all
     max_body: int = 32 << 20  # bytes
     timeout: float | None = 600.0  # seconds of one request; None: no limit
@@ -109,6 +110,7 @@ class Service:
         """KeyRefusedError or ForbiddenError for who may not use this server."""
         self.keys.check(request)
         if not self.keys:
+            check_host(request, self.settings.hosts)
             check_origin(request, self.settings.cors)
 
     def admit_state(self, request: Request) -> None:
