@@ -62,7 +62,7 @@ def check_origin(request: HTTPConnection, allowed: Sequence[str]) -> None:
 
 
 def check_host(request: HTTPConnection, names: Sequence[str]) -> None:
-    """ForbiddenError where the Host header has none of these names; any will do where there are none.
+    """ForbiddenError where the Host header has none of these names; without any, all will do.
 
     A site may let its own name mean this machine (DNS rebinding): then its pages are no other
     site's to a browser, and Origin and Host agree. The name it was asked by still is the site's.
