@@ -26,7 +26,7 @@ from gemloom.adapters.active import marks
 from gemloom.adapters.info import Scales
 from gemloom.adapters.registry import Adapters, Lease
 from gemloom.cache import KVCache
-from gemloom.chat import Message, encode_chat
+from gemloom.chat import Message, encode_chat, with_stop
 from gemloom.config import Config, from_gguf
 from gemloom.engine import Engine, Stats
 from gemloom.errors import ContextError, OptionError, RequestError
@@ -189,10 +189,11 @@ class Model:
         """Answer a conversation: ``[{"role": "user", "content": "..."}, ...]``.
 
         The prompt is made by the file's own template, which gets ``tools`` and ``variables``
-        (``{"enable_thinking": True}``); RequestError if it has none. ``response_format`` is as in
-        OpenAI's API, json_object or json_schema; other bounds are a ``constraint`` of
-        ``grammars``. ``options`` are those of ``stream``. With ``stream`` the parts come as they
-        are said: text, thoughts and tool calls.
+        (``{"enable_thinking": True}``). A base model has none: it gets lines that begin with
+        "User:" and "Assistant:". ``response_format`` is as in OpenAI's API, json_object or
+        json_schema; other bounds are a ``constraint`` of ``grammars``. ``options`` are those of
+        ``stream``. With ``stream`` the parts come as they are said: text, thoughts and tool calls.
+        Raises RequestError for messages or tools that the template does not take.
         """
         prompt = self.chat_prompt(messages, tools=tools, variables=variables)
         thought = self.thought(prompt, variables or {})
@@ -201,7 +202,7 @@ class Model:
             options["constraint"] = bounds
         markup = self.tokenizer.id_of("<|channel>") is not None
         splitter = Router(thought.begun) if markup else Plain()
-        run = ChatRun(self.stream(prompt, **options), splitter)
+        run = ChatRun(self.stream(prompt, **with_stop(self.tokenizer, options)), splitter)
         return run if stream else run.completion()
 
     def thought(self, prompt: Sequence[int], variables: Mapping[str, Any]) -> conversation.Thought:
@@ -224,7 +225,7 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The prompt that the file's template makes of a conversation, as ids."""
+        """The prompt that ``chat`` makes of a conversation, as ids."""
         given = dict(variables or {})
         if tools:
             given["tools"] = conversation.check_tools(tools)

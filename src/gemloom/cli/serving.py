@@ -185,6 +185,9 @@ def serve(
         once = is_pipe(source)  # then it cannot be loaded again
         with waiting("loading adapters"):
             app = create_app(opened, settings, None if once else again)
+        if opened.tokenizer.chat_template is None:
+            note(f"{opened.name} is a base model, without chat template: chats go to it as plain "
+                 "User/Assistant text, as /v1/completions would send it")  # fmt: skip
         for info in opened.adapters.list():
             note(summary(info.name, info))
         with closing(app.state.service):

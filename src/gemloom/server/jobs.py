@@ -12,6 +12,7 @@ from functools import partial
 
 from gemloom import conversation
 from gemloom.adapters.info import Scales
+from gemloom.chat import with_stop
 from gemloom.constraint import ThinkingBudget, both
 from gemloom.conversation import Thought
 from gemloom.errors import RequestError
@@ -68,7 +69,7 @@ class Preparer:
         self._call = model.tokenizer.id_of("<|tool_call>")
 
     def prompt(self, asked: Conversation) -> Ids:
-        """The prompt of a chat by the file's own template. RequestError where it cannot be made."""
+        """The prompt of a chat, as ``Model.chat`` makes it. RequestError for a bad one."""
         return self._prompt(asked, _variables(asked))
 
     def _prompt(self, asked: Conversation, variables: Json) -> Ids:
@@ -103,7 +104,7 @@ class Preparer:
 
     def _chat_sampling(self, asked: ChatRequest) -> Json:
         """The options; where no tool may be called, the token that begins a call is barred."""
-        sampling = asked.sampling()
+        sampling = with_stop(self._tokenizer, asked.sampling())
         if self._call is None or _tool_choice(asked) is not None:
             return sampling
         return sampling | {"logit_bias": sampling.get("logit_bias", {}) | {self._call: -100.0}}
