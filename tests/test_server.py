@@ -297,7 +297,12 @@ def test_logprobs_of_completions(client: OpenAI) -> None:
     assert "".join(logprobs.tokens) == choice.text
     for offset, token in zip(logprobs.text_offset, logprobs.tokens, strict=True):
         assert choice.text[offset:].startswith(token)
-    assert {len(top) for top in logprobs.top_logprobs} == {2}
+    for token, logprob, top in zip(
+        logprobs.tokens, logprobs.token_logprobs or [], logprobs.top_logprobs, strict=True
+    ):  # as in OpenAI's API: the token is among them, if only as one more
+        assert top[token] == logprob
+        assert len(top) == 2 + (logprob < sorted(top.values())[-2])
+    assert {len(top) for top in logprobs.top_logprobs} == {2, 3}
 
 
 def test_embeddings(client: OpenAI, model: gemloom.Model, url: str) -> None:

@@ -107,6 +107,20 @@ def test_errors_have_one_shape(
         assert client.get("/health").json() == {"status": "ok"}
 
 
+@pytest.mark.parametrize("path", ["/health", "/", "/v1/models", "/metrics", "/openapi.json"])
+def test_head_is_get_without_a_body(url: str, path: str) -> None:
+    with connect(url) as client:
+        head, get = client.head(path), client.get(path)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert client.head("/v1/completions").status_code == 405
+
+
+def test_a_slash_too_many_still_lists_the_models(url: str) -> None:
+    with connect(url) as client:
+        assert client.get("/v1/models/").json() == client.get("/v1/models").json()
+
+
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_body_over_the_limit_leaves_the_connection_usable(url: str, declared: bool) -> None:
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)

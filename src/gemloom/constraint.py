@@ -34,6 +34,7 @@ MAX_DEPTH = 48  # levels of lists and objects in a schema
 MAX_REASON = 300  # characters of llguidance's own words in an error
 _MAX_LINE = 100
 _PICTURE = re.compile(r"\s*(\d+ \|.*|\^+|<non-verbose/>)?")
+_GBNF = re.compile(r"^[\w-]+[ \t]*::=", re.MULTILINE)  # how its rules begin
 _CACHED = 32  # compiled grammars kept
 _THREADS = 2  # that compute masks while the model computes
 _USUAL = 0.001  # seconds a step waits for a mask; the rare longer ones are computed beside it
@@ -109,7 +110,15 @@ class Grammars:
         """Text of a grammar in llguidance's form of Lark; ``<[id]>`` stands for a token."""
         _check_text("the grammar", grammar, MAX_GRAMMAR)
         compiled = LLMatcher.grammar_from_lark(grammar)
-        return self._constraint("the grammar", compiled, thinking or open, open)
+        try:
+            return self._constraint("the grammar", compiled, thinking or open, open)
+        except RequestError:
+            if not _GBNF.search(grammar):
+                raise
+            raise RequestError(
+                "the grammar looks like GBNF, but Lark as llguidance reads it is what is taken; "
+                "python -m llguidance.gbnf_to_lark converts one to the other"
+            ) from None
 
     def tools(
         self,

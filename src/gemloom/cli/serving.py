@@ -274,16 +274,23 @@ def _run(app: "FastAPI", listener: socket.socket, settings: "Settings", drain: f
     import uvicorn
 
     class Server(uvicorn.Server):
-        """uvicorn's, but the first signal drains, and the system's own way of the second ends."""
+        """uvicorn's, but the first signal drains, and the system's own way of the second ends.
+
+        While it drains it still listens: /health says that it is stopping, and so do refusals.
+        """
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             typer.echo(f"{one_line(settings.name)} is served at {_address(listener)}")
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            import asyncio
-
-            asyncio.get_running_loop().call_later(drain, app.state.service.stop)
+            service = app.state.service
+            service.stopping = True
+            if service.under_way and drain:
+                several = f"{service.under_way} request" + "s" * (service.under_way > 1)
+                note(f"waiting for {several}, up to {drain:g} s; a second signal ends at once")
+            await service.idle(drain)
+            service.stop()
             await super().shutdown(sockets)
 
         @contextmanager
@@ -300,7 +307,7 @@ def _run(app: "FastAPI", listener: socket.socket, settings: "Settings", drain: f
 
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off",
-        timeout_graceful_shutdown=int(drain) + _AFTER_STOP, ws="none",
+        timeout_graceful_shutdown=_AFTER_STOP, ws="none",
     )  # fmt: skip
     Server(config).run([listener])
 

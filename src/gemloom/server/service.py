@@ -16,12 +16,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gemloom.adapters.info import Scales
-from gemloom.errors import EngineError
+from gemloom.errors import EngineError, GemloomError
 from gemloom.generation import Run
 from gemloom.model import Model
 from gemloom.server.adapters import AdapterFile, ServedAdapters
 from gemloom.server.answers import Head, new_id
-from gemloom.server.errors import ForbiddenError, UnknownModelError
+from gemloom.server.errors import ForbiddenError, StoppedError, UnknownModelError
 from gemloom.server.guard import Keys, check_host, check_origin, is_local, read_body
 from gemloom.server.jobs import Job, Preparer, start
 from gemloom.server.metrics import Metrics
@@ -38,6 +38,7 @@ from gemloom.server.streams import (
     whole,
 )
 
+_LOOK = 0.05  # seconds between two looks at what is under way
 _T = TypeVar("_T")
 _Body = TypeVar("_Body", bound=Body)
 
@@ -78,6 +79,8 @@ class Service:
         )
         self.adapters = ServedAdapters(model, settings.adapters)
         self.created = int(time.time())
+        self.under_way = 0  # HTTP requests but those for /health
+        self.stopping = False  # whether new ones are refused
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
         self._recovery = load and Recovery(lambda: self.model, load, self._take)
 
@@ -93,8 +96,10 @@ class Service:
             self._recovery.close()
         self.model.close()
 
-    def failure(self) -> EngineError | None:
+    def failure(self) -> GemloomError | None:
         """Why no requests are answered; None where they are."""
+        if self.stopping:
+            return StoppedError("the server is stopping")
         stats = self.model.stats()
         if stats.error is None:
             return None
@@ -197,6 +202,12 @@ class Service:
             return await attended(request.receive, in_thread(partial(work, given_up), deadline))
         finally:
             given_up.set()
+
+    async def idle(self, seconds: float) -> None:
+        """Return when no request is under way, or after so many seconds."""
+        end = time.monotonic() + seconds
+        while self.under_way and time.monotonic() < end:
+            await asyncio.sleep(_LOOK)
 
     def stop(self) -> None:
         """End every request that is under way; each client is told."""
