@@ -1,5 +1,6 @@
 """What the server does when it is misused, hung up on, overfull, late, broken or going down."""
 
+import asyncio
 import http.client
 import json
 import socket
@@ -18,6 +19,8 @@ import gemloom
 import tiny
 from conftest import Load, paced, until
 from gemloom.server import streams
+from gemloom.server.app import create_app
+from gemloom.server.service import Settings
 from serving import cancelled, endless, events, serving
 from serving import http as connect
 
@@ -411,3 +414,19 @@ def test_nothing_drawn_from_the_openapi_page_is_a_server_error(model: gemloom.Mo
         assert len(operations) >= 13
         for operation in operations:
             few(given(case=operation.as_strategy())(never_fails))()
+
+
+def test_grammars_are_made_ready_while_nothing_is_asked(load: Load) -> None:
+    model = load("e2b")
+    service = create_app(model, Settings(name="tiny")).state.service
+
+    async def first_busy_then_not() -> None:
+        service.under_way = 1
+        warming = asyncio.create_task(service.warm(quiet=0.2))
+        await asyncio.sleep(0.4)
+        assert model.grammars._engine is None
+        service.under_way = 0
+        await warming
+
+    asyncio.run(first_busy_then_not())
+    assert model.grammars._engine is not None

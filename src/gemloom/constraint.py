@@ -78,6 +78,10 @@ class Grammars:
         self._compiler, self._masks = _DeepPool(1), _DeepPool(_THREADS)
         self._compiled = lru_cache(maxsize=_CACHED)(self._compile)
 
+    def warm(self) -> None:
+        """Do now what the first grammar would wait for, about a second of work."""
+        self._ready()
+
     def json_object(self, *, thinking: bool = False, open: bool = False) -> Constraint:
         """Any JSON object."""
         return self.json_schema({"type": "object"}, thinking=thinking, open=open)

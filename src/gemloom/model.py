@@ -130,7 +130,11 @@ class Model:
         return self.tokenizer.encode(text, special)
 
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
-        """Text of ``ids``; ``special`` shows control tokens."""
+        """Text of ``ids``; ``special`` shows control tokens.
+
+        What is one the file's token types say. In files of Gemma 3 ``<start_of_image>`` is of the
+        same type as its HTML tags, user-defined, which is text here as it is in llama.cpp.
+        """
         return self.tokenizer.decode(_integers("ids", ids), special)
 
     # -- generation --------------------------------------------------------------------------

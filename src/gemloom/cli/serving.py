@@ -271,6 +271,8 @@ def _own_names(host: str, listener: socket.socket) -> tuple[str, ...]:
 
 def _run(app: "FastAPI", listener: socket.socket, settings: "Settings", drain: float) -> None:
     """Serve until a signal comes and the requests under way have ended."""
+    import asyncio
+
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -282,8 +284,10 @@ def _run(app: "FastAPI", listener: socket.socket, settings: "Settings", drain: f
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             typer.echo(f"{one_line(settings.name)} is served at {_address(listener)}")
+            self.warming = asyncio.create_task(app.state.service.warm())
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            self.warming.cancel()
             service = app.state.service
             service.stopping = True
             if service.under_way and drain:

@@ -62,7 +62,7 @@ class Preparer:
     """Makes jobs of requests to one model; any thread may call it."""
 
     def __init__(self, model: Model) -> None:
-        self._model, self._tokenizer = model, model.tokenizer
+        self._model, self._tokenizer, self._grammars = model, model.tokenizer, model.grammars
         opening, closing = (model.tokenizer.id_of(text) for text in ("<|channel>", "<channel|>"))
         # The tokens around a thought; None for a model that has no such markup.
         self._markers = None if opening is None or closing is None else (opening, closing)
@@ -121,12 +121,12 @@ class Preparer:
             if _form(asked) != "text":
                 raise FieldError("tools", "tools: with them, a form needs tool_choice to be none")
             tools = conversation.check_tools(asked.tools or [])
-            form = partial(self._model.grammars.tools, tools, choice, **thought.options())
+            form = partial(self._grammars.tools, tools, choice, **thought.options())
         return self._within_budget(asked, form, thought)
 
     def _format(self, asked: Sampled, thought: Thought) -> MakeConstraint:
         """Makes each run the constraint that the format, the regex or the grammar asks for."""
-        grammars, options = self._model.grammars, thought.options()
+        grammars, options = self._grammars, thought.options()
         form = _form(asked)
         if form == "regex":
             return partial(grammars.regex, asked.regex or "", **options)

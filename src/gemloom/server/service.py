@@ -38,6 +38,7 @@ from gemloom.server.streams import (
     whole,
 )
 
+_QUIET = 1.0  # seconds without requests before what can wait is done
 _LOOK = 0.05  # seconds between two looks at what is under way
 _T = TypeVar("_T")
 _Body = TypeVar("_Body", bound=Body)
@@ -202,6 +203,18 @@ class Service:
             return await attended(request.receive, in_thread(partial(work, given_up), deadline))
         finally:
             given_up.set()
+
+    async def warm(self, quiet: float = _QUIET) -> None:
+        """Get the grammar engine ready once no request has been under way for ``quiet`` seconds.
+
+        That holds the interpreter for about a second, which else the first request that has a form
+        would cost every stream.
+        """
+        since = time.monotonic()
+        while self.under_way or time.monotonic() - since < quiet:
+            await asyncio.sleep(_LOOK)
+            since = time.monotonic() if self.under_way else since
+        await in_thread(self.model.grammars.warm, None)
 
     async def idle(self, seconds: float) -> None:
         """Return when no request is under way, or after so many seconds."""
