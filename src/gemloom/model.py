@@ -37,7 +37,7 @@ from gemloom.ggml.memory import trim_memory
 from gemloom.ggml.rpc import speaking
 from gemloom.kernels.library import supported
 from gemloom.kernels.packing import Progress
-from gemloom.models import ARCHITECTURES
+from gemloom.models import ARCHITECTURES, Architecture, check_own
 from gemloom.options import Options
 from gemloom.placement import Placement
 from gemloom.router import Plain, Router
@@ -72,15 +72,19 @@ class Model:
         options: Options,
         progress: Progress | None = None,
         planned: Callable[[Placement], None] | None = None,
+        architecture: Architecture | None = None,
     ) -> None:
         """``progress`` is told how many bytes of the weights are packed, and of how many.
 
-        ``planned`` is told where everything will go, before anything is loaded.
+        ``planned`` is told where everything will go, before anything is loaded. ``architecture``
+        is as in ``load``.
         """
         self.name = file.name
         self.options = options
         self.config: Config = from_gguf(file)
         options.context_for(self.config)  # told before any device is opened
+        if architecture is not None:
+            check_own(self.config, architecture)
         budget = node_budget(self.config, options.slots, MAX_TAPS * self.config.n_layer)
         if budget > MAX_NODES:
             n_layer = self.config.n_layer
@@ -88,7 +92,8 @@ class Model:
         own = next(iter(supported()), None) if options.kernels == "auto" else None
         with speaking(options.devices), ThreadPoolExecutor(1) as aside, ExitStack() as stack:
             tokenizer = aside.submit(Tokenizer, file.metadata)  # packing takes as long
-            layout = ARCHITECTURES[self.config.architecture].layout(self.config, file.tensors)
+            kind = architecture or ARCHITECTURES[self.config.architecture]
+            layout = kind.layout(self.config, file.tensors)
             self._device, self.placement = place(file, self.config, layout, options, budget, own)
             stack.callback(self._device.close)
             self.context, self.kv_type = astuple(self.placement.choice)
@@ -100,7 +105,7 @@ class Model:
                 self._device, self.config, options.slots, options.chunk, self.placement
             )
             stack.callback(self._kv.close)
-            self._runner = Runner(self._device, self.config, self._weights, self._kv)
+            self._runner = Runner(self._device, self.config, self._weights, self._kv, architecture)
             stack.callback(self._runner.close)
             self._runner.reserve()
             self.tokenizer = tokenizer.result()
@@ -415,6 +420,20 @@ class Model:
     def stats(self) -> Stats:
         """What is running and waiting, and counts since the model was loaded."""
         return self._engine.stats()
+
+    def reset(self) -> None:
+        """Forget what was computed: kept graphs, prefixes in the cells and snapshots of windows.
+
+        For when the forward pass was changed under a loaded model. RequestError while requests run.
+        """
+        self._engine.call(self._reset)
+
+    def _reset(self) -> None:
+        if any(slot.busy for slot in self._engine.slots.all):
+            raise RequestError("requests are under way: a model is reset between them")
+        for slot in self._engine.slots.all:
+            self._engine.slots.cut(slot, 0)
+        self._runner.forget()
 
     # -- state -------------------------------------------------------------------------------
 
