@@ -19,7 +19,7 @@ def said(example: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.real
 @pytest.mark.slow
 def test_the_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    read, steer, ablate, activation = EXAMPLES
+    read, steer, ablate, activation, sample = EXAMPLES
     assert "'blk.3.attn_kqv'" in (told := said(read, capsys))
     assert re.search(r"^\(6, 640\)$", told, re.MULTILINE)
     plain, steered = said(steer, capsys).split(" -> ")
@@ -29,3 +29,7 @@ def test_the_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert moved
     assert 0.01 < float(moved[1]) < 10
     assert "Paris" not in said(activation, capsys)
+    own, constrained = said(sample, capsys).split("\n", 1)
+    assert own.startswith("The capital of France is") and "Paris" not in own
+    words = constrained.split()
+    assert len(words) > 4

@@ -6,6 +6,7 @@ import ggml
 import numpy as np
 import pytest
 
+import cpu_devices
 from conftest import Load, prompt
 from gemloom.errors import OptionError, RequestError
 from gemloom.linear import linear
@@ -160,3 +161,17 @@ def test_no_reset_while_requests_run(load: Load) -> None:
         next(run)
         with pytest.raises(RequestError, match="requests are under way"):
             model.reset()
+
+
+def test_numbers_of_ones_own_go_to_the_device_that_reads_them(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu_devices.add(monkeypatch)
+    push = np.random.RandomState(0).normal(size=load("e2b").config.n_embd).astype(np.float32)
+    steered = changed(Gemma4, 8, "out", lambda g, spec, x: g.add(x, g.constant("push", push)))
+    devices = load("e2b", architecture=steered, device=["cpu0", "cpu1"], kernels="ggml")
+    here = load("e2b", architecture=steered, kernels="ggml")
+    assert set(devices.placement.layers) == {0, 1}
+    for factor in (1.0, -2.0):
+        push *= factor
+        np.testing.assert_allclose(devices.logits(IDS), here.logits(IDS), atol=2e-3)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from gemloom import tool_grammar
 from gemloom.errors import GemloomError, OptionError, RequestError
+from gemloom.schemas import Schema, schema_of
 from gemloom.sequence import Constraint
 from gemloom.tokenizer import Tokenizer
 
@@ -87,15 +88,14 @@ class Grammars:
         return self.json_schema({"type": "object"}, thinking=thinking, open=open)
 
     def json_schema(
-        self, schema: Mapping[str, Any], *, thinking: bool = False, open: bool = False
+        self, schema: Schema, *, thinking: bool = False, open: bool = False
     ) -> Constraint:
         """JSON that ``schema`` takes, properties in its order; at most MAX_DEPTH levels deep.
 
-        A keyword that cannot be kept is an error, unlike one that says nothing about the form.
+        It is a schema as an object or as its JSON, or a class of pydantic's. A keyword
+        that cannot be kept is an error, unlike one that says nothing about the form.
         """
-        if not isinstance(schema, Mapping):
-            raise RequestError(f"the schema must be an object, not {type(schema).__name__}")
-        text = _dump("the schema", schema)
+        text = _dump("the schema", schema_of(schema))
         try:
             grammar = LLMatcher.grammar_from_json_schema(
                 text, overrides={"whitespace_pattern": _BLANKS}

@@ -68,6 +68,11 @@ class ChatCompletion:
     finish_reason: str | None
     usage: Usage
 
+    @property
+    def text(self) -> str:
+        """The message's content."""
+        return str(self.message["content"])
+
 
 class Inbox:
     """The events of one request, from the thread that computes to whoever waits for them.

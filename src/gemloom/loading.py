@@ -30,7 +30,8 @@ def load(
     object; ``source.resolve`` says more. ``key`` opens a sealed file: 32 bytes, their base64, or
     the ``Path`` of a file that holds that; else the environment variable GEMLOOM_KEY does.
     ``architecture`` is a forward pass of your own, a subclass of ``gemloom.models``' Gemma3 or
-    Gemma4 (docs/forward.md). ``options`` are the fields of ``Options``. Raises SourceError,
+    Gemma4 (docs/forward.md). ``options`` are the fields of ``Options``, such as context, slots,
+    threads, device, kv_type and keep: ``help(gemloom.Options)`` has all. Raises SourceError,
     FormatError, ConfigError, TensorError or TokenizerError for a file that cannot be used,
     OptionError, DeviceError.
     """
