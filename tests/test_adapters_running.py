@@ -338,8 +338,8 @@ def test_a_shift_moves_where_an_adapter_begins(load: Load) -> None:
         ({"a": True}, "finite"),
         ({"a": "1"}, "finite"),
         ({1: 1.0}, "no adapter is named 1"),
-        ("a", "adapters must be {name: scale}, not 'a'"),
-        (["a"], "adapters must be"),
+        ("a", "adapters must be [name, ...] or {name: scale}, not 'a'"),
+        ([1], "adapters must be"),
     ],
 )
 def test_bad_requests(load: Load, wanted: Any, message: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_vocab
-from gemloom.chat import encode_chat, render
+from gemloom.chat import PLAIN_STOP, encode_chat, render, with_stop
 from gemloom.errors import OptionError, RequestError, TokenizerError
 from gemloom.tokenizer import Tokenizer
 from vocabularies import gemma4, gemma4_metadata, metadata, small
@@ -213,9 +213,44 @@ def test_a_prompt_has_exactly_one_bos(start: str) -> None:
     assert encode_chat(tokenizer, [user("the end")]) == [2, *tokenizer.encode("the end")]
 
 
-def test_a_model_without_a_template_says_so() -> None:
-    with pytest.raises(RequestError, match="no chat template"):
-        encode_chat(with_template("gemma4", None), [user("a")])
+def test_a_base_model_gets_lines_to_go_on_with() -> None:
+    tokenizer = with_template("gemma4", None)
+    messages = [{"role": "developer", "content": "Be brief."}, user("Hi <turn|>"),
+                assistant("Yes?"), user([{"type": "text", "text": "No"}])]  # fmt: skip
+    plain = "System: Be brief.\nUser: Hi <turn|>\nAssistant: Yes?\nUser: No\nAssistant:"
+    assert encode_chat(tokenizer, messages) == tokenizer.with_bos(tokenizer.encode(plain))
+    with pytest.raises(RequestError, match="this model knows no tools"):
+        encode_chat(tokenizer, messages, tools=[TOOL])
+    with pytest.raises(RequestError, match="tool calls need a model that has markup"):
+        encode_chat(tokenizer, [user("a"), assistant(None, tool_calls=[{"function": {}}])])
+
+
+def test_what_a_base_model_says_ends_where_the_user_would_speak() -> None:
+    base, taught = with_template("gemma4", None), with_template("gemma4", "x")
+    assert with_stop(base, {})["stop"] == [PLAIN_STOP]
+    assert with_stop(base, {"stop": "a"})["stop"] == ["a", PLAIN_STOP]
+    assert with_stop(base, {"stop": ("a", "b"), "seed": 1}) == {
+        "stop": ["a", "b", PLAIN_STOP], "seed": 1,
+    }  # fmt: skip
+    assert with_stop(base, {"stop": 3}) == {"stop": 3}
+    assert with_stop(taught, {"stop": "a"}) == {"stop": "a"}
+
+
+def test_a_template_that_knows_no_developer_gets_a_system_message() -> None:
+    asked = [{"role": "developer", "content": "Be brief."}, user("Hi")]
+    older = [{"role": "system", "content": "Be brief."}, user("Hi")]
+    told = render(TURNS_TEMPLATE, asked, "<bos>", "<eos>")
+    assert told == render(TURNS_TEMPLATE, older, "<bos>", "<eos>")
+    assert "Be brief." in told
+    own = "{% if messages[0].role == 'developer' %}own{% endif %}"
+    assert render(own, asked, "<bos>", "<eos>") == "own"
+
+
+def test_a_template_that_knows_no_tools_refuses_them() -> None:
+    tokenizer = with_template("gemma3", TURNS_TEMPLATE)
+    with pytest.raises(RequestError, match="this model knows no tools: they need Gemma 4"):
+        encode_chat(tokenizer, [user("a")], tools=[TOOL])
+    assert encode_chat(tokenizer, [user("a")], tools=None)
 
 
 def test_a_template_that_takes_strings_only_gets_the_text_of_parts() -> None:

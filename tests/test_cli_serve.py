@@ -44,7 +44,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_signal_drains(file: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# of two people\nfirst  # hers\nsecond\n")
-    with served(file, "--name", "mine", "--api-key-file", keys, "--context", "1024") as (
+    with served(file, "--name", "mine", "--api-key-file", keys, "--context", "30000") as (
         process,
         url,
     ):
@@ -56,25 +56,48 @@ def test_a_signal_drains(file: Path, tmp_path: Path) -> None:
                 client.get("/v1/models", headers={"Authorization": "Bearer x"}).status_code == 401
             )
             asked = {**ENDLESS, "max_tokens": 600}
-            with client.stream("POST", "/v1/completions", json=asked) as answer:
+            with (
+                client.stream("POST", "/v1/completions", json=ENDLESS) as other,
+                client.stream("POST", "/v1/completions", json=asked) as answer,
+            ):
+                waited_for = other.iter_lines()  # without end, but for the client's
+                next(waited_for)
                 lines = answer.iter_lines()
                 next(lines)
                 process.send_signal(signal.SIGTERM)
-                until(lambda: refused(url))
+                until(lambda: stopping(url))
+                refused = client.post("/v1/completions", json=asked)
+                assert refused.status_code == 503
+                assert refused.json()["error"]["code"] == "server_stopping"
                 told = list(lines)
         assert "data: [DONE]" in told
         out, error = process.communicate(timeout=60)
+        told_first = WAITING.replace("1 request", "2 requests").format(30)
+        assert (process.returncode, out, error) == (0, "", told_first)
+
+
+WAITING = "waiting for 1 request, up to {} s; a second signal ends at once\n"
+
+
+def stopping(url: str) -> bool:
+    """Whether /health says that the server drains."""
+    answer = httpx.get(f"{url}/health", trust_env=False, timeout=60)
+    return answer.status_code == 503 and answer.json()["error"]["code"] == "server_stopping"
+
+
+def test_a_server_without_requests_ends_at_once_and_says_nothing(file: Path) -> None:
+    with served(file) as (process, url), http(url) as client:
+        assert client.get("/health").status_code == 200  # the connection stays open
+        process.send_signal(signal.SIGTERM)
+        out, error = process.communicate(timeout=10)
         assert (process.returncode, out, error) == (0, "", "")
 
 
-def refused(url: str) -> bool:
-    try:
-        httpx.get(f"{url}/health", trust_env=False, timeout=60)
-    except httpx.ConnectError:
-        return True
-    except httpx.TransportError:  # let in just before
-        return False
-    return False
+def test_on_the_loopback_only_its_names_are_answered(file: Path) -> None:
+    with served(file) as (_, url), http(url) as client:
+        assert client.get("/v1/models").status_code == 200
+        assert client.get("/v1/models", headers={"Host": "localhost:1"}).status_code == 200
+        assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
 
 
 def test_what_does_not_drain_in_time_is_told(file: Path) -> None:
@@ -89,7 +112,7 @@ def test_what_does_not_drain_in_time_is_told(file: Path) -> None:
         last = [line for line in lines if line][-1]
         assert '"code":"server_stopping"' in last
         out, error = process.communicate(timeout=60)
-        assert (process.returncode, out, error) == (0, "", "")
+        assert (process.returncode, out, error) == (0, "", WAITING.format(0.2))
 
 
 def test_a_second_signal_ends_at_once(file: Path) -> None:
@@ -98,9 +121,10 @@ def test_a_second_signal_ends_at_once(file: Path) -> None:
         http(url) as client,
         client.stream("POST", "/v1/completions", json=ENDLESS) as answer,
     ):
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         process.send_signal(signal.SIGTERM)
-        until(lambda: refused(url))
+        until(lambda: stopping(url))
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == -signal.SIGTERM

@@ -132,3 +132,9 @@ def test_long_chains_of_references_do_not_exhaust_the_stack():
     assert text(walk(grammars().lark("start:t0\n" + rules), 1)) == "a"
     parameters = {"type": "object", "properties": {"it": schema["$defs"]["0"]}, "$defs": chain}
     walk(grammars().tools([tool("f", parameters)], "f"), 1)
+
+
+@pytest.mark.parametrize("grammar", ['root ::= "a"', '# all\nroot  ::= "a" b\nb ::= [0-9]'])
+def test_gbnf_is_told_from_lark(grammar: str) -> None:
+    with pytest.raises(RequestError, match=r"looks like GBNF, but Lark as .*gbnf_to_lark"):
+        grammars().lark(grammar)

@@ -373,7 +373,7 @@ def test_a_busy_slot_lends_its_prefix(load: Load) -> None:
     cold = load(chunk=16, context=512)
     assert warm.tokens == cold.generate(other, temperature=0, max_tokens=20).tokens
     alone = cold.generate(first, temperature=0, max_tokens=100, **endless(model)).tokens
-    assert alone[40:] == one.completion().tokens
+    assert alone == one.completion().tokens
 
 
 def test_without_snapshots_an_edit_begins_anew(load: Load) -> None:

@@ -35,8 +35,9 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
 }
 PURE = [
     "sampling", "candidates", "stopping", "slots", "sequence", "scheduler", "chat",
-    "conversation", "router", "constraint", "tokenizer", "gguf", "blob", "config", "sealed",
-    "urls", "server.protocol", "adapters.active", "adapters.info", "adapters.reading",
+    "conversation", "router", "constraint", "prompts", "schemas", "tokenizer", "gguf", "blob",
+    "config", "sealed", "urls", "server.protocol",
+    "adapters.active", "adapters.info", "adapters.reading",
     "adapters.checking", "recipes", "writing", "placement",
 ]  # fmt: skip
 ARROWS = {  # module: all it may import of this package; a name stands for what is below it too
@@ -59,7 +60,9 @@ ARROWS = {  # module: all it may import of this package; a name stands for what 
     "conversation": ["chat", "errors"],
     "router": [],
     "tool_grammar": ["errors"],
-    "constraint": ["errors", "sequence", "tokenizer", "tool_grammar"],
+    "prompts": ["errors", "tokenizer"],
+    "schemas": ["errors"],
+    "constraint": ["errors", "schemas", "sequence", "tokenizer", "tool_grammar"],
     "sequence": ["adapters", "candidates", "errors", "sampling", "slots", "stopping", "tokenizer"],
     "scheduler": ["sequence"],
     "generation": ["errors", "router", "sequence"],

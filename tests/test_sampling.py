@@ -426,9 +426,9 @@ def test_logit_bias_stays_within_the_vocabulary():
 
 
 def test_an_unknown_option_is_named_with_the_nearest():
-    refused("'top_kk' is not a sampling option; the nearest is top_k", top_kk=3)
-    refused("'max_token' is not a sampling option; the nearest is max_tokens", max_token=3)
-    refused("'temprature' is not a sampling option; the nearest is temperature", temprature=1)
+    refused("'top_kk' is not a sampling option; did you mean top_k?", top_kk=3)
+    refused("'max_token' is not a sampling option; did you mean max_tokens?", max_token=3)
+    refused("'temprature' is not a sampling option; did you mean temperature?", temprature=1)
 
 
 def test_options_replace_given_defaults():

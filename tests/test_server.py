@@ -297,7 +297,12 @@ def test_logprobs_of_completions(client: OpenAI) -> None:
     assert "".join(logprobs.tokens) == choice.text
     for offset, token in zip(logprobs.text_offset, logprobs.tokens, strict=True):
         assert choice.text[offset:].startswith(token)
-    assert {len(top) for top in logprobs.top_logprobs} == {2}
+    for token, logprob, top in zip(
+        logprobs.tokens, logprobs.token_logprobs or [], logprobs.top_logprobs, strict=True
+    ):  # as in OpenAI's API: the token is among them, if only as one more
+        assert top[token] == logprob
+        assert len(top) == 2 + (logprob < sorted(top.values())[-2])
+    assert {len(top) for top in logprobs.top_logprobs} == {2, 3}
 
 
 def test_embeddings(client: OpenAI, model: gemloom.Model, url: str) -> None:
@@ -418,3 +423,49 @@ def test_the_seed_gives_the_same_text_whatever_else_runs(url: str, model: gemloo
     alone = [text(seed) for seed in range(8)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(text, range(8))) == alone
+
+
+def test_a_base_model_chats_in_plain_lines() -> None:
+    """As ``Model.chat`` and the command line do; it ends where the user would speak."""
+
+    def untaught(keys: dict[str, Any], _: Any) -> None:
+        del keys["tokenizer.chat_template"]
+
+    data = tiny.gguf_bytes(tiny.VARIANTS["gemma3"], edit=untaught)
+    lines = "User: hello world\nAssistant:"
+    with gemloom.load(data, kv_type="f32", context=256, threads=1) as model:
+        said = model.generate(lines, **GREEDY, stop="\nUser:").text
+        assert model.chat(HI, **GREEDY).message["content"] == said
+        with serving(model) as url, http(url) as client:
+            body = {"messages": HI, **GREEDY}
+            answer = client.post("/v1/chat/completions", json=body).json()
+            assert answer["choices"][0]["message"]["content"] == said
+            prompt = client.post("/apply-template", json={"messages": HI}).json()["prompt"]
+            assert prompt == f"<bos>{lines}"
+            asked = client.post("/v1/chat/completions", json={**body, "tools": TOOLS})
+            assert asked.status_code == 400
+            assert "they need Gemma 4" in asked.json()["error"]["message"]
+        user = model.tokenize("\nUser:")
+        forced = Forced(user, model.config.n_vocab)
+        assert model.chat(HI, constraint=forced).message["content"] == ""
+
+
+class Forced:
+    """A constraint that lets through these tokens, one after another."""
+
+    finished = False
+
+    def __init__(self, tokens: list[int], n_vocab: int) -> None:
+        self._masks = []
+        for token in tokens:
+            self._masks.append(np.zeros(n_vocab, np.bool_))
+            self._masks[-1][token] = True
+
+    def prepare(self) -> None:
+        pass
+
+    def mask(self) -> np.ndarray | None:
+        return self._masks[0] if self._masks else None
+
+    def accept(self, token: int) -> None:
+        self._masks = self._masks[1:]

@@ -1,5 +1,6 @@
 """What the server does when it is misused, hung up on, overfull, late, broken or going down."""
 
+import asyncio
 import http.client
 import json
 import socket
@@ -18,6 +19,8 @@ import gemloom
 import tiny
 from conftest import Load, paced, until
 from gemloom.server import streams
+from gemloom.server.app import create_app
+from gemloom.server.service import Settings
 from serving import cancelled, endless, events, serving
 from serving import http as connect
 
@@ -107,6 +110,20 @@ def test_errors_have_one_shape(
         assert client.get("/health").json() == {"status": "ok"}
 
 
+@pytest.mark.parametrize("path", ["/health", "/", "/v1/models", "/metrics", "/openapi.json"])
+def test_head_is_get_without_a_body(url: str, path: str) -> None:
+    with connect(url) as client:
+        head, get = client.head(path), client.get(path)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert client.head("/v1/completions").status_code == 405
+
+
+def test_a_slash_too_many_still_lists_the_models(url: str) -> None:
+    with connect(url) as client:
+        assert client.get("/v1/models/").json() == client.get("/v1/models").json()
+
+
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_body_over_the_limit_leaves_the_connection_usable(url: str, declared: bool) -> None:
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
@@ -160,6 +177,26 @@ def test_pages_of_other_sites_are_kept_out_unless_asked_for(model: gemloom.Model
         assert client.options(COMPLETIONS, headers=asked).status_code == 200
         third = {"Origin": "https://third.example"}
         assert client.post(COMPLETIONS, json=body, headers=third).status_code == 403
+
+
+def test_a_site_whose_name_means_this_machine_is_kept_out(model: gemloom.Model) -> None:
+    """DNS rebinding: Origin and Host agree, and are the site's."""
+    body = {"prompt": "a", "max_tokens": 1}
+    rebound = {"Host": "evil.example:80", "Origin": "http://evil.example:80"}
+    own = ("localhost", "127.0.0.1", "::1")
+    with serving(model, hosts=own) as url, connect(url) as client:
+        for host in ("evil.example:80", "localhost.evil.example", "127.0.0.1.evil.example",
+                     "evil.example:80@localhost", "", "[::1", "[::1].evil"):  # fmt: skip
+            answer = client.post(COMPLETIONS, json=body, headers={"Host": host})
+            assert (answer.status_code, host) == (403, host)
+            assert answer.json()["error"]["code"] == "forbidden"
+            assert client.get("/metrics", headers={"Host": host}).status_code == 403
+        assert client.post(COMPLETIONS, json=body, headers=rebound).status_code == 403
+        for host in ("localhost", "LOCALHOST:1", "127.0.0.1:8080", "[::1]:8080"):
+            assert client.post(COMPLETIONS, json=body, headers={"Host": host}).status_code == 200
+    with serving(model, hosts=own, api_keys=("k",)) as url, connect(url) as client:
+        named = {"Host": "behind.a.proxy", "Authorization": "Bearer k"}
+        assert client.get("/v1/models", headers=named).status_code == 200
 
 
 def test_the_page_runs_no_scripts_but_its_own(url: str) -> None:
@@ -377,3 +414,19 @@ def test_nothing_drawn_from_the_openapi_page_is_a_server_error(model: gemloom.Mo
         assert len(operations) >= 13
         for operation in operations:
             few(given(case=operation.as_strategy())(never_fails))()
+
+
+def test_grammars_are_made_ready_while_nothing_is_asked(load: Load) -> None:
+    model = load("e2b")
+    service = create_app(model, Settings(name="tiny")).state.service
+
+    async def first_busy_then_not() -> None:
+        service.under_way = 1
+        warming = asyncio.create_task(service.warm(quiet=0.2))
+        await asyncio.sleep(0.4)
+        assert model.grammars._engine is None
+        service.under_way = 0
+        await warming
+
+    asyncio.run(first_busy_then_not())
+    assert model.grammars._engine is not None

@@ -23,6 +23,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from gemloom.errors import OptionError, RequestError, TokenizerError
 from gemloom.tokenizer import Tokenizer
 
+# For a model without a template, a base model: lines that it goes on with.
+PLAIN_TEMPLATE = """\
+{%- for message in messages %}
+{%- if message.role == "tool" or message.tool_calls %}
+{{- raise_exception("tool calls need a model that has markup for them, as Gemma 4 has") }}
+{%- endif %}
+{{- {"user": "User", "assistant": "Assistant"}.get(message.role, "System") }}: {{ message.content }}
+{% endfor %}Assistant:"""
+PLAIN_STOP = "\nUser:"  # where it would go on with what the user says
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _OURS = ("messages", "bos_token", "eos_token", "raise_exception", "strftime_now")
 _GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters: no text needs them
@@ -68,12 +77,15 @@ def encode_chat(
 ) -> list[int]:
     """The prompt's ids, with exactly one BOS. As ``render``, by the tokenizer's own template.
 
+    A base model has none and gets PLAIN_TEMPLATE; its answers need ``with_stop``.
+
     Only the template writes special tokens: the string of one in a message or a variable stays
     text. (An answer's thought markers are left for the template to cut the thought out.)
-    Raises RequestError where the model has no template, and what ``render`` raises.
+    Raises RequestError for tools that the template does not tell of, and what ``render`` raises.
     """
-    if tokenizer.chat_template is None:
-        raise RequestError("this model has no chat template: give it a prompt, not messages")
+    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    if variables.get("tools") and not _takes_tools(tokenizer):
+        raise RequestError("this model knows no tools: they need Gemma 4")
     check(messages)
     openers = tokenizer.openers
     try:
@@ -83,14 +95,36 @@ def encode_chat(
     except RecursionError:
         raise RequestError("the messages are nested too deep to be read") from None
     bos, eos = (tokenizer.token(token).decode() for token in (tokenizer.bos, tokenizer.eos))
-    text = _run(tokenizer.chat_template, messages, bos, eos, variables)
+    text = _run(template, messages, bos, eos, variables)
     return tokenizer.with_bos(tokenizer.encode(text, special=True, guard=guard))
+
+
+def _takes_tools(tokenizer: Tokenizer) -> bool:
+    """Whether tools mean something to a model: else a template drops them without a word."""
+    template = tokenizer.chat_template
+    return template is not None and (
+        "tools" in template or tokenizer.id_of("<|tool_call>") is not None
+    )
+
+
+def with_stop(tokenizer: Tokenizer, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat's sampling options, with the stop string that PLAIN_TEMPLATE needs where it is used.
+
+    A ``stop`` of another type stays, for ``SamplingParams`` to refuse.
+    """
+    stop = options.get("stop") or ()
+    stops = [stop] if isinstance(stop, str) else stop
+    if tokenizer.chat_template is not None or not isinstance(stops, list | tuple):
+        return {**options}
+    return {**options, "stop": [*stops, PLAIN_STOP]}
 
 
 def check(messages: Sequence[Message]) -> None:
     """Raises RequestError, with the index, for a message that ``render`` would not take."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise RequestError("messages must be a list of one message or more")
+        raise RequestError(
+            'messages must be a list of one message or more: [{"role": "user", "content": "..."}]'
+        )
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise RequestError(f"messages[{index}] must be an object with a role and content")
@@ -170,6 +204,8 @@ def _run(
         raise OptionError(f"the template variable {taken[0]} cannot be set")
     compiled = _compile(template)
     knows_no_tool_role = "tool_responses" in template and "tool_call_id" not in template
+    if "developer" not in template:
+        messages = [_renamed(m) if m["role"] == "developer" else m for m in messages]
     context = {"tools": None, "documents": None, **variables}
     try:
         if knows_no_tool_role:
@@ -180,6 +216,11 @@ def _run(
     except Exception as error:  # a template can fail in any way that an expression can
         line = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"chat template: {line}") from error
+
+
+def _renamed(message: Message) -> Message:
+    """OpenAI's newer name for the system's message, for a template that has the older only."""
+    return {**message, "role": "system"}
 
 
 def _fold_results(messages: Sequence[Message]) -> list[Message]:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from gemloom import tool_grammar
 from gemloom.errors import GemloomError, OptionError, RequestError
+from gemloom.schemas import Schema, schema_of
 from gemloom.sequence import Constraint
 from gemloom.tokenizer import Tokenizer
 
@@ -34,6 +35,7 @@ MAX_DEPTH = 48  # levels of lists and objects in a schema
 MAX_REASON = 300  # characters of llguidance's own words in an error
 _MAX_LINE = 100
 _PICTURE = re.compile(r"\s*(\d+ \|.*|\^+|<non-verbose/>)?")
+_GBNF = re.compile(r"^[\w-]+[ \t]*::=", re.MULTILINE)  # how its rules begin
 _CACHED = 32  # compiled grammars kept
 _THREADS = 2  # that compute masks while the model computes
 _USUAL = 0.001  # seconds a step waits for a mask; the rare longer ones are computed beside it
@@ -77,20 +79,23 @@ class Grammars:
         self._compiler, self._masks = _DeepPool(1), _DeepPool(_THREADS)
         self._compiled = lru_cache(maxsize=_CACHED)(self._compile)
 
+    def warm(self) -> None:
+        """Do now what the first grammar would wait for, about a second of work."""
+        self._ready()
+
     def json_object(self, *, thinking: bool = False, open: bool = False) -> Constraint:
         """Any JSON object."""
         return self.json_schema({"type": "object"}, thinking=thinking, open=open)
 
     def json_schema(
-        self, schema: Mapping[str, Any], *, thinking: bool = False, open: bool = False
+        self, schema: Schema, *, thinking: bool = False, open: bool = False
     ) -> Constraint:
         """JSON that ``schema`` takes, properties in its order; at most MAX_DEPTH levels deep.
 
-        A keyword that cannot be kept is an error, unlike one that says nothing about the form.
+        It is a schema as an object or as its JSON, or a class of pydantic's. A keyword
+        that cannot be kept is an error, unlike one that says nothing about the form.
         """
-        if not isinstance(schema, Mapping):
-            raise RequestError(f"the schema must be an object, not {type(schema).__name__}")
-        text = _dump("the schema", schema)
+        text = _dump("the schema", schema_of(schema))
         try:
             grammar = LLMatcher.grammar_from_json_schema(
                 text, overrides={"whitespace_pattern": _BLANKS}
@@ -109,7 +114,15 @@ class Grammars:
         """Text of a grammar in llguidance's form of Lark; ``<[id]>`` stands for a token."""
         _check_text("the grammar", grammar, MAX_GRAMMAR)
         compiled = LLMatcher.grammar_from_lark(grammar)
-        return self._constraint("the grammar", compiled, thinking or open, open)
+        try:
+            return self._constraint("the grammar", compiled, thinking or open, open)
+        except RequestError:
+            if not _GBNF.search(grammar):
+                raise
+            raise RequestError(
+                "the grammar looks like GBNF, but Lark as llguidance reads it is what is taken; "
+                "python -m llguidance.gbnf_to_lark converts one to the other"
+            ) from None
 
     def tools(
         self,

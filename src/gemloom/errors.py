@@ -27,6 +27,8 @@ file decides either. A message is one line: it names the thing, and where there
 is something to do, says what.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import ClassVar
 
 
@@ -160,3 +162,9 @@ class ClosedError(GemloomError):
 
     status = 503
     code = "model_closed"
+
+
+def suggestion(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """What an error about an unknown name ends with: the nearest there is, or else something."""
+    near = get_close_matches(name[:64], list(known), 1)
+    return f"; did you mean {near[0]}?" if near else otherwise

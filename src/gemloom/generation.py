@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -68,6 +68,11 @@ class ChatCompletion:
     finish_reason: str | None
     usage: Usage
 
+    @property
+    def text(self) -> str:
+        """The message's content."""
+        return str(self.message["content"])
+
 
 class Inbox:
     """The events of one request, from the thread that computes to whoever waits for them.
@@ -124,10 +129,12 @@ class Run(Iterator[Piece]):
         self._sequence, self._inbox, self._cancel = sequence, inbox, cancel
         self._owner = owner  # a model lives as long as its requests
         self._open = True
+        self._pieces: list[Piece] = []  # all that were read
+        self._error: GemloomError | None = None
 
     def __next__(self) -> Piece:
         if not self._open:
-            raise StopIteration
+            raise self._error or StopIteration
         try:
             event = self._inbox.get()
         except BaseException:  # Ctrl-C among them: the slot must be free again
@@ -142,7 +149,7 @@ class Run(Iterator[Piece]):
 
     async def __anext__(self) -> Piece:
         if not self._open:
-            raise StopAsyncIteration
+            raise self._error or StopAsyncIteration
         if piece := self._take(await self._inbox.wait()):
             return piece
         raise StopAsyncIteration
@@ -151,8 +158,9 @@ class Run(Iterator[Piece]):
         """The piece, None where the request was cancelled; raises the error that ended it."""
         if isinstance(event, Piece):
             self._open = self._open and not event.finish_reason
+            self._pieces.append(event)
             return event
-        self._open = False
+        self._open, self._error = False, event
         if event is None:
             return None
         raise event
@@ -162,13 +170,21 @@ class Run(Iterator[Piece]):
 
     async def _gather(self) -> Completion:
         with self:  # a task that is cancelled while it waits ends the request
-            return self._completion([piece async for piece in self])
+            async for _ in self:
+                pass
+        return self._completion()
 
     def completion(self) -> Completion:
-        """Wait for the end and put the pieces together."""
-        return self._completion(list(self))
+        """Wait for the end and put the pieces together, those that were read before among them.
 
-    def _completion(self, pieces: list[Piece]) -> Completion:
+        Raises the error that ended it, however often it is asked.
+        """
+        for _ in self:
+            pass
+        return self._completion()
+
+    def _completion(self) -> Completion:
+        pieces = list(self._pieces)
         return Completion(
             "".join(piece.text for piece in pieces),
             [piece.token for piece in pieces],
@@ -221,7 +237,8 @@ class ChatRun(Iterator[Part]):
 
     def __init__(self, run: Run, splitter: Splitter) -> None:
         self.run, self._splitter = run, splitter
-        self._parts: deque[Part] = deque()
+        self._parts: deque[Part] = deque()  # to be read next
+        self._found: list[Part] = []  # all there were
         self._open, self._called = True, False
         self.finish_reason: str | None = None
 
@@ -248,6 +265,7 @@ class ChatRun(Iterator[Part]):
         if not self._open:
             found += self._splitter.flush()
         self._parts += found
+        self._found += found
         self._called = self._called or any(isinstance(part, ToolCall) for part in found)
         if piece and piece.finish_reason:
             tools = self._called and piece.finish_reason == "stop"
@@ -258,14 +276,18 @@ class ChatRun(Iterator[Part]):
 
     async def _gather(self) -> ChatCompletion:
         with self:
-            return self._completion([part async for part in self])
+            async for _ in self:
+                pass
+        return self._completion()
 
     def completion(self) -> ChatCompletion:
-        """Wait for the end and put the parts together."""
-        return self._completion(list(self))
+        """As ``Run.completion``."""
+        for _ in self:
+            pass
+        return self._completion()
 
-    def _completion(self, parts: Sequence[Part]) -> ChatCompletion:
-        return ChatCompletion(message(parts), self.finish_reason, self.run.usage)
+    def _completion(self) -> ChatCompletion:
+        return ChatCompletion(message(self._found), self.finish_reason, self.run.usage)
 
     @property
     def usage(self) -> Usage:

@@ -6,7 +6,6 @@ Threads and coroutines may share a model: each request gets a slot of its own, a
 
 from __future__ import annotations
 
-import reprlib
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import astuple
 from difflib import get_close_matches
 from functools import cached_property, partial
-from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -23,13 +21,13 @@ import numpy as np
 
 from gemloom import conversation, gguf, state
 from gemloom.adapters.active import marks
-from gemloom.adapters.info import Scales
+from gemloom.adapters.info import Named
 from gemloom.adapters.registry import Adapters, Lease
 from gemloom.cache import KVCache
-from gemloom.chat import Message, encode_chat
+from gemloom.chat import Message, encode_chat, with_stop
 from gemloom.config import Config, from_gguf
 from gemloom.engine import Engine, Stats
-from gemloom.errors import ContextError, OptionError, RequestError
+from gemloom.errors import OptionError, RequestError
 from gemloom.fitting import place
 from gemloom.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
 from gemloom.ggml.graph import SUMS
@@ -37,9 +35,10 @@ from gemloom.ggml.memory import trim_memory
 from gemloom.ggml.rpc import speaking
 from gemloom.kernels.library import supported
 from gemloom.kernels.packing import Progress
-from gemloom.models import ARCHITECTURES
+from gemloom.models import ARCHITECTURES, Architecture, check_own
 from gemloom.options import Options
 from gemloom.placement import Placement
+from gemloom.prompts import integers, prompt_ids
 from gemloom.router import Plain, Router
 from gemloom.runner import Runner, node_budget
 from gemloom.sampling import SamplingParams, check_vocabulary
@@ -63,7 +62,10 @@ MAX_NODES = 1 << 17  # of one graph; ggml's scheduler reserves some kilobytes fo
 class Model:
     """A loaded model. Made by ``gemloom.load()``; free with ``close()`` or ``with``.
 
-    ``adapters`` are the LoRA adapters that requests can name (``registry.Adapters``).
+    Attributes: ``name`` (the file's), ``config`` (what the file says of the architecture),
+    ``tokenizer``, ``options`` (as it was loaded), ``context`` (positions a sequence may fill),
+    ``kv_type`` (of the K/V cells), ``placement`` (what lies on which device), ``adapters`` (the
+    LoRA adapters that requests can name), ``fingerprint`` (tells its saved state from others').
     """
 
     def __init__(
@@ -72,15 +74,19 @@ class Model:
         options: Options,
         progress: Progress | None = None,
         planned: Callable[[Placement], None] | None = None,
+        architecture: Architecture | None = None,
     ) -> None:
         """``progress`` is told how many bytes of the weights are packed, and of how many.
 
-        ``planned`` is told where everything will go, before anything is loaded.
+        ``planned`` is told where everything will go, before anything is loaded. ``architecture``
+        is as in ``load``.
         """
         self.name = file.name
         self.options = options
         self.config: Config = from_gguf(file)
         options.context_for(self.config)  # told before any device is opened
+        if architecture is not None:
+            check_own(self.config, architecture)
         budget = node_budget(self.config, options.slots, MAX_TAPS * self.config.n_layer)
         if budget > MAX_NODES:
             n_layer = self.config.n_layer
@@ -88,7 +94,8 @@ class Model:
         own = next(iter(supported()), None) if options.kernels == "auto" else None
         with speaking(options.devices), ThreadPoolExecutor(1) as aside, ExitStack() as stack:
             tokenizer = aside.submit(Tokenizer, file.metadata)  # packing takes as long
-            layout = ARCHITECTURES[self.config.architecture].layout(self.config, file.tensors)
+            kind = architecture or ARCHITECTURES[self.config.architecture]
+            layout = kind.layout(self.config, file.tensors)
             self._device, self.placement = place(file, self.config, layout, options, budget, own)
             stack.callback(self._device.close)
             self.context, self.kv_type = astuple(self.placement.choice)
@@ -100,7 +107,7 @@ class Model:
                 self._device, self.config, options.slots, options.chunk, self.placement
             )
             stack.callback(self._kv.close)
-            self._runner = Runner(self._device, self.config, self._weights, self._kv)
+            self._runner = Runner(self._device, self.config, self._weights, self._kv, architecture)
             stack.callback(self._runner.close)
             self._runner.reserve()
             self.tokenizer = tokenizer.result()
@@ -130,35 +137,43 @@ class Model:
         return self.tokenizer.encode(text, special)
 
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
-        """Text of ``ids``; ``special`` shows control tokens."""
-        return self.tokenizer.decode(_integers("ids", ids), special)
+        """Text of ``ids``; ``special`` shows control tokens.
+
+        What is one the file's token types say. In files of Gemma 3 ``<start_of_image>`` is of the
+        same type as its HTML tags, user-defined, which is text here as it is in llama.cpp.
+        """
+        return self.tokenizer.decode(integers("ids", ids), special)
 
     # -- generation --------------------------------------------------------------------------
 
-    def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Completion:
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, **sampling: Any
+    ) -> Completion:
         """Complete a prompt: text, which gets one BOS, or ids, which are used as they are.
 
-        ``sampling`` are the fields of ``SamplingParams``, and ``constraint`` and ``adapters`` as
-        in ``stream``. Raises RequestError, OptionError, ContextError, UnknownAdapterError.
+        How tokens are picked say ``params``, or the fields of ``SamplingParams`` by name, or both:
+        then those given by name count. ``constraint`` and ``adapters`` are as in ``stream``.
+        Raises RequestError, OptionError, ContextError, UnknownAdapterError.
         """
-        return self.stream(prompt, **sampling).completion()
+        return self.stream(prompt, params, **sampling).completion()
 
     def stream(
         self,
         prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
         *,
         constraint: Constraint | None = None,
-        adapters: Scales | None = None,
+        adapters: Named | None = None,
         **sampling: Any,
     ) -> Run:
         """As ``generate``, piece by piece, with ``for``, ``async for`` or ``await`` for the whole.
 
         It starts at once, or waits for a slot in the order of coming. ``constraint`` bounds what
-        may be said. ``adapters`` are those loaded that shall act, with their scales (None for an
-        adapter's own); it keeps the versions they have now. Raises QueueFullError too, where too
-        many wait, UnknownAdapterError, EngineError and ClosedError.
+        may be said. ``adapters`` are those loaded that shall act: their names, or by name their
+        scales (None for an adapter's own); it keeps the versions they have now. Raises
+        QueueFullError too, where too many wait, UnknownAdapterError, EngineError and ClosedError.
         """
-        params = sampling_params(sampling)
+        params = sampling_params(sampling, params)
         check_vocabulary(params, self.config.n_vocab)
         ids = self._ids(prompt)
         lease = self.adapters.lease(adapters, ids)
@@ -170,15 +185,26 @@ class Model:
 
     @overload
     def chat(
-        self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Any
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        stream: Literal[False] = False,
+        **options: Any,
     ) -> ChatCompletion: ...
     @overload
     def chat(
-        self, messages: Sequence[Message], *, stream: Literal[True], **options: Any
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        stream: Literal[True],
+        **options: Any,
     ) -> ChatRun: ...
     def chat(
         self,
         messages: Sequence[Message],
+        params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         response_format: Mapping[str, Any] | None = None,
@@ -189,10 +215,12 @@ class Model:
         """Answer a conversation: ``[{"role": "user", "content": "..."}, ...]``.
 
         The prompt is made by the file's own template, which gets ``tools`` and ``variables``
-        (``{"enable_thinking": True}``); RequestError if it has none. ``response_format`` is as in
-        OpenAI's API, json_object or json_schema; other bounds are a ``constraint`` of
-        ``grammars``. ``options`` are those of ``stream``. With ``stream`` the parts come as they
-        are said: text, thoughts and tool calls.
+        (``{"enable_thinking": True}``). A base model has none: it gets lines that begin with
+        "User:" and "Assistant:". ``response_format`` is as in OpenAI's API, json_object or
+        json_schema; other bounds are a ``constraint`` of ``grammars``. ``params`` and ``options``
+        are those of ``stream``. With ``stream`` the parts come as they are said: text,
+        thoughts and tool calls. Raises RequestError for messages or tools that the template does
+        not take.
         """
         prompt = self.chat_prompt(messages, tools=tools, variables=variables)
         thought = self.thought(prompt, variables or {})
@@ -201,7 +229,10 @@ class Model:
             options["constraint"] = bounds
         markup = self.tokenizer.id_of("<|channel>") is not None
         splitter = Router(thought.begun) if markup else Plain()
-        run = ChatRun(self.stream(prompt, **options), splitter)
+        if params:
+            options = {"stop": params.stop, **options}
+        options = with_stop(self.tokenizer, options)
+        run = ChatRun(self.stream(prompt, params, **options), splitter)
         return run if stream else run.completion()
 
     def thought(self, prompt: Sequence[int], variables: Mapping[str, Any]) -> conversation.Thought:
@@ -224,7 +255,7 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The prompt that the file's template makes of a conversation, as ids."""
+        """The prompt that ``chat`` makes of a conversation, as ids."""
         given = dict(variables or {})
         if tools:
             given["tools"] = conversation.check_tools(tools)
@@ -243,19 +274,7 @@ class Model:
         return run
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Prompt as checked ids."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer.with_bos(self.tokenizer.encode(prompt)) if prompt else []
-        else:
-            ids = _integers("the prompt", prompt)
-        if not ids:
-            raise RequestError("the prompt is empty")
-        for token in ids:
-            if not 0 <= token < self.config.n_vocab:
-                raise OptionError(f"{token} is no token id of this model")
-        if len(ids) > self.context:
-            raise ContextError(f"the prompt has {len(ids):,} tokens, the context {self.context:,}")
-        return ids
+        return prompt_ids(prompt, self.tokenizer, self.config.n_vocab, self.context)
 
     # -- looking inside ----------------------------------------------------------------------
 
@@ -263,7 +282,7 @@ class Model:
         self,
         ids: Sequence[int],
         rows: Literal["all", "last"] | Sequence[int] = "all",
-        adapters: Scales | None = None,
+        adapters: Named | None = None,
     ) -> np.ndarray:
         """Logits after each of ``rows`` (positions in ``ids``): float32 [rows, n_vocab].
 
@@ -271,14 +290,14 @@ class Model:
         """
         ids = self._ids(ids)
         named = {"all": list(range(len(ids))), "last": [len(ids) - 1]}
-        wanted = named.get(rows, []) if isinstance(rows, str) else _integers("rows", rows)
+        wanted = named.get(rows, []) if isinstance(rows, str) else integers("rows", rows)
         chosen = sorted(set(wanted))
         parts = list(self.logits_in_parts(ids, chosen, adapters))
         order = {row: i for i, row in enumerate(chosen)}
         return np.concatenate(parts)[[order[row] for row in wanted]]
 
     def logits_in_parts(
-        self, ids: Sequence[int], rows: Sequence[int], adapters: Scales | None = None
+        self, ids: Sequence[int], rows: Sequence[int], adapters: Named | None = None
     ) -> Iterator[np.ndarray]:
         """As ``logits``, for ascending ``rows``, some of them at a time: never over 64 MiB."""
         ids = self._ids(ids)
@@ -289,7 +308,7 @@ class Model:
                 yield logits
 
     def trace(
-        self, ids: Sequence[int], taps: Sequence[str], adapters: Scales | None = None
+        self, ids: Sequence[int], taps: Sequence[str], adapters: Named | None = None
     ) -> dict[str, np.ndarray]:
         """Named intermediates for every position: float32 [len(ids), ...], slowest first.
 
@@ -309,7 +328,7 @@ class Model:
         """Every intermediate that ``trace`` can give, in the order they are computed."""
         return self._engine.call(self._runner.names)
 
-    def embed(self, text: str | Sequence[int], adapters: Scales | None = None) -> np.ndarray:
+    def embed(self, text: str | Sequence[int], adapters: Named | None = None) -> np.ndarray:
         """Mean of the last hidden states of a text or of ids, of length 1: float32 [n_embd]."""
         ids = self._ids(text)
         total = np.zeros(self.config.n_embd, np.float64)
@@ -336,7 +355,7 @@ class Model:
         taps: Sequence[str] = (),
         *,
         head: bool = True,
-        adapters: Scales | None = None,
+        adapters: Named | None = None,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Run ids from nothing in a slot of its own: per step its wanted logits and its taps.
 
@@ -411,6 +430,20 @@ class Model:
         """What is running and waiting, and counts since the model was loaded."""
         return self._engine.stats()
 
+    def reset(self) -> None:
+        """Forget what was computed: kept graphs, prefixes in the cells and snapshots of windows.
+
+        For when the forward pass was changed under a loaded model. RequestError while requests run.
+        """
+        self._engine.call(self._reset)
+
+    def _reset(self) -> None:
+        if any(slot.busy for slot in self._engine.slots.all):
+            raise RequestError("requests are under way: a model is reset between them")
+        for slot in self._engine.slots.all:
+            self._engine.slots.cut(slot, 0)
+        self._runner.forget()
+
     # -- state -------------------------------------------------------------------------------
 
     def save_state(self) -> bytes:
@@ -442,6 +475,11 @@ class Model:
         """Whether it has been closed."""
         return not self._close.alive
 
+    def __repr__(self) -> str:
+        kind, slots = self.config.architecture, self.options.slots
+        state = f"context {self.context:,}, slots {slots}"
+        return f"<gemloom.Model {self.name}: {kind}, {'closed' if self.closed else state}>"
+
     def close(self) -> None:
         """Free everything. What is under way ends with ClosedError; a second call does nothing."""
         self._close()
@@ -456,13 +494,3 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _integers(what: str, values: Any) -> list[int]:
-    """Any sequence of integers as a list. OptionError for anything else, bytes among it."""
-    try:
-        if not isinstance(values, str | bytes | bytearray | memoryview):
-            return [index(value) for value in values]
-        raise TypeError  # noqa: TRY301  (a string of bytes is no list of ids)
-    except TypeError:
-        raise OptionError(f"{what} must be integers, not {reprlib.repr(values)}") from None

@@ -5,12 +5,11 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
 from gemloom.config import Config
-from gemloom.errors import OptionError
+from gemloom.errors import OptionError, suggestion
 
 KV_TYPES = ("f32", "f16", "q8_0")
 KERNELS = ("auto", "ggml", "plain")
@@ -19,31 +18,48 @@ PACKED = ("auto", "keep", "off")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How a model is loaded. OptionError for a value outside its range."""
+    """How a model is loaded. OptionError for a value outside its range.
 
-    device: str | Sequence[str] = "auto"  # every GPU; "cpu"; or ggml's names, preferred first
-    gpu_layers: int | None = None  # so many of the last ones go to devices; None: all that fit
-    tensor_split: Sequence[float] | None = None  # the devices' shares of them; None: by free memory
-    threads: int | None = None  # None: one a usable core
-    context: int | None = (
-        None  # positions a sequence may fill; None: 8,192, or what model and memory bear
-    )
-    slots: int = 1  # sequences that may be under way at once, each with K/V cells of its own
-    kv_type: str | None = None  # of the K/V cells: "f32", "f16" or "q8_0"; None: f16 if it fits
-    mmap: bool = True  # use the file's bytes in place; False copies them into memory
-    queue: int = 64  # requests that may wait for a slot
-    chunk: int = 512  # most rows of one prefill step
-    budget: int = (
-        128  # most rows of a step in which a request decodes: how long its stream may wait
-    )
-    snapshots: int = 128  # MiB for windows of K/V cells that chats may come back to; 0: none
-    kernels: str = (
-        "auto"  # our own where there are any; "ggml": its fastest; "plain": its plain ones
-    )
-    packed: str = (
-        "auto"  # weights for our kernels: a file beside the model if there; "keep": make it
-    )
-    keep: int | None = None  # shift the context when it is full, keeping so many first tokens
+    device: where it computes: "auto" is every GPU there is, "cpu" none; or names as
+        ``gemloom doctor`` lists them ("cuda0", "rpc:HOST:PORT"), several as a list.
+    gpu_layers: so many of the last layers go to devices, from 0; None is all that fit.
+    tensor_split: the devices' shares of those layers, such as [3, 1]; None is by free memory.
+    threads: of the CPU, from 1 to 512; None is one a core that may be used.
+    context: positions a sequence may fill, prompt and answer together, from 1; None is 8,192, or
+        what the model and the memory bear.
+    slots: sequences computed at once, from 1 to 256, each with K/V cells of its own.
+    kv_type: of the K/V cells: "f32", "f16" or "q8_0"; None is f16 if that fits in memory.
+    mmap: use the file's bytes in place; False copies them into memory.
+    queue: requests that may wait for a slot, from 1 to 65,536; more are refused.
+    chunk: most rows of a prompt that one step computes while no other request is answered, from 1
+        to 8,192: larger is faster and takes more memory.
+    budget: the same while one is, from 1 to 8,192: larger is faster for the prompt, and the streams
+        under way wait longer for their next token.
+    snapshots: MiB for the sliding layers' cells at points that another prompt may come back to, as
+        earlier turns of a chat, from 0, which keeps none: such prompts are then computed anew.
+    kernels: "auto" takes our own where there are any, "ggml" the library's fastest, "plain" its
+        plain ones, which need no copy of the weights.
+    packed: the weights as our own kernels want them: "auto" takes them from a file beside the
+        model if there is one, "keep" makes that file, so that later loads are quick, "off" neither.
+    keep: when the context is full, drop the older half of it but for so many first tokens, and go
+        on; None ends the answer there.
+    """
+
+    device: str | Sequence[str] = "auto"
+    gpu_layers: int | None = None
+    tensor_split: Sequence[float] | None = None
+    threads: int | None = None
+    context: int | None = None
+    slots: int = 1
+    kv_type: str | None = None
+    mmap: bool = True
+    queue: int = 64
+    chunk: int = 512
+    budget: int = 128
+    snapshots: int = 128
+    kernels: str = "auto"
+    packed: str = "auto"
+    keep: int | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -120,7 +136,6 @@ def from_options(options: Mapping[str, Any]) -> Options:
     known = [option.name for option in fields(Options)]
     for name in options:
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+            hint = suggestion(name, known, f"; there are {', '.join(known)}")
             raise OptionError(f"unknown option {name!r}{hint}")
     return Options(**options)

@@ -22,13 +22,14 @@ from gemloom.cache import KVCache, Rows
 from gemloom.candidates import COUNT, Candidates, candidates
 from gemloom.config import Config
 from gemloom.ggml.device import Device, Tensor
-from gemloom.ggml.graph import I32, I64, SUMS, Graph, finds_largest
+from gemloom.ggml.graph import F32, I32, I64, SUMS, Graph
 from gemloom.inputs import Inputs, Key, Part, declare, key_of, write
-from gemloom.models import ARCHITECTURES
+from gemloom.models import ARCHITECTURES, Architecture
 from gemloom.sampling import Floats, Ids
 from gemloom.sequence import Batch
 from gemloom.weights import Tensors
 
+OWN_NODES = 4  # times the usual number, for forward passes that nobody has counted
 _log = logging.getLogger("gemloom.runner")
 
 
@@ -71,16 +72,24 @@ class Runner:
     that ``rank`` saves reading them all. ``times`` are the seconds since it was made by phase of
     ``run``: build (and allocate), input, launch (handing the graph to devices, and what of it runs
     on the CPU; nothing where all does), ahead (Python's work on the next step meanwhile), compute,
-    read.
+    read. ``own`` is what the forward pass is made by, in place of the architecture's class.
     """
 
-    def __init__(self, device: Device, config: Config, weights: Tensors, kv: KVCache) -> None:
+    def __init__(
+        self,
+        device: Device,
+        config: Config,
+        weights: Tensors,
+        kv: KVCache,
+        own: Architecture | None = None,
+    ) -> None:
         self.config, self.kv = config, kv
         self._device = device
-        self._model = ARCHITECTURES[config.architecture](config, weights)
+        self._model = (own or ARCHITECTURES[config.architecture])(config, weights)
+        self._room = OWN_NODES if own else 1
         self._plan: _Plan | None = None
         logits, count = weights.placement.logits, min(COUNT, config.n_vocab)
-        self.ranks = finds_largest(device, logits, config.n_vocab, count)
+        self.ranks = _finds_largest(device, logits, config.n_vocab, count)
         self._inputs = Inputs(kv)
         self.times = dict.fromkeys(("build", "input", "launch", "ahead", "compute", "read"), 0.0)
         self._warned: set[str] = set()
@@ -156,7 +165,7 @@ class Runner:
         """Run the graph of ``key``, built if need be, on a batch."""
         start = perf_counter()
         if self._plan is None or self._plan.key != key:
-            self._forget()
+            self.forget()
             self._plan = self._allocated(key)
             self._warn()
         plan = self._plan
@@ -219,7 +228,7 @@ class Runner:
         What follows moves down by as much: K is rotated back, each layer with its own dimensions,
         base and factors.
         """
-        self._forget()
+        self.forget()
         with closing(Graph(self._device, node_budget(self.config, 1))) as g:
             inputs = []
             for sliding in (False, True):
@@ -266,13 +275,14 @@ class Runner:
     def discard(self, adapter: Versioned) -> None:
         """Drop the graph that is kept if it has this adapter's tensors."""
         if self._plan and any(s.adapter is adapter for s in self._plan.key.adapters):
-            self._forget()
+            self.forget()
 
     def close(self) -> None:
         """Free the graph that is kept."""
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop the graph that is kept: the next step builds its own."""
         if self._plan:
             self._plan.graph.close()
             self._plan = None
@@ -281,7 +291,7 @@ class Runner:
 
     def _build(self, key: Key) -> _Plan:
         extra = sum(3 if tap.endswith(SUMS) else 1 for tap in key.taps)
-        budget = node_budget(self.config, len(key.parts), extra, len(key.adapters))
+        budget = node_budget(self.config, len(key.parts), extra, len(key.adapters)) * self._room
         if self._device.grow(budget):
             self.reserve()
         g = Graph(self._device, budget, key.taps)
@@ -300,3 +310,11 @@ class Runner:
         ids = g.output(g.largest(logits, min(COUNT, n_vocab)))
         values = g.get_experts(g.reshape(logits, 1, n_vocab, n), ids)
         return _Ranked(ids, g.output(values), g.output(g.sum_rows(logits)))
+
+
+def _finds_largest(device: Device, index: int, n: int, k: int) -> bool:
+    """Whether a device is known to find the k largest of n numbers itself; not the host's CPU."""
+    if index == device.host or not device.knows(index):
+        return False
+    with closing(Graph(device, 8)) as g:
+        return device.supports(index, g.largest(g.input("x", F32, n, 1), k).pointer)

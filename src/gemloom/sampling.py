@@ -26,7 +26,6 @@ Equal logits rank by id, the lowest first, in every step: nothing depends on how
 happened to leave them.
 """
 
-import difflib
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemloom.errors import GemloomError, OptionError, RequestError
+from gemloom.errors import GemloomError, OptionError, RequestError, suggestion
 
 MAX_STOPS = 64  # strings; each is looked for in every piece of text
 MAX_STOP_LENGTH = 1_000  # characters; as many may have to be held back
@@ -123,21 +122,36 @@ def _stop(value: object) -> str:
 class SamplingParams:
     """How one request picks its tokens; the defaults are those Gemma is published with.
 
+    temperature: divides the logits, from 0 to 100; 0 always takes the most likely token.
+    top_k: only so many of the most likely tokens, from 0, which is all.
+    top_p: only the most likely that together have this probability, from 0 to 1, which is all.
+    min_p: only those at least this share as likely as the likeliest, from 0, which is all, to 1.
+    repetition_penalty: makes tokens of the prompt and the answer less likely, from 0.01 to 100;
+        1 is off, below it makes them more likely.
+    presence_penalty: subtracted once from the logits of tokens in the answer, from -2 to 2.
+    frequency_penalty: subtracted as often as they are in it, from -2 to 2.
+    logit_bias: {token id: number} added to the logits, from -100, which bars a token, to 100.
+    seed: from 0 to 2**64 - 1: the same one gives the same text; None is another one every time.
+    logprobs: tell the log-probability of each token, and of the so many most likely ones, from 0
+        to 100; None tells none.
+    max_tokens: the answer ends after so many, from 1; None is as many as the context holds.
+    stop: a string, or up to 64 of up to 1,000 characters: the answer ends before the first.
+
     Every field is checked: OptionError names the option, its range and the value given.
     """
 
-    temperature: float = 1.0  # 0: always the most likely token
-    top_k: int = 64  # 0: off
-    top_p: float = 0.95  # 1: off
-    min_p: float = 0.0  # 0: off
-    repetition_penalty: float = 1.0  # 1: off
+    temperature: float = 1.0
+    top_k: int = 64
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None  # None: another one every time
-    logprobs: int | None = None  # None: none; n: the token's own and the n most likely
-    max_tokens: int | None = None  # None: as many as the context holds
-    stop: tuple[str, ...] = ()  # a single str is taken too
+    seed: int | None = None
+    logprobs: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {}
@@ -179,17 +193,17 @@ class Sampled:
 
 
 def from_options(
-    options: Mapping[str, Any], defaults: SamplingParams = GEMMA_DEFAULTS
+    options: Mapping[str, Any], defaults: SamplingParams | None = None
 ) -> SamplingParams:
     """``defaults`` with some options replaced. OptionError for an unknown name or a bad value."""
+    if not isinstance(defaults, SamplingParams | None):
+        raise OptionError(f"params must be SamplingParams, not {reprlib.repr(defaults)}")
     names = [item.name for item in fields(SamplingParams)]
     for name in options:
         if name not in names:
-            near = difflib.get_close_matches(name[:64], names, n=1, cutoff=0)
-            raise OptionError(
-                f"{reprlib.repr(name)} is not a sampling option; the nearest is {near[0]}"
-            )
-    return replace(defaults, **options)
+            hint = suggestion(name, names, f"; there are {', '.join(names)}")
+            raise OptionError(f"{reprlib.repr(name)} is not a sampling option{hint}")
+    return replace(defaults or GEMMA_DEFAULTS, **options)
 
 
 def check_vocabulary(params: SamplingParams, size: int) -> None:

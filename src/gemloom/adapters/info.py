@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Scales = Mapping[str, float | None]  # of a request, by name; None: the adapter's own
+
+Named = Scales | Sequence[str]  # or their names alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from gemloom.adapters.active import Active
 from gemloom.adapters.checking import check
-from gemloom.adapters.info import AdapterInfo, Scales
+from gemloom.adapters.info import AdapterInfo, Named
 from gemloom.adapters.loaded import Loaded
 from gemloom.adapters.lora import Lora
 from gemloom.adapters.reading import read
@@ -178,7 +178,7 @@ class Adapters:
 
     # -- requests ------------------------------------------------------------------------------
 
-    def lease(self, wanted: Scales | None, prompt: Sequence[int]) -> Lease:
+    def lease(self, wanted: Named | None, prompt: Sequence[int]) -> Lease:
         """The adapters that a request names, as they are now, held until it is released.
 
         A scale of 0 is no adapter. Raises UnknownAdapterError, which lists the names there are,
@@ -187,8 +187,12 @@ class Adapters:
         """
         if not wanted:
             return Lease()
+        if isinstance(wanted, list | tuple) and all(isinstance(name, str) for name in wanted):
+            wanted = dict.fromkeys(wanted)
         if not isinstance(wanted, Mapping):
-            raise OptionError(f"adapters must be {{name: scale}}, not {reprlib.repr(wanted)}")
+            raise OptionError(
+                f"adapters must be [name, ...] or {{name: scale}}, not {reprlib.repr(wanted)}"
+            )
         with self._lock:
             found = [self._active(name, scale, prompt) for name, scale in wanted.items()]
             held = [(version, active) for version, active in found if active.scale]

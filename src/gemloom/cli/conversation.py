@@ -6,18 +6,14 @@ Nothing here reads or writes the terminal.
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gemloom.errors import RequestError
 from gemloom.generation import ChatRun
 from gemloom.model import Model
-from gemloom.router import Plain
 
 Message = dict[str, str]
-_NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
-_STOP = "\nUser:"
 
 
 class Conversation:
@@ -35,12 +31,7 @@ class Conversation:
     def ask(self, text: str) -> ChatRun:
         """Start an answer; nothing of it is kept yet. Raises what ``Model.chat`` raises."""
         messages = [*self.messages, _message("user", text)]
-        if self._model.tokenizer.chat_template is not None:
-            return self._model.chat(messages, stream=True, **self._params)
-        stop = [*self._params.get("stop", ()), _STOP]
-        return ChatRun(
-            self._model.stream(transcript(messages), **{**self._params, "stop": stop}), Plain()
-        )
+        return self._model.chat(messages, stream=True, **self._params)
 
     def keep(self, text: str, answer: str) -> None:
         """Take note of a message and its answer, both or, where nothing was said, neither."""
@@ -83,12 +74,6 @@ class Conversation:
         self._system = [message for message in messages if message["role"] == "system"]
         self._own = path.absolute()
         return f"{len(messages)} messages read from {path}"
-
-
-def transcript(messages: Sequence[Message]) -> str:
-    """The messages as plain text that a base model goes on with."""
-    lines = [f"{_NAMES[message['role']]}: {message['content']}\n" for message in messages]
-    return "".join(lines) + "Assistant:"
 
 
 def _message(role: str, content: str) -> Message:

@@ -6,8 +6,9 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -174,6 +175,7 @@ def serve(
     source = model or default_model()
     settings = server.settings(source)
     listener = _listen(server.host, server.port)  # one in use is told before the model is loaded
+    settings = replace(settings, hosts=_own_names(server.host, listener))
     with listener, open_model(source, load) as opened:
         from gemloom.loading import load as load_again
         from gemloom.server.app import create_app
@@ -183,6 +185,9 @@ def serve(
         once = is_pipe(source)  # then it cannot be loaded again
         with waiting("loading adapters"):
             app = create_app(opened, settings, None if once else again)
+        if opened.tokenizer.chat_template is None:
+            note(f"{opened.name} is a base model, without chat template: chats go to it as plain "
+                 "User/Assistant text, as /v1/completions would send it")  # fmt: skip
         for info in opened.adapters.list():
             note(summary(info.name, info))
         with closing(app.state.service):
@@ -257,21 +262,39 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _own_names(host: str, listener: socket.socket) -> tuple[str, ...]:
+    """What a server that only this machine reaches is called; of another one nobody knows."""
+    if not ip_address(listener.getsockname()[0]).is_loopback:
+        return ()
+    return tuple(dict.fromkeys(("localhost", "127.0.0.1", "::1", host.lower())))
+
+
 def _run(app: "FastAPI", listener: socket.socket, settings: "Settings", drain: float) -> None:
     """Serve until a signal comes and the requests under way have ended."""
+    import asyncio
+
     import uvicorn
 
     class Server(uvicorn.Server):
-        """uvicorn's, but the first signal drains, and the system's own way of the second ends."""
+        """uvicorn's, but the first signal drains, and the system's own way of the second ends.
+
+        While it drains it still listens: /health says that it is stopping, and so do refusals.
+        """
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             typer.echo(f"{one_line(settings.name)} is served at {_address(listener)}")
+            self.warming = asyncio.create_task(app.state.service.warm())
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            import asyncio
-
-            asyncio.get_running_loop().call_later(drain, app.state.service.stop)
+            self.warming.cancel()
+            service = app.state.service
+            service.stopping = True
+            if service.under_way and drain:
+                several = f"{service.under_way} request" + "s" * (service.under_way > 1)
+                note(f"waiting for {several}, up to {drain:g} s; a second signal ends at once")
+            await service.idle(drain)
+            service.stop()
             await super().shutdown(sockets)
 
         @contextmanager
@@ -288,7 +311,7 @@ def _run(app: "FastAPI", listener: socket.socket, settings: "Settings", drain: f
 
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off",
-        timeout_graceful_shutdown=int(drain) + _AFTER_STOP, ws="none",
+        timeout_graceful_shutdown=_AFTER_STOP, ws="none",
     )  # fmt: skip
     Server(config).run([listener])
 

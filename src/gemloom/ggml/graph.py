@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,6 +53,7 @@ class Graph:
         self._made: dict[tuple[str, int], Tensor] = {}
         self._kept: list[Any] = []
         self._inputs: list[Tensor] = []
+        self._constants: list[tuple[Tensor, np.ndarray[Any, Any]]] = []
         self.names: list[str] = []
         self._spreading = None if device.on_host else Spread(device, self._context, self._graph)
 
@@ -81,6 +82,11 @@ class Graph:
         ggml.ggml_set_name(pointer, name.encode())
         self._inputs.append(Tensor(pointer, kind, shape, name=name))
         return self._inputs[-1]
+
+    def constant(self, name: str, values: np.ndarray[Any, Any]) -> Tensor:
+        """f32 ``values``, slowest dimension first; read from the array at each ``compute()``."""
+        self._constants.append((self.input(name, F32, *values.shape[::-1]), values))
+        return self._constants[-1][0]
 
     def output(self, x: Tensor) -> Tensor:
         """Keep ``x`` so that it can be read after ``compute()``, and compute all it needs.
@@ -173,6 +179,9 @@ class Graph:
         ``meanwhile`` is called while a device computes: after all was computed on the CPU.
         """
         assert self._device.current is self
+        for tensor, values in self._constants:
+            if tensor.array is not None:  # else no node reads it
+                tensor.array[...] = values
         if self._spreading:
             self._spreading.send()
         scheduler = self._device.scheduler
@@ -291,13 +300,8 @@ class Graph:
     def set_rows(self, table: Tensor, x: Tensor, ids: Tensor) -> None:
         """Write x [k, m] into the rows ids [m] i64 of table [k, n], before whatever comes later."""
         assert table.shape[0] == x.shape[0] and x.shape[1:] == ids.shape, (table, x, ids)
-        self.expand(
-            Tensor(
-                ggml.ggml_set_rows(self._context, table.pointer, x.pointer, ids.pointer),
-                table.type,
-                table.shape,
-            )
-        )
+        result = ggml.ggml_set_rows(self._context, table.pointer, x.pointer, ids.pointer)
+        self.expand(Tensor(result, table.type, table.shape))
 
     # -- element by element ------------------------------------------------------------------
 
@@ -330,6 +334,10 @@ class Graph:
     def scale(self, x: Tensor, factor: float) -> Tensor:
         """x * factor."""
         return Tensor(ggml.ggml_scale(self._context, x.pointer, factor), F32, x.shape)
+
+    def apply(self, function: Callable[[Any, Any], Any], x: Tensor) -> Tensor:
+        """What one of ggml's functions of one tensor makes of x, such as ``ggml.ggml_relu``."""
+        return Tensor(function(self._context, x.pointer), F32, x.shape)
 
     def gelu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """gelu(gate) * up, GELU in its tanh form; both of one shape, rows contiguous."""
@@ -493,11 +501,3 @@ class Graph:
 def f16_mask(visible: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """bool [n, cells] -> f16 mask for ``attention``: 0 where visible, minus infinity elsewhere."""
     return np.where(visible, np.float16(0), np.float16(-np.inf))
-
-
-def finds_largest(device: Device, index: int, n: int, k: int) -> bool:
-    """Whether a device is known to find the k largest of n numbers itself; not the host's CPU."""
-    if index == device.host or not device.knows(index):
-        return False
-    with closing(Graph(device, 8)) as g:
-        return device.supports(index, g.largest(g.input("x", F32, n, 1), k).pointer)

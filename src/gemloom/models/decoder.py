@@ -114,9 +114,11 @@ class Decoder:
             logits *= np.float32(cap)
         return logits
 
-    @staticmethod
-    def named(g: Graph, spec: LayerSpec, name: str, x: Tensor) -> Tensor:
-        """Give an intermediate of a layer its name."""
+    def named(self, g: Graph, spec: LayerSpec, name: str, x: Tensor) -> Tensor:
+        """Give an intermediate of a layer its name; what is returned goes on in its place.
+
+        The names are attn_kqv [hd * H, T], attn_out and out [D, T]. A subclass may change them.
+        """
         return g.name(x, f"blk.{spec.index}.{name}")
 
 

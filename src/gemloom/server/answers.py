@@ -204,8 +204,9 @@ class CompletionChoice:
             "tokens": [entry["token"] for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],
             "top_logprobs": [
-                {top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries
-            ],
+                {e["token"]: e["logprob"] for e in (entry, *entry["top_logprobs"])}
+                for entry in entries
+            ],  # the token itself is among them, as in OpenAI's API
             "text_offset": [offset for _ in entries],
             "bytes": [entry["bytes"] for entry in entries],
         }

@@ -149,6 +149,7 @@ def _encoded(vector: np.ndarray, form: str | None) -> Any:
     return vector.tolist()
 
 
+@api.get("/v1/models/", include_in_schema=False)
 @api.get("/v1/models")
 async def models(request: Request) -> Response:
     """The one model there is, its other names, and itself with each adapter."""
@@ -267,27 +268,35 @@ class _App(FastAPI):
 
 
 class _Counted:
-    """Counts requests and their durations, by route and status."""
+    """Counts requests and their durations, by route and status, and those under way.
+
+    HEAD is asked of the app as GET: what runs the app leaves out the body.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._metrics = app, service.metrics
+        self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
         started, status = time.perf_counter(), 500
+        counted = int(scope["path"] != "/health")
 
         async def noted(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
+        self._service.under_way += counted
         try:
             await self._app(scope, receive, noted)
         finally:
+            self._service.under_way -= counted
             path = getattr(scope.get("route"), "path", "other")
-            self._metrics.answered(path, status, time.perf_counter() - started)
+            self._service.metrics.answered(path, status, time.perf_counter() - started)
 
 
 def create_app(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from hmac import compare_digest
@@ -11,6 +12,8 @@ from urllib.parse import urlsplit
 from starlette.requests import HTTPConnection, Request
 
 from gemloom.server.errors import BodyTooLargeError, ForbiddenError, KeyRefusedError
+
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::\d*)?", re.ASCII)  # and maybe a port
 
 
 class Keys:
@@ -56,6 +59,23 @@ def check_origin(request: HTTPConnection, allowed: Sequence[str]) -> None:
         own = False
     if not own:
         raise ForbiddenError("pages of other sites may not use this server: start it with --cors")
+
+
+def check_host(request: HTTPConnection, names: Sequence[str]) -> None:
+    """ForbiddenError where the Host header has none of these names; without any, all will do.
+
+    A site may let its own name mean this machine (DNS rebinding): then its pages are no other
+    site's to a browser, and Origin and Host agree. The name it was asked by still is the site's.
+    """
+    if not names:
+        return
+    host = request.headers.get("host", "")
+    name = _HOST.fullmatch(host)
+    if name is None or (name[1] or name[2]).lower() not in names:
+        raise ForbiddenError(
+            f"the host {host[:80]!r} is not served here, only {', '.join(names)}: "
+            "for another name start it with an --api-key"
+        )
 
 
 def is_local(request: HTTPConnection) -> bool:

@@ -12,6 +12,7 @@ from functools import partial
 
 from gemloom import conversation
 from gemloom.adapters.info import Scales
+from gemloom.chat import with_stop
 from gemloom.constraint import ThinkingBudget, both
 from gemloom.conversation import Thought
 from gemloom.errors import RequestError
@@ -61,14 +62,14 @@ class Preparer:
     """Makes jobs of requests to one model; any thread may call it."""
 
     def __init__(self, model: Model) -> None:
-        self._model, self._tokenizer = model, model.tokenizer
+        self._model, self._tokenizer, self._grammars = model, model.tokenizer, model.grammars
         opening, closing = (model.tokenizer.id_of(text) for text in ("<|channel>", "<channel|>"))
         # The tokens around a thought; None for a model that has no such markup.
         self._markers = None if opening is None or closing is None else (opening, closing)
         self._call = model.tokenizer.id_of("<|tool_call>")
 
     def prompt(self, asked: Conversation) -> Ids:
-        """The prompt of a chat by the file's own template. RequestError where it cannot be made."""
+        """The prompt of a chat, as ``Model.chat`` makes it. RequestError for a bad one."""
         return self._prompt(asked, _variables(asked))
 
     def _prompt(self, asked: Conversation, variables: Json) -> Ids:
@@ -103,7 +104,7 @@ class Preparer:
 
     def _chat_sampling(self, asked: ChatRequest) -> Json:
         """The options; where no tool may be called, the token that begins a call is barred."""
-        sampling = asked.sampling()
+        sampling = with_stop(self._tokenizer, asked.sampling())
         if self._call is None or _tool_choice(asked) is not None:
             return sampling
         return sampling | {"logit_bias": sampling.get("logit_bias", {}) | {self._call: -100.0}}
@@ -120,12 +121,12 @@ class Preparer:
             if _form(asked) != "text":
                 raise FieldError("tools", "tools: with them, a form needs tool_choice to be none")
             tools = conversation.check_tools(asked.tools or [])
-            form = partial(self._model.grammars.tools, tools, choice, **thought.options())
+            form = partial(self._grammars.tools, tools, choice, **thought.options())
         return self._within_budget(asked, form, thought)
 
     def _format(self, asked: Sampled, thought: Thought) -> MakeConstraint:
         """Makes each run the constraint that the format, the regex or the grammar asks for."""
-        grammars, options = self._model.grammars, thought.options()
+        grammars, options = self._grammars, thought.options()
         form = _form(asked)
         if form == "regex":
             return partial(grammars.regex, asked.regex or "", **options)

@@ -25,7 +25,7 @@ from pydantic_core import from_json
 
 from gemloom.adapters.info import AdapterInfo
 from gemloom.chat import ROLES
-from gemloom.errors import GemloomError, RequestError
+from gemloom.errors import GemloomError, RequestError, suggestion
 from gemloom.generation import Usage
 from gemloom.server.errors import FieldError
 
@@ -330,7 +330,8 @@ def _known(fields: Iterable[str], value: Json) -> Json:
         if name in names or name in IGNORED:
             continue
         if name not in REFUSED:
-            raise FieldError(name, f"{name[:64]!r} is not a field of this request")
+            hint = suggestion(name, names)
+            raise FieldError(name, f"{name[:64]!r} is not a field of this request{hint}")
         neutral, hint = REFUSED[name]
         if given is not None and given not in neutral:
             raise FieldError(name, f"{name} is not supported: {hint}")

@@ -16,13 +16,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gemloom.adapters.info import Scales
-from gemloom.errors import EngineError
+from gemloom.errors import EngineError, GemloomError
 from gemloom.generation import Run
 from gemloom.model import Model
 from gemloom.server.adapters import AdapterFile, ServedAdapters
 from gemloom.server.answers import Head, new_id
-from gemloom.server.errors import ForbiddenError, UnknownModelError
-from gemloom.server.guard import Keys, check_origin, is_local, read_body
+from gemloom.server.errors import ForbiddenError, StoppedError, UnknownModelError
+from gemloom.server.guard import Keys, check_host, check_origin, is_local, read_body
 from gemloom.server.jobs import Job, Preparer, start
 from gemloom.server.metrics import Metrics
 from gemloom.server.protocol import Adapted, Body, parse
@@ -38,6 +38,8 @@ from gemloom.server.streams import (
     whole,
 )
 
+_QUIET = 1.0  # seconds without requests before what can wait is done
+_LOOK = 0.05  # seconds between two looks at what is under way
 _T = TypeVar("_T")
 _Body = TypeVar("_Body", bound=Body)
 
@@ -49,6 +51,7 @@ class Settings:
     name: str  # of the model, as requests call it
     aliases: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()  # none: whoever reaches it may use it
+    hosts: tuple[str, ...] = ()  # names it may be asked by without a key; none: any
     cors: tuple[str, ...] = ()  # origins whose pages may use it; "*" for all
     max_body: int = 32 << 20  # bytes
     timeout: float | None = 600.0  # seconds of one request; None: no limit
@@ -77,6 +80,8 @@ class Service:
         )
         self.adapters = ServedAdapters(model, settings.adapters)
         self.created = int(time.time())
+        self.under_way = 0  # HTTP requests but those for /health
+        self.stopping = False  # whether new ones are refused
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
         self._recovery = load and Recovery(lambda: self.model, load, self._take)
 
@@ -92,8 +97,10 @@ class Service:
             self._recovery.close()
         self.model.close()
 
-    def failure(self) -> EngineError | None:
+    def failure(self) -> GemloomError | None:
         """Why no requests are answered; None where they are."""
+        if self.stopping:
+            return StoppedError("the server is stopping")
         stats = self.model.stats()
         if stats.error is None:
             return None
@@ -109,6 +116,7 @@ class Service:
         """KeyRefusedError or ForbiddenError for who may not use this server."""
         self.keys.check(request)
         if not self.keys:
+            check_host(request, self.settings.hosts)
             check_origin(request, self.settings.cors)
 
     def admit_state(self, request: Request) -> None:
@@ -195,6 +203,24 @@ class Service:
             return await attended(request.receive, in_thread(partial(work, given_up), deadline))
         finally:
             given_up.set()
+
+    async def warm(self, quiet: float = _QUIET) -> None:
+        """Get the grammar engine ready once no request has been under way for ``quiet`` seconds.
+
+        That holds the interpreter for about a second, which else the first request that has a form
+        would cost every stream.
+        """
+        since = time.monotonic()
+        while self.under_way or time.monotonic() - since < quiet:
+            await asyncio.sleep(_LOOK)
+            since = time.monotonic() if self.under_way else since
+        await in_thread(self.model.grammars.warm, None)
+
+    async def idle(self, seconds: float) -> None:
+        """Return when no request is under way, or after so many seconds."""
+        end = time.monotonic() + seconds
+        while self.under_way and time.monotonic() < end:
+            await asyncio.sleep(_LOOK)
 
     def stop(self) -> None:
         """End every request that is under way; each client is told."""

@@ -1,0 +1,51 @@
+"""What callers give as a prompt or as rows: text or any sequence of integers, checked."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+from gemloom.errors import ContextError, OptionError, RequestError
+from gemloom.tokenizer import Tokenizer
+
+
+def prompt_ids(
+    prompt: str | Sequence[int], tokenizer: Tokenizer, n_vocab: int, context: int
+) -> list[int]:
+    """A prompt as ids: text gets one BOS, ids are used as they are.
+
+    RequestError for an empty one, OptionError for what is no id or several prompts, ContextError.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer.with_bos(tokenizer.encode(prompt)) if prompt else []
+    else:
+        _refuse_several(prompt)
+        ids = integers("the prompt", prompt)
+    if not ids:
+        raise RequestError("the prompt is empty")
+    for token in ids:
+        if not 0 <= token < n_vocab:
+            raise OptionError(f"{token} is no token id of this model")
+    if len(ids) > context:
+        raise ContextError(f"the prompt has {len(ids):,} tokens, the context {context:,}")
+    return ids
+
+
+def _refuse_several(prompt: Any) -> None:
+    if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], str | list | tuple):
+        raise OptionError(
+            "the prompt must be integers or one text: for several at once load with slots=N, "
+            "start stream() for each, then take completion() of each"
+        )
+
+
+def integers(what: str, values: Any) -> list[int]:
+    """Any sequence of integers as a list. OptionError for anything else, bytes among it."""
+    try:
+        if not isinstance(values, str | bytes | bytearray | memoryview):
+            return [index(value) for value in values]
+        raise TypeError  # noqa: TRY301  (a string of bytes is no list of ids)
+    except TypeError:
+        raise OptionError(f"{what} must be integers, not {reprlib.repr(values)}") from None
