@@ -173,7 +173,7 @@ def test_quantized_again_only_where_asked(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["in.gguf"]
     told = cli(tmp_path, tmp_path / "out.gguf", "--type", "Q4_K_M", "--requantize")
     assert told["bytes"] < told["source_bytes"]
-    same = cli(tmp_path, tmp_path / "out.gguf", "--type", "Q8_0")  # nothing changes its type
+    same = cli(tmp_path, tmp_path / "out8.gguf", "--type", "Q8_0")  # nothing changes its type
     assert same["bytes"] == same["source_bytes"]
 
 
