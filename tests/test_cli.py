@@ -289,6 +289,12 @@ def test_tables_for_programs_and_for_narrow_terminals(model: Path) -> None:
         assert re.search(r"\btensors\b.*\bweights\b", shown.stdout)
 
 
+def test_no_column_is_dropped(model: Path) -> None:
+    args = ["doctor", str(model), "--device=cpu", "--context=64"]
+    shown = CliRunner(env={"COLUMNS": "40"}).invoke(app, args).stdout
+    assert re.search(r"^device +layers +weights +K/V +compute +all +free$", shown, re.MULTILINE)
+
+
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_inspect_is_readable(tmp_path: Path, variant: str) -> None:
     text = fine("inspect", write(tmp_path, variant), "--tensors").stdout

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gemloom.generation import Usage
 
 _SPINNER_AFTER = 1.0  # seconds
+_BETWEEN = 2  # blanks behind a column of a table
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -80,8 +81,11 @@ def render(item: "RenderableType", *, aside: bool = False) -> None:
 
     target = sys.stderr if aside else sys.stdout
     console = Console(file=target, highlight=False, markup=False, emoji=False)
+    # Where the headers do not fit, lines are too long: rich would drop the columns on the right.
+    columns = getattr(item, "columns", ())
+    least = sum((column.min_width or 1) + _BETWEEN for column in columns)
     with console.capture() as text:
-        console.print(item)
+        console.print(item, width=max(console.width, least), crop=False)
     lines = text.get().splitlines(keepends=True)
     if not console.is_terminal:  # blanks to the width of the table are of no use to programs
         lines = [f"{line.rstrip()}\n" for line in lines]
@@ -93,7 +97,8 @@ def table(*columns: str) -> "Table":
     """An empty table; a column whose name begins with > is aligned to the right."""
     from rich.table import Table
 
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    padding = (0, _BETWEEN, 0, 0)
+    made = Table(box=None, pad_edge=False, padding=padding, header_style="bold")
     for name in columns:
         right, name = name.startswith(">"), name.lstrip(">")
         longest = max(map(len, name.split()), default=0)  # a header is broken between words only
