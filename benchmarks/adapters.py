@@ -27,11 +27,11 @@ from machine import describe
 from rich.table import Table
 from sides import OURS, Side, peer_side, run
 
-from gemloom import gguf, source
 from gemloom.adapters.base import open_base
 from gemloom.adapters.gguf_lora import write_gguf
 from gemloom.adapters.lora import Lora, Pair
 from gemloom.errors import GemloomError, OptionError
+from gemloom.files import gguf, source
 from gemloom.ggml.device import usable_cores
 
 RANK = 16

@@ -27,13 +27,14 @@ from quality_models import bits, make_base, round_matrices
 from quality_tables import show
 
 import gemloom
-from gemloom import gguf, imatrix, imatrix_file, quantize, recipes, source
 from gemloom.errors import GemloomError
+from gemloom.files import gguf, source
+from gemloom.files.gguf import GGUF
 from gemloom.ggml import quants
 from gemloom.ggml.device import usable_cores
-from gemloom.gguf import GGUF
-from gemloom.imatrix_file import ImportanceMatrix
-from gemloom.perplexity import Comparison, Cut, Recorded, compare
+from gemloom.quantization import imatrix, imatrix_file, quantize, recipes
+from gemloom.quantization.imatrix_file import ImportanceMatrix
+from gemloom.quantization.perplexity import Comparison, Cut, Recorded, compare
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.json"

@@ -20,10 +20,10 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
+from gemloom.files.gguf import GGUF, TensorInfo, nbytes
+from gemloom.files.writing import GGUFWriter, Planned
 from gemloom.ggml import quants
-from gemloom.gguf import GGUF, TensorInfo, nbytes
-from gemloom.imatrix_file import ImportanceMatrix
-from gemloom.writing import GGUFWriter, Planned
+from gemloom.quantization.imatrix_file import ImportanceMatrix
 
 PIECE = 1 << 20  # values at a time, about
 

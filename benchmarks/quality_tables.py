@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemloom.cli.picturing import Point, draw
-from gemloom.perplexity import Estimate
+from gemloom.quantization.perplexity import Estimate
 
 NOTHING_LEFT = 5.0  # nats of KL divergence; what lost more is not drawn
 Found = dict[str, Any]

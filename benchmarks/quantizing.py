@@ -18,10 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from gemloom import gguf, quantize, source
+from gemloom.files import gguf, source
 from gemloom.ggml.device import usable_cores
-from gemloom.quantize import Wanted
-from gemloom.recipes import recipe
+from gemloom.quantization import quantize
+from gemloom.quantization.quantize import Wanted
+from gemloom.quantization.recipes import recipe
 
 KINDS = ("Q8_0", "Q4_0", "Q6_K", "Q4_K_M", "Q5_K_M", "Q3_K_M", "Q2_K", "IQ4_XS", "TQ2_0")
 PEER = """

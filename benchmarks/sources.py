@@ -188,7 +188,7 @@ def measure(options: argparse.Namespace) -> Path:
 
 def _whole(model: str, folder: Path) -> Path:
     """The model as one file in ``folder``, which servers give."""
-    from gemloom import source
+    from gemloom.files import source
 
     (blob,) = source.resolve(model)
     path = folder / (re.sub(r"\.gguf$", "", Path(blob.name).name) + ".gguf")
@@ -203,7 +203,7 @@ def _sealed(path: Path) -> tuple[Path, str]:
     """The same sealed, and the key for it, which is made for this run."""
     import base64
 
-    from gemloom import sealed, source
+    from gemloom.files import sealed, source
 
     raw, out = os.urandom(sealed.KEY_BYTES), path.with_name(f"{path.name}.sealed")
     sealed.seal(source.resolve(path)[0], out, sealed.Key(raw), lambda done: None)

@@ -35,9 +35,9 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 
-from gemloom import gguf
-from gemloom.blob import Blob
 from gemloom.errors import GemloomError, RequestError
+from gemloom.files import gguf
+from gemloom.files.blob import Blob
 from gemloom.ggml.quants import quantize
 
 VOCABULARY = Path(__file__).parent.parent / "tests" / "data" / "gemma4-vocab.gguf.xz"

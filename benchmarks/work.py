@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from gemloom import gguf, source
 from gemloom.config import Config, LayerSpec, from_gguf
+from gemloom.files import gguf, source
 from gemloom.weights import PER_LAYER_TABLE
 
 F16_BYTES = 2  # of one value in the K/V cells

@@ -1,11 +1,11 @@
-"""Random walks through a grammar's masks, for the tests of ``constraint.py``."""
+"""Random walks through a grammar's masks, for the tests of ``text/constraint.py``."""
 
 import random
 from functools import cache
 
 import numpy as np
 
-from gemloom.constraint import Grammars
+from gemloom.text.constraint import Grammars
 from vocabularies import small
 
 EXTRA = 13  # ids of the model past the tokenizer's

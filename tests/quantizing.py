@@ -7,11 +7,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 import tiny
-from gemloom import gguf, quantize, source
-from gemloom.gguf import GGUF
-from gemloom.imatrix_file import Importance, ImportanceMatrix
-from gemloom.quantize import TensorRule, Wanted
-from gemloom.recipes import RECIPES
+from gemloom.files import gguf, source
+from gemloom.files.gguf import GGUF
+from gemloom.quantization import quantize
+from gemloom.quantization.imatrix_file import Importance, ImportanceMatrix
+from gemloom.quantization.quantize import TensorRule, Wanted
+from gemloom.quantization.recipes import RECIPES
 
 
 def small() -> tiny.Variant:

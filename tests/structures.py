@@ -7,8 +7,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 import tiny
-from gemloom.blob import Blob
-from gemloom.gguf import GGUF, Metadata, TensorInfo
+from gemloom.files.blob import Blob
+from gemloom.files.gguf import GGUF, Metadata, TensorInfo
 from tiny import Variant
 
 _G3 = {"head_dim": 256, "head_dim_full": 256}

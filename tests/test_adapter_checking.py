@@ -286,7 +286,7 @@ def test_inspect(tmp_path: Any) -> None:
 
 
 def _config_and_shapes(model: Any) -> tuple[Any, Any]:
-    from gemloom import gguf, source
+    from gemloom.files import gguf, source
 
     base = open_base(gguf.read(source.resolve(model)))
     return base.config, base.shapes

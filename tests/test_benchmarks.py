@@ -20,11 +20,11 @@ from rich.console import Console
 
 import gemloom
 import tiny
-from gemloom import gguf, source
 from gemloom.adapters.base import open_base
 from gemloom.adapters.reading import read
-from gemloom.blob import Blob
 from gemloom.errors import GemloomError, OptionError, RequestError
+from gemloom.files import gguf, source
+from gemloom.files.blob import Blob
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

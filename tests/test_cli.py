@@ -22,8 +22,8 @@ from gemloom.cli.options import LoadOptions, SamplingOptions
 from gemloom.cli.report import ranges
 from gemloom.cli.terminal import clean, size
 from gemloom.config import Config
+from gemloom.files.source import DEFAULT_MODEL
 from gemloom.options import Options
-from gemloom.source import DEFAULT_MODEL
 
 
 @pytest.fixture(scope="module")

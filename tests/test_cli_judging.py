@@ -14,8 +14,8 @@ import pytest
 import gemloom
 import tiny
 from command_line import call, fine, terminal, write
-from gemloom import imatrix, imatrix_file
-from gemloom.perplexity import Cut, compare, perplexity
+from gemloom.quantization import imatrix, imatrix_file
+from gemloom.quantization.perplexity import Cut, compare, perplexity
 
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody asks why; it does so again. " * 3
 SMALL = ("--context", "32", "--threads", "1")

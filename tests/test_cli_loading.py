@@ -13,15 +13,15 @@ import pytest
 import gemloom
 import tiny
 from command_line import write
-from gemloom import gguf, source
 from gemloom.cli import terminal
 from gemloom.cli.opening import open_model
 from gemloom.cli.options import LoadOptions
 from gemloom.cli.progress import bar
+from gemloom.files import gguf, source
 from gemloom.filling import Filling
 from gemloom.model import Model
 from gemloom.options import Options
-from gemloom.tokenizer import Tokenizer
+from gemloom.text.tokenizer import Tokenizer
 
 ONE = LoadOptions(threads=1, context=64)
 

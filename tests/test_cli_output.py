@@ -12,10 +12,10 @@ import pytest
 import checkpoints
 import tiny_lora
 from command_line import ENVIRONMENT, call, fine, write
-from gemloom import gguf, source
 from gemloom.adapters.reading import read
 from gemloom.cli.output import output
 from gemloom.errors import OptionError, OutputError
+from gemloom.files import gguf, source
 
 SMALL = ("--context", "32", "--threads", "1", "--chunks", "1")
 
@@ -147,7 +147,7 @@ def test_where_nothing_can_be_written(tmp_path: Path, name: str, kind: type[Exce
 
 HALF_WAY = """
 import sys, time
-from gemloom import quantize
+from gemloom.quantization import quantize
 from gemloom.cli import main
 real = quantize._make
 def make(*given):

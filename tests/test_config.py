@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import tiny
-from gemloom import gguf
-from gemloom.blob import Blob
 from gemloom.config import Config, from_gguf
 from gemloom.errors import ConfigError, TensorError
+from gemloom.files import gguf
+from gemloom.files.blob import Blob
 from tiny import VARIANTS
 
 variants = pytest.mark.parametrize("variant", VARIANTS)

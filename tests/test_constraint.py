@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemloom.constraint import Grammars, ThinkingBudget, both
 from gemloom.errors import GemloomError, OptionError, RequestError
+from gemloom.text.constraint import Grammars, ThinkingBudget, both
 from grammar_walks import EXTRA, grammars, one, specials, text, walk
 from vocabularies import gemma3, gemma4, small
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_vocab
-from gemloom.chat import encode_chat, render
-from gemloom.conversation import (
+from gemloom.errors import OptionError, RequestError
+from gemloom.text.chat import encode_chat, render
+from gemloom.text.conversation import (
     MAX_TOOLS,
     check_tools,
     prepare,
@@ -18,9 +19,8 @@ from gemloom.conversation import (
     starts_reasoning,
     variables,
 )
-from gemloom.errors import OptionError, RequestError
-from gemloom.router import Router, ToolCall
-from gemloom.tokenizer import Tokenizer
+from gemloom.text.router import Router, ToolCall
+from gemloom.text.tokenizer import Tokenizer
 from vocabularies import gemma4_metadata, metadata
 
 # In the markup of Gemma 4: one model turn from a question to its answer, tool results inside it.

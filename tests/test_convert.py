@@ -16,11 +16,12 @@ import gemloom
 import tiny
 import vocabularies
 from command_line import fine
-from gemloom import convert, gguf, source
+from gemloom import convert
 from gemloom.convert import checkpoint as reading
 from gemloom.convert.names import to_gguf, to_hf
-from gemloom.gguf import GGUF
-from gemloom.tokenizer import Tokenizer
+from gemloom.files import gguf, source
+from gemloom.files.gguf import GGUF
+from gemloom.text.tokenizer import Tokenizer
 from test_forward import assert_close, golden
 from tiny import VARIANTS, Variant
 

@@ -11,9 +11,10 @@ from gguf.constants import GGMLQuantizationType as Type
 
 import checkpoints
 from command_line import ENVIRONMENT, call
-from gemloom import convert, gguf, source, writing
+from gemloom import convert
 from gemloom.convert import checkpoint as reading
 from gemloom.errors import OptionError, OutputError
+from gemloom.files import gguf, source, writing
 from tiny import VARIANTS
 
 
@@ -88,7 +89,8 @@ def test_changed_weights_are_not_gone_on_with(tmp_path: Path, small_steps: None)
 
 HALF_WAY = """
 import sys, time
-from gemloom import convert, writing
+from gemloom import convert
+from gemloom.files import writing
 from gemloom.convert import checkpoint
 writing._SYNC = checkpoint.PIECE = 100_000
 def pause(done):

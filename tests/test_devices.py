@@ -16,15 +16,16 @@ import gemloom
 import tiny
 from conftest import Load, prompt
 from device_checks import Bound, Checks, copied, run
-from gemloom import bench, gguf
+from gemloom import bench
 from gemloom.errors import DeviceError, OptionError
+from gemloom.files import gguf
+from gemloom.files.source import resolve
 from gemloom.ggml import backends, pinning, spreading
 from gemloom.ggml.backends import DeviceInfo, Found
 from gemloom.model import Model
 from gemloom.options import Options
 from gemloom.placement import Placement
 from gemloom.sequence import Chunk
-from gemloom.source import resolve
 from gemloom.surveying import survey
 from random_lora import random_lora
 

@@ -19,13 +19,13 @@ import gemloom
 import tiny
 from conftest import Load, prompt
 from device_checks import Bound, Checks, call, run
-from gemloom import gguf
 from gemloom.cli.placing import plan_facts, plan_table
+from gemloom.files import gguf
+from gemloom.files.source import resolve
 from gemloom.fitting import propose
 from gemloom.kernels.library import supported
 from gemloom.options import Options
 from gemloom.sequence import Chunk
-from gemloom.source import resolve
 from random_lora import random_lora
 from workers import needs_rpc, worker
 

@@ -21,9 +21,9 @@ import pytest
 
 import gemloom
 import tiny
-from gemloom import gguf
-from gemloom.blob import Blob
 from gemloom.errors import GemloomError
+from gemloom.files import gguf
+from gemloom.files.blob import Blob
 from test_gguf import small
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs alarm() and RLIMIT_AS")

@@ -16,9 +16,9 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemloom import gguf
-from gemloom.blob import Blob
 from gemloom.errors import ConfigError, FormatError
+from gemloom.files import gguf
+from gemloom.files.blob import Blob
 
 VOCABULARY = Path(__file__).parent / "data" / "gemma4-vocab.gguf.xz"
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import huggingface_hub
 import pytest
 
-from gemloom import source
 from gemloom.errors import GemloomError, OptionError, SourceError
+from gemloom.files import source
 from test_source import SMALL, refusal
 
 REPOSITORIES = {
@@ -151,7 +151,7 @@ def server() -> Iterator[str]:
 
 ASK = """
 import json, sys
-from gemloom import source
+from gemloom.files import source
 from gemloom.errors import GemloomError
 for name in sys.argv[1:]:
     try:

@@ -12,11 +12,11 @@ import gemloom
 import oracle
 import tiny
 from conftest import Load
-from gemloom import imatrix_file
 from gemloom.errors import OptionError, RequestError
-from gemloom.imatrix import collect
-from gemloom.imatrix_file import ImportanceMatrix
-from gemloom.perplexity import Cut, cut, read_tokens
+from gemloom.quantization import imatrix_file
+from gemloom.quantization.imatrix import collect
+from gemloom.quantization.imatrix_file import ImportanceMatrix
+from gemloom.quantization.perplexity import Cut, cut, read_tokens
 
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody asks why; it does so again. " * 3
 CUT = Cut(context=32)

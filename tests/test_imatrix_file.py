@@ -9,9 +9,9 @@ from gguf import GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemloom import imatrix_file
 from gemloom.errors import GemloomError
-from gemloom.imatrix_file import Importance, ImportanceMatrix
+from gemloom.quantization import imatrix_file
+from gemloom.quantization.imatrix_file import Importance, ImportanceMatrix
 
 
 def matrix(seed: int = 0) -> ImportanceMatrix:

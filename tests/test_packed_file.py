@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 import gemloom
 import tiny
 from conftest import prompt, until
-from gemloom import gguf, source
 from gemloom.cli import terminal as cli_terminal
 from gemloom.errors import OptionError
+from gemloom.files import gguf, source
 from gemloom.kernels import packed_file
 from gemloom.kernels.library import supported
 from gemloom.kernels.packing import Plan

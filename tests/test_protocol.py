@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 import vocabularies
 from gemloom.errors import GemloomError, RequestError
 from gemloom.generation import Usage
-from gemloom.router import Content, Plain, Reasoning, Router
 from gemloom.sequence import Piece
 from gemloom.server import protocol
 from gemloom.server.answers import (
@@ -23,6 +22,7 @@ from gemloom.server.answers import (
 from gemloom.server.errors import FieldError
 from gemloom.server.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, parse
 from gemloom.server.responses import ResponseAnswer, ResponsesRequest
+from gemloom.text.router import Content, Plain, Reasoning, Router
 
 HEAD = Head("id-1", 1_700_000_000, "tiny")
 USAGE = Usage(10, 4, 3, 0.5, 0.25)

@@ -10,9 +10,10 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Type
 
 import tiny
-from gemloom import gguf, imatrix_file, source
-from gemloom.gguf import GGUF
-from gemloom.imatrix_file import Importance, ImportanceMatrix
+from gemloom.files import gguf, source
+from gemloom.files.gguf import GGUF
+from gemloom.quantization import imatrix_file
+from gemloom.quantization.imatrix_file import Importance, ImportanceMatrix
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -20,12 +20,13 @@ import gemloom
 import tiny
 from command_line import ENVIRONMENT, call, fine
 from conftest import prompt
-from gemloom import gguf, imatrix_file, quantize, source
 from gemloom.errors import GemloomError, OutputError
+from gemloom.files import gguf, source
 from gemloom.ggml import quants
-from gemloom.imatrix_file import Importance, ImportanceMatrix
-from gemloom.quantize import Wanted
-from gemloom.recipes import RECIPES, recipe
+from gemloom.quantization import imatrix_file, quantize
+from gemloom.quantization.imatrix_file import Importance, ImportanceMatrix
+from gemloom.quantization.quantize import Wanted
+from gemloom.quantization.recipes import RECIPES, recipe
 from quantizing import opened, small, uniform
 from tiny import VARIANTS
 
@@ -331,7 +332,7 @@ def test_disk_full(tmp_path: Path) -> None:
 
 HALF_WAY = """
 import sys, time
-from gemloom import writing
+from gemloom.files import writing
 from gemloom.cli import main
 write = writing.GGUFWriter.write
 def stop(*args):

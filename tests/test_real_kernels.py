@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gemloom
-from gemloom import gguf, source
+from gemloom.files import gguf, source
 from gemloom.kernels.library import TYPES, Library, supported
 from kernel_cases import Array, Matrix, deviation, error, multiply, rounded
 

@@ -8,13 +8,13 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 
-from gemloom import quantize
 from gemloom.errors import OptionError
+from gemloom.files.gguf import GGUF
 from gemloom.ggml.quants import WRITABLE
-from gemloom.gguf import GGUF
-from gemloom.imatrix_file import Importance, ImportanceMatrix
-from gemloom.quantize import Plan, Wanted
-from gemloom.recipes import FALLBACKS, NEEDS_IMATRIX, RECIPES, fitting, recipe
+from gemloom.quantization import quantize
+from gemloom.quantization.imatrix_file import Importance, ImportanceMatrix
+from gemloom.quantization.quantize import Plan, Wanted
+from gemloom.quantization.recipes import FALLBACKS, NEEDS_IMATRIX, RECIPES, fitting, recipe
 from structures import RELEASED, brief, header
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "llama-types.json").read_text())

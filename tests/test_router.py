@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemloom.router import Content, Part, Reasoning, Router, ToolCall
-from gemloom.tokenizer import StreamDecoder
+from gemloom.text.router import Content, Part, Reasoning, Router, ToolCall
+from gemloom.text.tokenizer import StreamDecoder
 from vocabularies import small
 
 QUOTE = '<|"|>'

@@ -23,7 +23,7 @@ from gemloom.sampling import (
     generator,
     sample,
 )
-from gemloom.stopping import StopMatcher
+from gemloom.text.stopping import StopMatcher
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 VOCAB = 262_144

@@ -27,10 +27,10 @@ import gemloom
 import tiny
 from command_line import call, fine
 from conftest import prompt, until
-from gemloom import gguf, sealed, source
-from gemloom.blob import Blob, Stream
 from gemloom.cli import progress
 from gemloom.errors import FormatError, GemloomError, OptionError, SourceError
+from gemloom.files import gguf, sealed, source
+from gemloom.files.blob import Blob, Stream
 from gemloom.ggml.device import Tensor
 from quantizing import in_type
 from test_gguf import blob, cut, part, places, plain, small

@@ -24,9 +24,9 @@ import hypothesis
 import numpy as np
 import pytest
 
-from gemloom import gguf, source
-from gemloom.blob import Blob
 from gemloom.errors import FormatError, GemloomError, OptionError, SourceError
+from gemloom.files import gguf, source
+from gemloom.files.blob import Blob
 from test_gguf import blob, cut, part, places, plain, small
 
 SMALL = small()

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 import gemloom
 import tiny
 from conftest import prompt
-from gemloom import gguf, source
-from gemloom.blob import Blob, Stream
 from gemloom.errors import FormatError, GemloomError, OptionError, SourceError
+from gemloom.files import gguf, source
+from gemloom.files.blob import Blob, Stream
 from gemloom.ggml.arena import Arena
 from gemloom.ggml.device import Device
 from gemloom.kernels import packing

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import tiny_vocab
 from gemloom.errors import OptionError, TokenizerError
-from gemloom.tokenizer import SPACE, StreamDecoder, Tokenizer, _derive
+from gemloom.text.tokenizer import SPACE, StreamDecoder, Tokenizer, _derive
 from vocabularies import TEXTS, gemma3, gemma4, gemma4_metadata, metadata, small
 
 GEMMA3_IDS = json.loads((Path(__file__).parent / "data" / "gemma3-ids.json").read_text())

@@ -25,11 +25,11 @@ import gemloom
 import tiny
 from command_line import call, fine
 from conftest import prompt
-from gemloom import gguf, sealed, source, urls
-from gemloom.blob import Blocks, Stream
 from gemloom.cli.opening import names_model
 from gemloom.cli.serving import _default_name
 from gemloom.errors import FormatError, GemloomError, SourceError
+from gemloom.files import gguf, sealed, source, urls
+from gemloom.files.blob import Blocks, Stream
 from quantizing import in_type
 from shelf import Shelf
 from test_gguf import blob, cut, part, plain, small

@@ -12,9 +12,9 @@ from gguf.constants import GGMLQuantizationType
 import gemloom
 import tiny
 from conftest import Load, prompt
-from gemloom import gguf
-from gemloom.blob import Blob
 from gemloom.errors import FormatError, TensorError
+from gemloom.files import gguf
+from gemloom.files.blob import Blob
 from gemloom.model import Model
 from gemloom.options import Options
 from tiny import VARIANTS

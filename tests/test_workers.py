@@ -21,13 +21,14 @@ from command_line import ENVIRONMENT, call, fine, write
 from conftest import Load, endless, prompt
 from device_checks import copied, run
 from fake_worker import FakeWorker
-from gemloom import fitting, gguf
+from gemloom import fitting
 from gemloom.errors import DeviceError
+from gemloom.files import gguf
+from gemloom.files.source import resolve
 from gemloom.ggml import relay, rpc
 from gemloom.ggml.graph import F32, Graph
 from gemloom.options import Options
 from gemloom.sequence import Chunk
-from gemloom.source import resolve
 from random_lora import random_lora
 from workers import Worker, needs_rpc, worker
 

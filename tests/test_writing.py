@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 import tiny
 from command_line import ENVIRONMENT
-from gemloom import gguf, source, writing
-from gemloom.blob import Blob
 from gemloom.errors import ConfigError, OutputError, TensorError
-from gemloom.writing import GGUFWriter, Planned, encode
+from gemloom.files import gguf, source, writing
+from gemloom.files.blob import Blob
+from gemloom.files.writing import GGUFWriter, Planned, encode
 
 F32, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0
 KEYS = {"general.architecture": "gemma3", "general.file_type": 7}
@@ -247,7 +247,7 @@ def test_what_is_being_written_is_not_discarded(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from gguf import GGMLQuantizationType
-from gemloom.writing import GGUFWriter, Planned
+from gemloom.files.writing import GGUFWriter, Planned
 plan = [Planned(f"t{i}", GGMLQuantizationType.F32, (1 << 10,)) for i in range(200)]
 resume = sys.argv[2] == "resume"
 with GGUFWriter(sys.argv[1], {"general.architecture": "gemma3"}, plan, resume=resume) as out:

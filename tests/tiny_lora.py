@@ -20,9 +20,9 @@ from gguf import GGMLQuantizationType
 from safetensors.numpy import save
 
 import tiny
-from gemloom import gguf, source
 from gemloom.adapters.base import Base, open_base
 from gemloom.adapters.lora import Lora, Pair
+from gemloom.files import gguf, source
 
 Pairs = dict[str, Pair]
 PREFIX = "base_model.model.model."

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import tiny_vocab
-from gemloom import gguf
-from gemloom.blob import Blob
-from gemloom.gguf import Metadata, StringArray
-from gemloom.tokenizer import Tokenizer
+from gemloom.files import gguf
+from gemloom.files.blob import Blob
+from gemloom.files.gguf import Metadata, StringArray
+from gemloom.text.tokenizer import Tokenizer
 
 GEMMA4_FILE = Path(__file__).parent / "data" / "gemma4-vocab.gguf.xz"
 

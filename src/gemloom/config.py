@@ -14,7 +14,7 @@ from math import sqrt
 import numpy as np
 
 from gemloom.errors import ConfigError, TensorError
-from gemloom.gguf import GGUF, Metadata, StringArray
+from gemloom.files.gguf import GGUF, Metadata, StringArray
 
 MOST_LAYERS = 512  # of a model, the files of which are not to be trusted
 

@@ -17,8 +17,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from gemloom.files.gguf import TensorInfo
 from gemloom.ggml.device import Tensor, address
-from gemloom.gguf import TensorInfo
 from gemloom.kernels.packing import Matrix, Piece, Plan, Progress, no_more_if_stopped
 
 FIRST_BYTES = 256

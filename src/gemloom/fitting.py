@@ -12,12 +12,12 @@ from functools import partial
 from gemloom.cache import KV_TYPES, layer_cell_bytes, slot_cells
 from gemloom.config import Config, LayerSpec, from_gguf
 from gemloom.errors import OptionError
+from gemloom.files.gguf import GGUF
 from gemloom.ggml.backends import Found
 from gemloom.ggml.device import Device
 from gemloom.ggml.memory import free_memory
 from gemloom.ggml.probing import Probe
 from gemloom.ggml.rpc import speaking
-from gemloom.gguf import GGUF
 from gemloom.kernels.library import Library
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options

@@ -13,9 +13,9 @@ from secrets import token_hex
 from typing import Any, Self
 
 from gemloom.errors import GemloomError
-from gemloom.router import Content, Part, Reasoning, Splitter, ToolCall
 from gemloom.sequence import Piece
 from gemloom.sequence import Sequence as Request
+from gemloom.text.router import Content, Part, Reasoning, Splitter, ToolCall
 
 Event = Piece | GemloomError | None  # a token, why it failed, or that it was cancelled
 

@@ -6,11 +6,11 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gemloom import gguf
-from gemloom.awaited import AwaitedParts
+from gemloom.files import gguf
+from gemloom.files.awaited import AwaitedParts
+from gemloom.files.source import DEFAULT_MODEL, resolve
 from gemloom.model import Model
 from gemloom.options import from_options
-from gemloom.source import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
     from gemloom.models import Architecture

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
-from gemloom import conversation, gguf, state
+from gemloom import state
 from gemloom.adapters.active import marks
 from gemloom.adapters.info import Named
 from gemloom.adapters.registry import Adapters, Lease
 from gemloom.cache import KVCache
-from gemloom.chat import Message, encode_chat, with_stop
 from gemloom.config import Config, from_gguf
 from gemloom.engine import Engine, Stats
 from gemloom.errors import OptionError, RequestError
+from gemloom.files import gguf
 from gemloom.fitting import place
 from gemloom.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
 from gemloom.ggml.graph import SUMS
@@ -38,19 +38,21 @@ from gemloom.kernels.packing import Progress
 from gemloom.models import ARCHITECTURES, Architecture, check_own
 from gemloom.options import Options
 from gemloom.placement import Placement
-from gemloom.prompts import integers, prompt_ids
-from gemloom.router import Plain, Router
 from gemloom.runner import Runner, node_budget
 from gemloom.sampling import SamplingParams, check_vocabulary
 from gemloom.sampling import from_options as sampling_params
 from gemloom.sequence import Chunk, Constraint
 from gemloom.sequence import Sequence as Request
 from gemloom.slots import Slot
-from gemloom.tokenizer import Tokenizer
+from gemloom.text import conversation
+from gemloom.text.chat import Message, encode_chat, with_stop
+from gemloom.text.prompts import integers, prompt_ids
+from gemloom.text.router import Plain, Router
+from gemloom.text.tokenizer import Tokenizer
 from gemloom.weights import Weights
 
 if TYPE_CHECKING:
-    from gemloom.constraint import Grammars
+    from gemloom.text.constraint import Grammars
 
 TAIL = 64  # tokens at the end of a prompt, where a thought would have been opened
 LOGITS_BYTES = 64 << 20  # of one step, where many rows' logits are wanted
@@ -244,7 +246,7 @@ class Model:
     @cached_property
     def grammars(self) -> Grammars:
         """Makes constraints: of a JSON schema, a regex, a Lark grammar or tools."""
-        from gemloom.constraint import Grammars  # llguidance takes a while to load
+        from gemloom.text.constraint import Grammars  # llguidance takes a while to load
 
         return Grammars(self.tokenizer, self.config.n_vocab)
 

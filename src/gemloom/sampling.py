@@ -1,6 +1,6 @@
 """From one row of logits to one token: a request's options, and pure functions on numpy arrays.
 
-Not the text side (``stopping.py`` looks for stop strings) and not the engine: nothing here
+Not the text side (``text/stopping.py`` looks for stop strings) and not the engine: nothing here
 knows of a model, a batch or a clock. ``logits`` is one row, float32 [vocab], never modified.
 
 The steps, in this order:

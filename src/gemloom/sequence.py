@@ -17,8 +17,8 @@ from gemloom.candidates import Candidates, sample, suffice
 from gemloom.errors import GemloomError
 from gemloom.sampling import Floats, History, SamplingParams, generator
 from gemloom.slots import Slot
-from gemloom.stopping import StopMatcher
-from gemloom.tokenizer import StreamDecoder, Tokenizer
+from gemloom.text.stopping import StopMatcher
+from gemloom.text.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 from gemloom.cache import KVCache
 from gemloom.config import Config
 from gemloom.errors import StateError
-from gemloom.gguf import GGUF
+from gemloom.files.gguf import GGUF
 from gemloom.slots import Slot
 
 MAGIC = b"GEMLOOM-STATE-2\n"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from gemloom.cache import KVCache
 from gemloom.config import from_gguf
+from gemloom.files.gguf import GGUF
 from gemloom.ggml import backends
 from gemloom.ggml.device import Device
-from gemloom.gguf import GGUF
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
 from gemloom.placement import Choice, Placement

@@ -13,12 +13,12 @@ from typing import Any
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import TensorError
+from gemloom.files.gguf import GGUF, TensorInfo, nbytes
 from gemloom.filling import FIRST_BYTES, Filling
 from gemloom.ggml.arena import ALIGNMENT, Arena
 from gemloom.ggml.device import Device, Packed, Tensor, address
 from gemloom.ggml.memory import pages
 from gemloom.ggml.repacking import Repacking
-from gemloom.gguf import GGUF, TensorInfo, nbytes
 from gemloom.kernels import packed_file
 from gemloom.kernels.operations import I8
 from gemloom.kernels.packing import ALIGNMENT as PACKED_ALIGNMENT

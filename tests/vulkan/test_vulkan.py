@@ -14,10 +14,10 @@ import gemloom
 import tiny
 from conftest import Load, prompt
 from device_checks import Bound, Checks
-from gemloom import gguf
+from gemloom.files import gguf
+from gemloom.files.source import resolve
 from gemloom.ggml.backends import listed
 from gemloom.options import Options
-from gemloom.source import resolve
 from gemloom.surveying import survey
 
 HERE = [name for name in listed() if name.startswith("vulkan")]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gemloom import weights
 from gemloom.config import Config, from_gguf
 from gemloom.errors import AdapterError
-from gemloom.gguf import GGUF
+from gemloom.files.gguf import GGUF
 from gemloom.models import ARCHITECTURES
 
 ROUTER = "ffn_gate_inp.weight"  # small, and kept as it is by quantizers too

@@ -17,8 +17,8 @@ from gemloom.adapters.base import Base
 from gemloom.adapters.lora import Lora, Pair
 from gemloom.adapters.merging import rows
 from gemloom.errors import AdapterError, OptionError
+from gemloom.files.gguf import TensorInfo
 from gemloom.ggml.quants import READABLE
-from gemloom.gguf import TensorInfo
 
 Advance = Callable[[int], None]
 _BLOCK = 32 << 20  # values of the difference in memory, float32

@@ -21,7 +21,7 @@ from gguf.quants import dequantize
 
 from gemloom.adapters.lora import Lora, Pair
 from gemloom.errors import AdapterError
-from gemloom.gguf import GGUF, Metadata, TensorInfo
+from gemloom.files.gguf import GGUF, Metadata, TensorInfo
 
 NORM = "a norm, which is no matrix"
 OTHER_MODALITY = "of the vision or audio part"
@@ -152,7 +152,7 @@ def write_gguf(lora: Lora, architecture: str, path: str | os.PathLike[str]) -> N
     There is one alpha for all pairs, the one that most have; of the others B is scaled, in f32.
     Raises OutputError.
     """
-    from gemloom.writing import GGUFWriter, Planned
+    from gemloom.files.writing import GGUFWriter, Planned
 
     alpha = common_alpha(lora)
     metadata: dict[str, Any] = {

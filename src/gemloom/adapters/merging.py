@@ -21,9 +21,9 @@ from gemloom.adapters.base import ROUTER, Base
 from gemloom.adapters.checking import check
 from gemloom.adapters.lora import Lora, Pair
 from gemloom.errors import AdapterError, OptionError, TensorError
+from gemloom.files.gguf import TensorInfo, nbytes
+from gemloom.files.writing import GGUFWriter, Planned
 from gemloom.ggml.quants import NEEDS_IMPORTANCE, QUANTIZABLE, READABLE, dequantize, quantize
-from gemloom.gguf import TensorInfo, nbytes
-from gemloom.writing import GGUFWriter, Planned
 
 Advance = Callable[[int], None]
 _BLOCK = 4 << 20  # values that are in memory as float32 for each thread

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gemloom import gguf, source
 from gemloom.adapters import archive, peft_config
 from gemloom.adapters.gguf_lora import from_gguf
 from gemloom.adapters.lora import Lora
 from gemloom.adapters.peft import WEIGHTS, from_peft
-from gemloom.blob import Blob
 from gemloom.errors import AdapterError
+from gemloom.files import gguf, source
+from gemloom.files.blob import Blob
 
 CONFIG = peft_config.FILE
 PICKLE = "adapter_model.bin"

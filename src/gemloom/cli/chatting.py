@@ -1,4 +1,4 @@
-"""``gemloom chat``: a conversation at the terminal. What is said is in ``conversation.py``."""
+"""``gemloom chat``: a conversation at the terminal. What is said is in ``text/conversation.py``."""
 
 import importlib.util
 import signal
@@ -173,7 +173,7 @@ def _answer(conversation: "Conversation", message: str) -> None:
 
 def _show_answer(request: "ChatRun") -> tuple[str, str]:
     """The answer, shown as it comes, and how it ended. A thought is shown, but is no part of it."""
-    from gemloom.router import Content, Reasoning
+    from gemloom.text.router import Content, Reasoning
 
     text, thought = "", False
     try:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemloom.cli.terminal import one_line, table
-from gemloom.gguf import GGUF, Metadata, StringArray, TensorInfo
+from gemloom.files.gguf import GGUF, Metadata, StringArray, TensorInfo
 
 if TYPE_CHECKING:
     from rich.table import Table

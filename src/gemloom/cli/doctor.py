@@ -103,7 +103,8 @@ def _print_model(facts: dict[str, Any]) -> None:
 
 def examine() -> dict[str, Any]:
     """What was found; JSON can hold it. DeviceError where ggml cannot be loaded."""
-    from gemloom import __version__, builtin
+    from gemloom import __version__
+    from gemloom.files import builtin
 
     try:
         from gemloom.ggml import backends, device

@@ -14,9 +14,9 @@ from gemloom.cli.terminal import note, print_json, progress, read_text
 from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
-    from gemloom.imatrix_file import ImportanceMatrix
     from gemloom.model import Model
-    from gemloom.perplexity import Cut
+    from gemloom.quantization.imatrix_file import ImportanceMatrix
+    from gemloom.quantization.perplexity import Cut
 
 SAVE_EVERY = 60.0  # seconds
 
@@ -62,7 +62,7 @@ def imatrix(
       gemloom imatrix gemma-f16.gguf book.txt gemma.imatrix.gguf --resume
       gemloom imatrix gemma-f16.gguf book.txt imatrix.dat --chunks 100 --json
     """
-    from gemloom.perplexity import Cut
+    from gemloom.quantization.perplexity import Cut
 
     if out.suffix not in (".gguf", ".dat") and not out.is_char_device() and not out.is_fifo():
         raise OptionError(f"{out}: an importance matrix is a .gguf, or a .dat for old tools")
@@ -92,7 +92,7 @@ def _report(
 
 def _earlier(out: Path) -> "ImportanceMatrix | None":
     """What an earlier run left. OptionError for a format that cannot be gone on with."""
-    from gemloom.imatrix_file import read
+    from gemloom.quantization.imatrix_file import read
 
     if out.suffix == ".dat":
         raise OptionError("--resume: a .dat file holds too little to go on with; write a .gguf")
@@ -106,8 +106,8 @@ def _collect(
 
     Whatever ends it early, what was computed is written first, and told.
     """
-    from gemloom.imatrix import collect
-    from gemloom.imatrix_file import write
+    from gemloom.quantization.imatrix import collect
+    from gemloom.quantization.imatrix_file import write
 
     of, latest, written, saved, whole = 0, earlier, earlier, monotonic(), False
     try:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from gemloom.cli.report import Facts
-    from gemloom.tokenizer import Tokenizer
+    from gemloom.text.tokenizer import Tokenizer
 
 _A_MODEL = "A file, a URL, hf:owner/repo, a built-in name."
 _PIECE = 8 << 20
@@ -123,7 +123,7 @@ def _print_diff(model: str, other: str, as_json: bool) -> None:
 
 def _checksums(model: str) -> dict[str, str]:
     """The SHA-256 of every file that a model is made of."""
-    from gemloom import source
+    from gemloom.files import source
 
     blobs = source.resolve(model)
     sums, done = {}, 0
@@ -163,7 +163,7 @@ def tokenize(
       gemloom tokenize gemma.gguf --special --bos "<start_of_turn>user"
       gemloom tokenize gemma.gguf - --json < page.txt
     """
-    from gemloom.tokenizer import Tokenizer
+    from gemloom.text.tokenizer import Tokenizer
 
     if first is None:
         raise OptionError('no text; give one, as in: gemloom tokenize "Hello, world"')

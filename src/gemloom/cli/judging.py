@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from gemloom.model import Model
-    from gemloom.perplexity import Comparison, Cut, Estimate, Perplexity, Recorded
+    from gemloom.quantization.perplexity import Comparison, Cut, Estimate, Perplexity, Recorded
 
 _Text = Annotated[str, typer.Argument(metavar="TEXT", help="A file, UTF-8; - reads stdin.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -48,8 +48,8 @@ class CutOptions:
     kv_type: Annotated[str, typer.Option(help="K/V cells of this type: f32, f16, q8_0.")] = "f16"
 
     def cut(self) -> "Cut":
-        """As ``gemloom.perplexity`` takes it. OptionError for what cannot be."""
-        from gemloom.perplexity import Cut
+        """As ``gemloom.quantization.perplexity`` takes it. OptionError for what cannot be."""
+        from gemloom.quantization.perplexity import Cut
 
         return Cut(self.context, self.stride, self.chunks)
 
@@ -80,7 +80,7 @@ def perplexity(
       gemloom perplexity gemma.gguf book.txt --context 2048 --chunks 20 --json
       gemloom perplexity gemma.gguf book.txt --stride 256
     """
-    from gemloom import perplexity as measure
+    from gemloom.quantization import perplexity as measure
 
     words, how = read_text(text), options.cut()
     with options.open(model) as opened, progress(Path(model).name) as show:
@@ -172,7 +172,7 @@ def _compare_all(
 def _compare(
     base: "Model | Recorded", name: str, words: str, how: "Cut", options: CutOptions
 ) -> "Comparison":
-    from gemloom import perplexity as measure
+    from gemloom.quantization import perplexity as measure
 
     with options.open(name) as model, progress(Path(name).name) as show:
 
@@ -184,7 +184,7 @@ def _compare(
 
 def _record(base: "Model", words: str, how: "Cut", file: IO[bytes]) -> "Recorded":
     """What the base predicts, in ``file``. OutputError where the disk has no room for it."""
-    from gemloom.perplexity import Recorded
+    from gemloom.quantization.perplexity import Recorded
 
     needed, free = Recorded.nbytes(base, words, how), shutil.disk_usage(roomy()).free
     if needed > free:

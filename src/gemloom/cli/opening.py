@@ -17,7 +17,7 @@ from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
     from gemloom.adapters.info import AdapterInfo
-    from gemloom.gguf import GGUF
+    from gemloom.files.gguf import GGUF
     from gemloom.model import Model
     from gemloom.placement import Placement
 
@@ -26,14 +26,14 @@ _THEN = "reading the vocabulary"  # the one thing that takes longer than weights
 
 def default_model() -> str:
     """The name of the built-in model."""
-    from gemloom.builtin import DEFAULT_MODEL
+    from gemloom.files.builtin import DEFAULT_MODEL
 
     return DEFAULT_MODEL
 
 
 def names_model(text: str) -> bool:
     """Whether a lone argument is meant as a model, not as a prompt."""
-    from gemloom.urls import is_url
+    from gemloom.files.urls import is_url
 
     known = text.startswith("hf:") or text.endswith((".gguf", ".gguf.sealed")) or is_url(text)
     return known or text == default_model() or os.path.exists(text)
@@ -55,7 +55,7 @@ def model_and_text(first: str | None, second: str | None) -> tuple[str, str]:
 
 def open_file(name: str, key: Path | None = None) -> "GGUF":
     """The header of a model file, sealed with ``key`` or not; no weights are read."""
-    from gemloom import gguf, source
+    from gemloom.files import gguf, source
 
     return gguf.read(source.resolve(name, key=key))
 
@@ -92,7 +92,7 @@ def summary(path: str, info: "AdapterInfo") -> str:
 
 def open_model(name: str, load: LoadOptions) -> "Model":
     """The model, with a bar if it takes long: of the bytes that come, or of what is packed."""
-    from gemloom import gguf, source
+    from gemloom.files import gguf, source
     from gemloom.model import Model
     from gemloom.options import Options
 
@@ -159,7 +159,7 @@ def _tell_unused(load: LoadOptions, placement: "Placement") -> None:
 
 def _coming(file: "GGUF") -> AbstractContextManager[None] | None:
     """A bar for bytes that come from elsewhere; None where all are there."""
-    from gemloom.blob import Blocks, Stream
+    from gemloom.files.blob import Blocks, Stream
 
     blobs = {info.blob for info in file.tensors.values()}
     coming = [blob for blob in blobs if isinstance(blob, Blocks | Stream)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
-    from gemloom.perplexity import Estimate
+    from gemloom.quantization.perplexity import Estimate
 
 
 class Point(NamedTuple):
@@ -37,7 +37,7 @@ def draw(path: Path, points: Sequence[Point]) -> None:
 
     from matplotlib.figure import Figure
 
-    from gemloom.writing import replace_file
+    from gemloom.files.writing import replace_file
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""``gemloom quantize``: a model file in smaller types. The work is done by ``gemloom.quantize``."""
+"""``gemloom quantize``: a model file in smaller types. The work: ``quantization/quantize.py``."""
 
 import time
 from collections import Counter
@@ -19,7 +19,7 @@ from gemloom.errors import OptionError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from gemloom.quantize import Choice, Plan, Wanted
+    from gemloom.quantization.quantize import Choice, Plan, Wanted
 
 Facts = dict[str, Any]
 
@@ -59,10 +59,10 @@ class QuantizeOptions:
     ] = None
 
     def wanted(self) -> "Wanted":
-        """As ``gemloom.quantize`` takes them. OptionError, and what reading a matrix raises."""
-        from gemloom import imatrix_file
-        from gemloom.quantize import TensorRule, Wanted
-        from gemloom.recipes import recipe
+        """As ``quantization/quantize.py`` takes it. OptionError, what reading a matrix raises."""
+        from gemloom.quantization import imatrix_file
+        from gemloom.quantization.quantize import TensorRule, Wanted
+        from gemloom.quantization.recipes import recipe
 
         return Wanted(
             recipe(self.kind),
@@ -95,7 +95,7 @@ def quantize(
       gemloom quantize gemma-f16.gguf small.gguf -t IQ3_M --imatrix imatrix.gguf
       gemloom quantize gemma-f16.gguf a.gguf -t Q4_0 --tensor-type attn_v=Q8_0
     """
-    from gemloom import quantize as work
+    from gemloom.quantization import quantize as work
 
     wanted = how.wanted()
     if how.dry_run:
@@ -114,7 +114,7 @@ def quantize(
 
 def _plan(source: str, wanted: "Wanted", how: QuantizeOptions) -> tuple["Plan", Facts]:
     """What is to be made, its warnings told."""
-    from gemloom import quantize as work
+    from gemloom.quantization import quantize as work
 
     plan = work.plan(open_file(source), wanted)
     lacking = [plan.lacking] if how.dry_run and plan.lacking else []
@@ -133,7 +133,7 @@ def _report(facts: Facts, as_json: bool) -> None:
 
 
 def _facts(plan: "Plan", kind: str) -> Facts:
-    from gemloom.parts import PARTS, part
+    from gemloom.quantization.parts import PARTS, part
 
     groups = ((name, [c for c in plan.choices if part(c.info.name) == name]) for name in PARTS)
     tensors = [

@@ -12,10 +12,10 @@ import numpy as np
 from gemloom.cache import cell_bytes, slot_cells
 from gemloom.cli.terminal import one_line, size, table
 from gemloom.config import Config, from_gguf
-from gemloom.gguf import GGUF, Metadata, StringArray, TensorInfo
+from gemloom.files.gguf import GGUF, Metadata, StringArray, TensorInfo
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
-from gemloom.parts import PARTS, part
+from gemloom.quantization.parts import PARTS, part
 from gemloom.weights import planned_bytes
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from gemloom.cli.terminal import note, print_json, size
 from gemloom.errors import OptionError
 
 if TYPE_CHECKING:
-    from gemloom.blob import Blob
-    from gemloom.sealed import Key
+    from gemloom.files.blob import Blob
+    from gemloom.files.sealed import Key
 
 _KeyFile = Annotated[
     Path | None,
@@ -60,7 +60,7 @@ def seal(
       gemloom seal gemma.gguf gemma.gguf.sealed --new-key gemma.key
       gemloom run gemma.gguf.sealed "Once upon a time" --key-file gemma.key
     """
-    from gemloom import sealed
+    from gemloom.files import sealed
 
     if (source is None) != (out is None) or (source is None and new_key is None):
         raise OptionError("name IN and OUT, or --new-key FILE alone to make a key")
@@ -95,7 +95,7 @@ def unseal(
       gemloom unseal gemma.gguf.sealed gemma.gguf --key-file gemma.key
       GEMLOOM_KEY=... gemloom unseal gemma.gguf.sealed gemma.gguf
     """
-    from gemloom import sealed
+    from gemloom.files import sealed
 
     key = _key(key_file)
     with output(out, source, key_file, force=force) as target:
@@ -104,7 +104,7 @@ def unseal(
 
 
 def _key(file: Path | None) -> "Key":
-    from gemloom import sealed
+    from gemloom.files import sealed
 
     key = sealed.read_key(file)
     if key is None:
@@ -114,7 +114,7 @@ def _key(file: Path | None) -> "Key":
 
 def _plain(source: str) -> "Blob":
     """The one file that is named, as it lies there."""
-    from gemloom.source import locate
+    from gemloom.files.source import locate
 
     blobs = locate(source)
     if len(blobs) > 1:

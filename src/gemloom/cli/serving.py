@@ -177,9 +177,9 @@ def serve(
     listener = _listen(server.host, server.port)  # one in use is told before the model is loaded
     settings = replace(settings, hosts=_own_names(server.host, listener))
     with listener, open_model(source, load) as opened:
+        from gemloom.files.source import is_pipe
         from gemloom.loading import load as load_again
         from gemloom.server.app import create_app
-        from gemloom.source import is_pipe
 
         again = partial(load_again, source, key=load.key_file, **load.given())
         once = is_pipe(source)  # then it cannot be loaded again
@@ -216,7 +216,9 @@ def _default_name(source: str) -> str:
     """The name of a file without folder and ending; other sources as they are called."""
     if source.startswith("hf:"):
         return source.removeprefix("hf:")
-    from gemloom.urls import shown  # a URL's query may be secret, and this name is told to all
+    from gemloom.files.urls import (
+        shown,  # a URL's query may be secret, and this name is told to all
+    )
 
     return Path(shown(source)).name.removesuffix(".sealed").removesuffix(".gguf")
 

@@ -23,8 +23,8 @@ from gguf.constants import GGMLQuantizationType as Type
 from gemloom.convert.checkpoint import Checkpoint, Stored
 from gemloom.convert.plan import Item, Plan, plan
 from gemloom.errors import OptionError, OutputError, TensorError
+from gemloom.files.writing import GGUFWriter, replace_file
 from gemloom.ggml import quants
-from gemloom.writing import GGUFWriter, replace_file
 
 __all__ = ["Conversion", "Plan", "plan", "write"]
 

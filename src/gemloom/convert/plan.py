@@ -16,17 +16,17 @@ from gguf import LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
-from gemloom.blob import Blob
 from gemloom.config import Config, from_gguf
 from gemloom.convert import names, settings, vocabulary
 from gemloom.convert.checkpoint import Checkpoint, Stored
 from gemloom.convert.settings import Settings
 from gemloom.errors import OptionError, TensorError
-from gemloom.gguf import GGUF, Metadata, TensorInfo, Value
+from gemloom.files.blob import Blob
+from gemloom.files.gguf import GGUF, Metadata, TensorInfo, Value
+from gemloom.files.writing import Planned
 from gemloom.models import ARCHITECTURES
-from gemloom.tokenizer import Tokenizer
+from gemloom.text.tokenizer import Tokenizer
 from gemloom.weights import PER_LAYER_TABLE
-from gemloom.writing import Planned
 
 FILE_TYPES = {
     Type.F32: LlamaFileType.ALL_F32,

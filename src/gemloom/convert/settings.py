@@ -15,7 +15,7 @@ import numpy as np
 
 from gemloom.config import MOST_LAYERS
 from gemloom.errors import ConfigError
-from gemloom.gguf import Metadata, Value
+from gemloom.files.gguf import Metadata, Value
 
 Keys = dict[str, Value]
 

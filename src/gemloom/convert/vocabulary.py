@@ -19,8 +19,8 @@ from gguf import TokenType
 
 from gemloom.convert.checkpoint import Checkpoint, Json
 from gemloom.errors import TokenizerError
-from gemloom.gguf import StringArray, Value
-from gemloom.tokenizer import SPACE, Merges, merges_by_rank
+from gemloom.files.gguf import StringArray, Value
+from gemloom.text.tokenizer import SPACE, Merges, merges_by_rank
 
 _KEY = "tokenizer.ggml."
 _UNRANKED = -1000.0  # the score of a token that no merge makes

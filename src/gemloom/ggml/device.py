@@ -19,10 +19,10 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import DeviceError, LostError, OutOfMemoryError
+from gemloom.files.gguf import nbytes
 from gemloom.ggml import backends
 from gemloom.ggml.memory import free_memory
 from gemloom.ggml.room import Room
-from gemloom.gguf import nbytes
 
 if TYPE_CHECKING:
     from gemloom.kernels.library import Library, Weight

@@ -11,7 +11,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from gemloom.errors import OptionError
-from gemloom.gguf import nbytes
+from gemloom.files.gguf import nbytes
 
 Floats = NDArray[np.float32]
 

@@ -31,7 +31,7 @@ from functools import partial
 
 import numpy as np
 
-from gemloom.blob import Origin
+from gemloom.files.blob import Origin
 from gemloom.ggml.device import address
 from gemloom.kernels.packing import Piece, Plan, Progress
 

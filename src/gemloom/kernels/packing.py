@@ -17,8 +17,8 @@ from math import prod
 
 import numpy as np
 
+from gemloom.files.gguf import TensorInfo, nbytes
 from gemloom.ggml.device import address
-from gemloom.gguf import TensorInfo, nbytes
 from gemloom.kernels.library import GROUP, TYPES, Library, Weight
 
 ALIGNMENT = 64  # bytes: a cache line, and what AVX-512 loads at once

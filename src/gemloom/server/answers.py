@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from gemloom.errors import GemloomError
 from gemloom.generation import Usage, call_body
-from gemloom.router import Part, Reasoning, Splitter, ToolCall
 from gemloom.sequence import Piece
 from gemloom.server.protocol import Json, error_body, timings_body, usage_body
-from gemloom.tokenizer import StreamDecoder, Tokenizer
+from gemloom.text.router import Part, Reasoning, Splitter, ToolCall
+from gemloom.text.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,19 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from gemloom import conversation
 from gemloom.adapters.info import Scales
-from gemloom.chat import with_stop
-from gemloom.constraint import ThinkingBudget, both
-from gemloom.conversation import Thought
 from gemloom.errors import RequestError
 from gemloom.generation import Run
 from gemloom.model import Model
-from gemloom.router import Plain, Router, Splitter
 from gemloom.sampling import from_options
 from gemloom.sequence import Constraint
 from gemloom.server.errors import FieldError
 from gemloom.server.protocol import ChatRequest, CompletionRequest, Conversation, Ids, Json, Sampled
+from gemloom.text import conversation
+from gemloom.text.chat import with_stop
+from gemloom.text.constraint import ThinkingBudget, both
+from gemloom.text.conversation import Thought
+from gemloom.text.router import Plain, Router, Splitter
 
 _SEEDS = 2**64
 

@@ -24,10 +24,10 @@ from pydantic import (
 from pydantic_core import from_json
 
 from gemloom.adapters.info import AdapterInfo
-from gemloom.chat import ROLES
 from gemloom.errors import GemloomError, RequestError, suggestion
 from gemloom.generation import Usage
 from gemloom.server.errors import FieldError
+from gemloom.text.chat import ROLES
 
 MAX_CHOICES = 16  # of one prompt
 MAX_RUNS = 128  # of one request: prompts times choices
@@ -205,7 +205,7 @@ _MESSAGES_SHOWN = {
 
 
 class Conversation(Body):
-    """What makes the prompt of a chat; the messages are read by ``gemloom.conversation``."""
+    """What makes the prompt of a chat; the messages are read by ``gemloom.text.conversation``."""
 
     # The OpenAPI page shows their plainest form.
     messages: Annotated[Objects, WithJsonSchema(_MESSAGES_SHOWN)]

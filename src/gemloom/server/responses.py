@@ -13,7 +13,6 @@ from pydantic import Field
 
 from gemloom.errors import GemloomError
 from gemloom.generation import Usage
-from gemloom.router import Content, Part, Reasoning, Splitter, ToolCall
 from gemloom.sampling import GEMMA_DEFAULTS
 from gemloom.sequence import Piece
 from gemloom.server.answers import Head, new_id, token_logprobs
@@ -29,7 +28,8 @@ from gemloom.server.protocol import (
     Strict,
     usage_body,
 )
-from gemloom.tokenizer import Tokenizer
+from gemloom.text.router import Content, Part, Reasoning, Splitter, ToolCall
+from gemloom.text.tokenizer import Tokenizer
 
 _TEXT_PARTS = ("input_text", "output_text", "text")
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from gemloom.errors import OptionError, RequestError
 from gemloom.ggml.graph import IDS, SUMS
-from gemloom.imatrix_file import Importance, ImportanceMatrix
 from gemloom.model import Model
-from gemloom.perplexity import Cut, cut, read_tokens
+from gemloom.quantization.imatrix_file import Importance, ImportanceMatrix
+from gemloom.quantization.perplexity import Cut, cut, read_tokens
 
 
 def collect(

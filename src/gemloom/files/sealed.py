@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from gemloom.blob import Blob, Blocks, Stream
 from gemloom.errors import FormatError, OptionError, SourceError
+from gemloom.files.blob import Blob, Blocks, Stream
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305

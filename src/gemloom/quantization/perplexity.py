@@ -19,7 +19,7 @@ import numpy as np
 
 from gemloom.errors import OptionError, RequestError, TensorError
 from gemloom.model import Model
-from gemloom.tokenizer import Tokenizer
+from gemloom.text.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens of a window where nobody says how many, as in llama.cpp
 MIN_CONTEXT = 8

@@ -24,8 +24,8 @@ from typing import Any, overload
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from gemloom.blob import Blob
 from gemloom.errors import ConfigError, FormatError
+from gemloom.files.blob import Blob
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -21,7 +21,7 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gemloom.errors import OptionError, RequestError, TokenizerError
-from gemloom.tokenizer import Tokenizer
+from gemloom.text.tokenizer import Tokenizer
 
 # For a model without a template, a base model: lines that it goes on with.
 PLAIN_TEMPLATE = """\

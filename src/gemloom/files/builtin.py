@@ -16,8 +16,8 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
-from gemloom.blob import Blob
 from gemloom.errors import FormatError, SourceError
+from gemloom.files.blob import Blob
 
 DEFAULT_MODEL = "gemma-3-270m"
 

@@ -20,9 +20,9 @@ from typing import IO, Any, Self
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from gemloom import gguf, source
 from gemloom.errors import ConfigError, FormatError, OutputError, TensorError
-from gemloom.gguf import MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, StringArray, nbytes
+from gemloom.files import gguf, source
+from gemloom.files.gguf import MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, StringArray, nbytes
 
 Data = bytes | bytearray | memoryview | np.ndarray
 # A memoryview is a value as another file has it: ``Metadata.encoded``.

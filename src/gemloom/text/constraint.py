@@ -16,17 +16,19 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
-from gemloom import tool_grammar
 from gemloom.errors import GemloomError, OptionError, RequestError
-from gemloom.schemas import Schema, schema_of
-from gemloom.sequence import Constraint
-from gemloom.tokenizer import Tokenizer
+from gemloom.text import tool_grammar
+from gemloom.text.schemas import Schema, schema_of
+from gemloom.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gemloom.sequence import Constraint
 
 MAX_SCHEMA = 64 * 1024  # bytes of a schema, or of all tools
 MAX_GRAMMAR = 16 * 1024  # bytes of a Lark grammar

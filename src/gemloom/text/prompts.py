@@ -8,7 +8,7 @@ from operator import index
 from typing import Any
 
 from gemloom.errors import ContextError, OptionError, RequestError
-from gemloom.tokenizer import Tokenizer
+from gemloom.text.tokenizer import Tokenizer
 
 
 def prompt_ids(

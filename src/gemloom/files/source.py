@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from gemloom import builtin, hub, sealed, urls
-from gemloom.blob import Blob, Origin, Stream
-from gemloom.builtin import DEFAULT_MODEL
 from gemloom.errors import FormatError, GemloomError, OptionError, SourceError
-from gemloom.gguf import MAGIC
-from gemloom.sealed import Key
+from gemloom.files import builtin, hub, sealed, urls
+from gemloom.files.blob import Blob, Origin, Stream
+from gemloom.files.builtin import DEFAULT_MODEL
+from gemloom.files.gguf import MAGIC
+from gemloom.files.sealed import Key
 
 __all__ = ["DEFAULT_MODEL", "folder", "locate", "resolve"]
 

@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Pipeline
 
 from gemloom.errors import ConfigError, OptionError, TokenizerError
-from gemloom.gguf import Metadata
+from gemloom.files.gguf import Metadata
 
 SPACE = "▁"  # U+2581
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)

@@ -22,11 +22,12 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from gemloom.errors import ConfigError, OptionError, TensorError
+from gemloom.files.gguf import GGUF, TensorInfo, nbytes
+from gemloom.files.writing import GGUFWriter, Planned, Value
 from gemloom.ggml import quants
 from gemloom.ggml.device import usable_cores
-from gemloom.gguf import GGUF, TensorInfo, nbytes
-from gemloom.imatrix_file import ImportanceMatrix
-from gemloom.recipes import (
+from gemloom.quantization.imatrix_file import ImportanceMatrix
+from gemloom.quantization.recipes import (
     EMBEDDINGS,
     KEPT,
     NEEDS_IMATRIX,
@@ -36,7 +37,6 @@ from gemloom.recipes import (
     fitting,
     part_of,
 )
-from gemloom.writing import GGUFWriter, Planned, Value
 
 TERNARY = frozenset({Type.TQ1_0, Type.TQ2_0})
 # What TQ2_0 does to a model that was not trained for it, as a table of `gemloom perplexity` shows.

@@ -19,11 +19,11 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from gemloom import gguf, source
-from gemloom.blob import Blob
 from gemloom.errors import FormatError
-from gemloom.gguf import GGUF, MAGIC, MAX_ENTRIES, StringArray
-from gemloom.writing import GGUFWriter, Planned, replace_file
+from gemloom.files import gguf, source
+from gemloom.files.blob import Blob
+from gemloom.files.gguf import GGUF, MAGIC, MAX_ENTRIES, StringArray
+from gemloom.files.writing import GGUFWriter, Planned, replace_file
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _TYPE, _DATASETS = "general.type", "imatrix.datasets"

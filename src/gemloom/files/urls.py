@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from gemloom.blob import Blocks
 from gemloom.errors import FormatError, SourceError
+from gemloom.files.blob import Blocks
 
 BLOCK = 4 << 20  # bytes of one read
 READERS = 8  # at once

@@ -1,0 +1,1 @@
+"""Smaller files: types of tensors, importances, and what was lost."""

@@ -1,0 +1,1 @@
+"""Text in and out: tokens, chat templates, what an answer consists of, grammars."""
