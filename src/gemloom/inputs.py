@@ -17,7 +17,7 @@ from gemloom.adapters.delta import Delta
 from gemloom.adapters.loaded import Loaded
 from gemloom.cache import Extent, KVCache, Rows, Span
 from gemloom.ggml.device import Tensor
-from gemloom.ggml.graph import F16, I32, I64, Graph, f16_mask
+from gemloom.ggml.graph import F16, I32, I64, Graph
 from gemloom.sequence import Batch, Chunk
 
 
@@ -183,3 +183,8 @@ class Inputs:
 def _write_scales(rows: Rows, there: Sequence[Stretch]) -> None:
     for delta, stretch in zip(rows.deltas, there, strict=True):
         delta.write(stretch.scales)
+
+
+def f16_mask(visible: np.ndarray) -> np.ndarray:
+    """bool [n, cells] -> f16 mask for ``attention``: 0 where visible, minus infinity elsewhere."""
+    return np.where(visible, np.float16(0), np.float16(-np.inf))

@@ -496,8 +496,3 @@ class Graph:
         assert a.shape[0] == b.shape[0] and len(a.shape) == 2, (a, b)
         result = ggml.ggml_concat(self._context, a.pointer, b.pointer, 1)
         return Tensor(result, a.type, (a.shape[0], a.shape[1] + b.shape[1]))
-
-
-def f16_mask(visible: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """bool [n, cells] -> f16 mask for ``attention``: 0 where visible, minus infinity elsewhere."""
-    return np.where(visible, np.float16(0), np.float16(-np.inf))
