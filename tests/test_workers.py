@@ -192,7 +192,10 @@ def test_a_worker_for_others_warns() -> None:
 @needs_rpc
 def test_who_lends_a_gpu_is_warned() -> None:
     """The CPU in its place: nothing else is here for sure."""
-    code = "from gemloom.ggml import backends as b; b._KINDS.clear()\nfrom gemloom.__main__ import main\nmain()"
+    code = (
+        "from gemloom.ggml import backends; backends._KINDS.clear()\n"
+        "from gemloom.__main__ import main; main()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "worker", "--device", "cpu", "--listen", "127.0.0.1:0"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
