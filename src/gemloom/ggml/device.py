@@ -225,8 +225,8 @@ class Device:
         pointers = (ggml.ggml_backend_t_ctypes * count)(*self.backends)
         types = None
         if not self.on_host:
-            # The CPU's own memory, not what a driver reads directly: Vulkan's copies from there while
-            # the CPU goes on, and writes the next result over what is still to be copied.
+            # The CPU's own memory, not what a driver reads directly: Vulkan's copies from there
+            # while the CPU goes on, and writes its next result over what is still to be copied.
             each = [self.buffer_type(i) for i in range(count)]
             types = (ggml.ggml_backend_buffer_type_t_ctypes * count)(*each)
         return ggml.ggml_backend_sched_new(pointers, types, count, self.max_nodes, False, False)
