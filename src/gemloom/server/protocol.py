@@ -60,7 +60,6 @@ IGNORED = frozenset(
         "include",  # what it could add is always there, or is not ours to make
         "max_tool_calls",  # of tools that run on the server, of which there are none
         "metadata",
-        "parallel_tool_calls",  # how many calls there are is the model's choice
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -220,6 +219,7 @@ class ChatRequest(Conversation, Sampled):
 
     max_completion_tokens: int | None = None
     tool_choice: str | Json | None = None
+    parallel_tool_calls: bool | None = None  # false: at most one call in an answer
     thinking_budget: int | None = Field(None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -68,6 +68,7 @@ class ResponsesRequest(Sampling):
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
     tool_choice: str | Json | None = None
+    parallel_tool_calls: bool | None = None
     tools: Objects | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     chat_template_kwargs: Json | None = None
@@ -77,7 +78,10 @@ class ResponsesRequest(Sampling):
     def chat(self) -> ChatRequest:
         """The same request as a chat. FieldError for an item or tool that is not understood."""
         same = {name: getattr(self, name) for name in Sampling.model_fields}
-        names = ("chat_template_kwargs", "enable_thinking", "thinking_budget", "top_logprobs")
+        names = (
+            "chat_template_kwargs", "enable_thinking", "thinking_budget", "top_logprobs",
+            "parallel_tool_calls",
+        )  # fmt: skip
         same |= {name: getattr(self, name) for name in names}
         return ChatRequest(
             **same,
@@ -336,7 +340,7 @@ def _response(head: Head, request: ResponsesRequest) -> Json:
         "max_output_tokens": request.max_output_tokens,
         "metadata": {},
         "output": [],
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": asked.get("parallel_tool_calls", True),
         "previous_response_id": None,
         "reasoning": {"effort": asked.get("reasoning", {}).get("effort"), "summary": None},
         "store": False,
