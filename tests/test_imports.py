@@ -59,6 +59,7 @@ PURE = [
     "text.router",
     "text.stopping",
     "text.tokenizer",
+    "waiting",
 ]
 ARROWS = {  # module or package: all it may import of this package
     "errors": [],
@@ -154,7 +155,9 @@ ARROWS = {  # module or package: all it may import of this package
         "sequence",
         "signals",
         "slots",
+        "waiting",
     ],
+    "waiting": ["sequence", "slots"],
     "state": ["cache", "config", "errors", "files", "slots"],
 }
 

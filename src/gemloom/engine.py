@@ -39,6 +39,7 @@ from gemloom.scheduler import plan
 from gemloom.sequence import Chunk, Sequence
 from gemloom.signals import undisturbed
 from gemloom.slots import Slot, Slots
+from gemloom.waiting import Waiting, Wanted
 
 T = TypeVar("T")
 _LAST_STEP = 0.5  # seconds that workers get to end the step under way when a model is closed
@@ -88,10 +89,10 @@ class Engine:
             )
             budget = 0
         self.slots = Slots(options.slots, kv.window, cells.sliding, budget)
-        self._waiting: deque[Sequence | Future[Slot]] = deque()  # requests, and who wants a slot
         self._running: dict[int, Sequence] = {}  # by the index of their slot
         self._calls: deque[tuple[abc.Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
+        self._waiting = Waiting(self._wake)
         self._free = free
         self._closing, self._failure, self._lost = False, "", False
         self._cause: BaseException | None = None  # of the failure
@@ -102,18 +103,23 @@ class Engine:
 
     # -- from any thread -----------------------------------------------------------------------
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a request. QueueFullError, EngineError or ClosedError where it cannot be taken."""
-        self._queue(sequence)
+    def submit(self, sequence: Sequence, after: Sequence | None = None) -> None:
+        """Queue a request. QueueFullError, EngineError or ClosedError where it cannot be taken.
 
-    def _queue(self, wanted: Sequence | Future[Slot]) -> None:
+        One ``after`` another is queued when that has ended, behind all that wait by then, and no
+        queue is too full for it.
+        """
+        self._queue(sequence, after)
+
+    def _queue(self, wanted: Wanted, after: Sequence | None = None) -> None:
         with self._wake:
             self._check()
-            if len(self._waiting) >= self._options.queue + len(self.slots.free):
+            most = self._options.queue + len(self.slots.free)
+            if after is None and len(self._waiting.ready()) >= most:
                 raise QueueFullError(
                     f"{self._options.queue} requests are waiting already; try again later"
                 )
-            self._waiting.append(wanted)
+            self._waiting.add(wanted, after)
             self._wake.notify()
 
     def cancel(self, sequence: Sequence) -> None:
@@ -154,9 +160,7 @@ class Engine:
         try:
             return future.result()
         except BaseException:
-            with self._wake:
-                if future in self._waiting:
-                    self._waiting.remove(future)
+            self._waiting.remove(future)
             if not future.cancel() and not future.exception():  # Ctrl-C, and it had come
                 self.release(future.result())
             raise
@@ -242,8 +246,7 @@ class Engine:
 
     def _can_admit(self) -> bool:
         """Whether a request waits that a step would take out of the queue."""
-        cancelled = any(isinstance(w, Sequence) and w.cancelled for w in self._waiting)
-        return cancelled or bool(self._waiting and self.slots.free)
+        return self._waiting.any_cancelled() or bool(self.slots.free and self._waiting.ready())
 
     def step(self) -> None:
         """Compute one batch: a row of each request that decodes, a part of each other's prompt."""
@@ -303,24 +306,20 @@ class Engine:
                 future.set_exception(error)
 
     def _end_cancelled(self) -> None:
-        with self._wake:
-            there = [*self._running.values(), *self._waiting]
-        for sequence in there:
+        for sequence in [*self._running.values(), *self._waiting.all()]:
             if isinstance(sequence, Sequence) and sequence.cancelled:
                 self._end(sequence)
                 sequence.sink(None)
 
     def _admit(self) -> None:
         """Give free slots to those that have waited longest."""
-        while self._waiting and self.slots.free:
-            first = self._waiting[0]  # it stays there for _end_all, should this fail
+        while self.slots.free and (ready := self._waiting.ready()):
+            first = ready[0]  # it stays there for _end_all, should this fail
             if isinstance(first, Sequence):
                 self._begin(first)
             elif first.set_running_or_notify_cancel():
                 self._give_slot(first)
-            with self._wake:
-                if self._waiting and self._waiting[0] is first:  # not taken back meanwhile
-                    self._waiting.popleft()
+            self._waiting.remove(first)
 
     def _give_slot(self, future: Future[Slot]) -> None:
         try:
@@ -421,6 +420,7 @@ class Engine:
             del self._running[sequence.slot.index]
             self.slots.release(sequence.slot)
         sequence.release()
+        self._waiting.follow(sequence)
 
     def _give_up(self, sequence: Sequence, error: GemloomError) -> None:
         self._end(sequence)
@@ -445,7 +445,7 @@ class Engine:
     def _end_all(self, error: GemloomError) -> None:
         """End every request, and whoever waits for a call, with ``error``."""
         with self._wake:
-            there = [*self._running.values(), *self._waiting]
+            there = [*self._running.values(), *self._waiting.all()]
             futures = [w for w in there if isinstance(w, Future)] + [f for _, f in self._calls]
             self._running.clear()
             self._waiting.clear()

@@ -206,6 +206,11 @@ class Run(Iterator[Piece]):
         """Seconds so far by what was done outside the model's steps: sample, text."""
         return dict(self._sequence.times)
 
+    @property
+    def request(self) -> Request:
+        """Its state, as the engine has it."""
+        return self._sequence
+
     def cancel(self) -> None:
         """End it before the next step; a signal handler or another thread may call it.
 

@@ -166,21 +166,23 @@ class Model:
         *,
         constraint: Constraint | None = None,
         adapters: Named | None = None,
+        after: Run | None = None,
         **sampling: Any,
     ) -> Run:
         """As ``generate``, piece by piece, with ``for``, ``async for`` or ``await`` for the whole.
 
         It starts at once, or waits for a slot in the order of coming. ``constraint`` bounds what
         may be said. ``adapters`` are those loaded that shall act: their names, or by name their
-        scales (None for an adapter's own); it keeps the versions they have now. Raises
-        QueueFullError too, where too many wait, UnknownAdapterError, EngineError and ClosedError.
+        scales (None for an adapter's own); it keeps the versions they have now. It takes the place
+        of ``after`` when that has ended, however many wait. Raises UnknownAdapterError, EngineError
+        and ClosedError too, and QueueFullError where too many wait.
         """
         params = sampling_params(sampling, params)
         check_vocabulary(params, self.config.n_vocab)
         ids = self._ids(prompt)
         lease = self.adapters.lease(adapters, ids)
         try:
-            return self._start(ids, params, constraint, lease)
+            return self._start(ids, params, constraint, lease, after)
         except BaseException:
             lease.release()
             raise
@@ -264,15 +266,16 @@ class Model:
         return encode_chat(self.tokenizer, conversation.prepare(messages), **given)
 
     def _start(
-        self, ids: list[int], params: SamplingParams, constraint: Constraint | None, lease: Lease
-    ) -> Run:
+        self, ids: list[int], params: SamplingParams, constraint: Constraint | None, lease: Lease,
+        after: Run | None = None,
+    ) -> Run:  # fmt: skip
         limit = None if self.options.keep is not None else self.context - len(ids) + 1
         inbox = Inbox()
         request = Request(
             ids, params, self.tokenizer, inbox.put, limit=limit, constraint=constraint, held=lease
         )
         run = Run(request, inbox, self._engine.cancel, self)  # first, so that none is left alone
-        self._engine.submit(request)
+        self._engine.submit(request, after.request if after else None)
         return run
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:

@@ -121,7 +121,8 @@ class Sequence:
         self.slot: Slot | None = None
         self.n_cached, self.n_generated, self.n_done = 0, 0, 0
         self.finish_reason: str | None = None
-        self.cancelled = False
+        self.cancelled = self.ended = False
+        self.after: Sequence | None = None  # it waits until that one has ended
         self.shifted = False  # whether positions have been dropped from the cells
         self.few = suffice(params)  # whether candidates may do in place of whole rows
         self.times = {"sample": 0.0, "text": 0.0}
