@@ -14,7 +14,8 @@ from conftest import Load
 from gemloom import sampling
 from gemloom.errors import OptionError, RequestError
 from gemloom.server.errors import FieldError
-from gemloom.server.protocol import CompletionRequest, parse
+from gemloom.server.parsing import parse
+from gemloom.server.protocol import CompletionRequest
 from random_lora import random_lora
 
 HI = [{"role": "user", "content": "hello"}]
@@ -76,7 +77,7 @@ def test_only_what_is_near_is_suggested(model: gemloom.Model, given: str, words:
 
 def test_the_server_suggests_too() -> None:
     with pytest.raises(FieldError, match=r"is not a field of this request; did you mean repet"):
-        parse(CompletionRequest, b'{"prompt": "a", "repeat_penalty": 1}')
+        parse(CompletionRequest, b'{"prompt": "a", "repetition_penality": 1}')
     with pytest.raises(FieldError, match=r"'qqq' is not a field of this request$"):
         parse(CompletionRequest, b'{"prompt": "a", "qqq": 1}')
 

@@ -51,6 +51,8 @@ PURE = [
     "sampling",
     "scheduler",
     "sequence",
+    "server.bodies",
+    "server.parsing",
     "server.protocol",
     "slots",
     "text.chat",

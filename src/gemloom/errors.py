@@ -164,7 +164,12 @@ class ClosedError(GemloomError):
     code = "model_closed"
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like ``name``; None where none is."""
+    return next(iter(get_close_matches(name[:64], list(known), 1)), None)
+
+
 def suggestion(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """What an error about an unknown name ends with: the nearest there is, or else something."""
-    near = get_close_matches(name[:64], list(known), 1)
-    return f"; did you mean {near[0]}?" if near else otherwise
+    near = nearest(name, known)
+    return f"; did you mean {near}?" if near else otherwise

@@ -86,6 +86,14 @@ class ServerOptions:
             help="At the end, time for requests under way.",
         ),
     ] = 30
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            rich_help_panel=_ACCESS,
+            help="Refuse requests with fields that are not known.",
+        ),
+    ] = False
     slot_state: Annotated[
         bool,
         typer.Option(
@@ -136,6 +144,7 @@ class ServerOptions:
             cors=tuple(self.cors or []),
             max_body=self.max_body << 20,
             timeout=self.timeout or None,
+            strict=self.strict,
             slot_state=self.slot_state,
             adapters=_adapters(self.adapter or []),
             adapter_upload=self.adapter_upload,

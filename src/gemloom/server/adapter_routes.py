@@ -8,8 +8,10 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from gemloom.errors import OptionError
-from gemloom.server import protocol
+from gemloom.server import bodies
 from gemloom.server.guard import read_body
+from gemloom.server.parsing import parse, parse_scales
+from gemloom.server.protocol import AdapterRequest
 from gemloom.server.service import Service, in_thread
 
 
@@ -33,7 +35,7 @@ _CHANGES = [Depends(_admit_change)]
 @routes.get("/v1/adapters")
 async def adapters(request: Request) -> Response:
     """The adapters that requests can name."""
-    data = [protocol.adapter_body(info) for info in _service(request).adapters.there()]
+    data = [bodies.adapter_body(info) for info in _service(request).adapters.there()]
     return JSONResponse({"object": "list", "data": data})
 
 
@@ -43,9 +45,9 @@ async def load(request: Request) -> Response:
     service = _service(request)
     deadline = service.deadline()
     data = await read_body(request, service.settings.max_body)
-    asked = await in_thread(partial(protocol.parse, protocol.AdapterRequest, data), deadline)
+    asked = await service.parsed(partial(parse, AdapterRequest, data), request, deadline)
     work = partial(service.adapters.load, asked.name, asked.scale)
-    return JSONResponse(protocol.adapter_body(await in_thread(work, deadline)))
+    return JSONResponse(bodies.adapter_body(await in_thread(work, deadline)))
 
 
 @routes.put(
@@ -61,7 +63,7 @@ async def upload(request: Request, name: str, scale: float | None = None) -> Res
     if not data:
         raise OptionError("the body is empty: it must be an adapter's bytes")
     work = partial(service.adapters.upload, name, data, scale)
-    return JSONResponse(protocol.adapter_body(await in_thread(work, deadline)))
+    return JSONResponse(bodies.adapter_body(await in_thread(work, deadline)))
 
 
 @routes.delete("/v1/adapters/{name}", dependencies=_CHANGES)
@@ -81,6 +83,7 @@ async def lora_adapters(request: Request) -> Response:
 async def set_defaults(request: Request) -> Response:
     """The scales of requests that say nothing of adapters: [{"id": 0, "scale": 0.5}]."""
     service = _service(request)
-    scales = protocol.parse_scales(await read_body(request, service.settings.max_body))
+    data = await read_body(request, service.settings.max_body)
+    scales = await service.parsed(partial(parse_scales, data), request, service.deadline())
     service.adapters.set_defaults(scales)
     return JSONResponse({"success": True})

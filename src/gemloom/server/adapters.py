@@ -17,7 +17,8 @@ from gemloom.adapters.registry import check_name
 from gemloom.errors import AdapterError, OptionError, UnknownAdapterError, WeightsError
 from gemloom.model import Model
 from gemloom.server.errors import FieldError
-from gemloom.server.protocol import Adapted, Json, LoraScale
+from gemloom.server.fields import Json
+from gemloom.server.protocol import Adapted, LoraScale
 
 _log = logging.getLogger("gemloom.server")
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from gemloom.errors import GemloomError
 from gemloom.generation import Usage, call_body
 from gemloom.sequence import Piece
-from gemloom.server.protocol import Json, error_body, timings_body, usage_body
+from gemloom.server.bodies import error_body, timings_body, usage_body
+from gemloom.server.fields import Json
 from gemloom.text.router import Part, Reasoning, Splitter, ToolCall
 from gemloom.text.tokenizer import StreamDecoder, Tokenizer
 

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from threading import Event
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic.json_schema import models_json_schema
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -24,10 +25,12 @@ from gemloom import __version__
 from gemloom.adapters.info import Scales
 from gemloom.errors import GemloomError, RequestError
 from gemloom.model import Model
-from gemloom.server import adapter_routes, metrics, protocol
+from gemloom.server import adapter_routes, bodies, metrics, protocol
 from gemloom.server.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
 from gemloom.server.errors import HungUpError, UnknownPathError
+from gemloom.server.fields import Json
 from gemloom.server.guard import read_body
+from gemloom.server.ignored import HEADER
 from gemloom.server.responses import ResponseAnswer, ResponsesRequest
 from gemloom.server.service import Service, Settings, in_thread
 
@@ -69,9 +72,22 @@ _BODIES = (
 )  # fmt: skip
 open_to_all = APIRouter()
 api = APIRouter(dependencies=[Depends(_admit)])
+_hidden = APIRouter(dependencies=[Depends(_admit)], include_in_schema=False)  # other spellings
+_Route = TypeVar("_Route", bound=Callable[..., Any])
 
 
-@api.post("/v1/chat/completions", openapi_extra=_body(protocol.ChatRequest))
+def _post(path: str, kind: type[protocol.Body]) -> Callable[[_Route], _Route]:
+    """A route that reads ``kind``, with and without /v1 before its path."""
+
+    def add(route: _Route) -> _Route:
+        api.post(f"/v1{path}", openapi_extra=_body(kind))(route)
+        _hidden.post(path)(route)
+        return route
+
+    return add
+
+
+@_post("/chat/completions", protocol.ChatRequest)
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     service = _service(request)
@@ -86,7 +102,7 @@ async def chat_completions(request: Request) -> Response:
     return await service.answer(request, answer, jobs, stream=stream, deadline=deadline)
 
 
-@api.post("/v1/completions", openapi_extra=_body(protocol.CompletionRequest))
+@_post("/completions", protocol.CompletionRequest)
 async def completions(request: Request) -> Response:
     """Continue one or several prompts."""
     service = _service(request)
@@ -102,7 +118,7 @@ async def completions(request: Request) -> Response:
     return await service.answer(request, answer, jobs, stream=stream, deadline=deadline)
 
 
-@api.post("/v1/responses", openapi_extra=_body(ResponsesRequest))
+@_post("/responses", ResponsesRequest)
 async def responses(request: Request) -> Response:
     """Answer a conversation in the form of the responses API; nothing is stored."""
     service = _service(request)
@@ -117,7 +133,7 @@ async def responses(request: Request) -> Response:
     return await service.answer(request, answer, jobs, stream=stream, deadline=deadline)
 
 
-@api.post("/v1/embeddings", openapi_extra=_body(protocol.EmbeddingRequest))
+@_post("/embeddings", protocol.EmbeddingRequest)
 async def embeddings(request: Request) -> Response:
     """One vector of length 1 for each text."""
     service = _service(request)
@@ -127,14 +143,15 @@ async def embeddings(request: Request) -> Response:
     work = partial(_embed, service, asked, adapters)
     vectors, count = await service.long(request, work, deadline)
     shown = [_encoded(vector, asked.encoding_format) for vector in vectors]
-    return JSONResponse(protocol.embeddings_body(shown, service.settings.name, count))
+    return JSONResponse(bodies.embeddings_body(shown, service.settings.name, count))
 
 
 def _embed(
     service: Service, asked: protocol.EmbeddingRequest, adapters: Scales, given_up: Event
 ) -> tuple[list[np.ndarray], int]:
     """Vectors float32 [n_embd], and how many tokens they were made of."""
-    prompts = [service.prepare.ids(text) for text in asked.inputs()]
+    asked.check_dimensions(service.model.config.n_embd)
+    prompts = [service.prepare.ids(text, asked.parse_special) for text in asked.inputs()]
     vectors = []
     for ids in prompts:
         if given_up.is_set():
@@ -149,7 +166,9 @@ def _encoded(vector: np.ndarray, form: str | None) -> Any:
     return vector.tolist()
 
 
-@api.get("/v1/models/", include_in_schema=False)
+@_hidden.get("/models")
+@_hidden.get("/models/")
+@_hidden.get("/v1/models/")
 @api.get("/v1/models")
 async def models(request: Request) -> Response:
     """The one model there is, its other names, and itself with each adapter."""
@@ -160,6 +179,7 @@ async def models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [_model(service, name) for name in names]})
 
 
+@_hidden.get("/models/{name:path}")
 @api.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
     """One model."""
@@ -168,10 +188,10 @@ async def model(request: Request, name: str) -> Response:
     return JSONResponse(_model(service, name))
 
 
-def _model(service: Service, name: str) -> protocol.Json:
+def _model(service: Service, name: str) -> Json:
     served = service.model
     sizes = (served.context, served.config.n_vocab, served.config.n_embd)
-    return protocol.model_body(name, service.created, *sizes)
+    return bodies.model_body(name, service.created, *sizes)
 
 
 @api.post("/tokenize", openapi_extra=_body(protocol.TokenizeRequest))
@@ -188,7 +208,7 @@ def _tokenize(service: Service, asked: protocol.TokenizeRequest) -> list[Any]:
     ids = tokenizer.with_bos(ids) if asked.add_special else ids
     if not asked.with_pieces:
         return ids
-    return [protocol.piece_body(token, tokenizer.token(token)) for token in ids]
+    return [bodies.piece_body(token, tokenizer.token(token)) for token in ids]
 
 
 @api.post("/detokenize", openapi_extra=_body(protocol.DetokenizeRequest))
@@ -248,7 +268,7 @@ async def prometheus(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """Whether requests are answered; 503, and why, where they are not."""
     if failure := _service(request).failure():
-        body = {"status": "error", **protocol.error_body(failure)}
+        body = {"status": "error", **bodies.error_body(failure)}
         return JSONResponse(body, failure.status)
     return JSONResponse({"status": "ok"})
 
@@ -270,6 +290,8 @@ class _App(FastAPI):
 class _Counted:
     """Counts requests and their durations, by route and status, and those under way.
 
+    Every answer to a request with fields that nobody knows names them, streams and errors too.
+
     HEAD is asked of the app as GET: what runs the app leaves out the body.
     """
 
@@ -284,10 +306,13 @@ class _Counted:
             scope = {**scope, "method": "GET"}
         started, status = time.perf_counter(), 500
         counted = int(scope["path"] != "/health")
+        state = scope.setdefault("state", {})
 
         async def noted(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
+            if message["type"] == "http.response.start" and "ignored" in state:
+                MutableHeaders(scope=message)[HEADER] = state["ignored"]
             await send(message)
 
         self._service.under_way += counted
@@ -309,6 +334,7 @@ def create_app(
     app = _App(title="Gemloom", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service = Service(model, settings, load)
     app.include_router(open_to_all)
+    app.include_router(_hidden)  # first: a model may be called anything
     app.include_router(api)
     app.include_router(adapter_routes.routes, dependencies=[Depends(_admit)])
     _add_page(app)
@@ -320,8 +346,9 @@ def create_app(
     app.add_exception_handler(Exception, _on_unforeseen)
     if settings.cors:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"]
-        )
+            CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=[HEADER],
+        )  # fmt: skip
     app.add_middleware(_Counted, service=service)
     return app
 
@@ -343,7 +370,7 @@ async def _show(content: bytes, kind: str, request: Request) -> Response:
 def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GemloomError)
     headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(error.status)
-    return JSONResponse(protocol.error_body(error), error.status, headers)
+    return JSONResponse(bodies.error_body(error), error.status, headers)
 
 
 def _on_http_error(request: Request, error: Exception) -> Response:
@@ -351,7 +378,7 @@ def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:80]}: {error.detail}"
     kind = UnknownPathError if error.status_code == 404 else RequestError
-    return JSONResponse(protocol.error_body(kind(message)), error.status_code, error.headers)
+    return JSONResponse(bodies.error_body(kind(message)), error.status_code, error.headers)
 
 
 def _on_invalid(request: Request, error: Exception) -> Response:
@@ -365,5 +392,5 @@ def _on_hung_up(request: Request, error: Exception) -> Response:
 
 
 def _on_unforeseen(request: Request, error: Exception) -> Response:
-    body = protocol.error_body(GemloomError("internal error; the server's log has more"))
+    body = bodies.error_body(GemloomError("internal error; the server's log has more"))
     return JSONResponse(body, GemloomError.status)

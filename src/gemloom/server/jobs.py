@@ -6,18 +6,19 @@ all that can be wrong with a request is found here, before anything runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from gemloom.adapters.info import Scales
-from gemloom.errors import RequestError
+from gemloom.errors import QueueFullError, RequestError
 from gemloom.generation import Run
 from gemloom.model import Model
 from gemloom.sampling import from_options
 from gemloom.sequence import Constraint
 from gemloom.server.errors import FieldError
-from gemloom.server.protocol import ChatRequest, CompletionRequest, Conversation, Ids, Json, Sampled
+from gemloom.server.fields import Json
+from gemloom.server.protocol import ChatRequest, CompletionRequest, Conversation, Ids, Sampled
 from gemloom.text import conversation
 from gemloom.text.chat import with_stop
 from gemloom.text.constraint import ThinkingBudget, both
@@ -38,19 +39,33 @@ class Job:
     constraint: Constraint | None
     adapters: Scales
 
-    def start(self, model: Model) -> Run:
+    def start(self, model: Model, after: Run | None) -> Run:
         """Start it; never blocks. Raises QueueFullError, EngineError and what is wrong with it."""
         return model.stream(
-            self.prompt, constraint=self.constraint, adapters=self.adapters, **self.sampling
-        )
+            self.prompt, constraint=self.constraint, adapters=self.adapters, after=after,
+            **self.sampling,
+        )  # fmt: skip
 
 
 def start(model: Model, jobs: Sequence[Job]) -> list[Run]:
-    """Start all, or none: those started before one that fails are cancelled."""
+    """Start all, or none: those started before one that fails are cancelled.
+
+    As many as there are slots are in the queue at once, fewer where it is full; the others take
+    the places of these. So a request with many prompts is one in the queue, not one a prompt, and
+    other requests get their turn between its runs. QueueFullError where there is no room for one.
+    """
     runs: list[Run] = []
+    most = model.options.slots
     try:
         for job in jobs:
-            runs.append(job.start(model))
+            try:
+                run = job.start(model, runs[-most] if len(runs) >= most else None)
+            except QueueFullError:
+                if not runs:
+                    raise
+                most = len(runs)
+                run = job.start(model, runs[0])
+            runs.append(run)
     except BaseException:
         for run in runs:
             run.cancel()
@@ -88,7 +103,7 @@ class Preparer:
     def completion(self, asked: CompletionRequest, adapters: Scales) -> list[Job]:
         """The runs of a request for completions, those of the first prompt first."""
         sampling = _checked(asked.sampling())
-        prompts = [self.ids(prompt) for prompt in asked.prompts()]
+        prompts = [self.ids(prompt, asked.parse_special) for prompt in asked.prompts()]
         make = self._format(asked, Thought())
         return [
             Job(prompt, own, make(), adapters)
@@ -96,11 +111,11 @@ class Preparer:
             for own in _seeded(sampling, asked.choices)
         ]
 
-    def ids(self, prompt: str | Ids) -> Ids:
-        """Text as ids with one BOS; ids as they are."""
+    def ids(self, prompt: str | Ids, special: bool) -> Ids:
+        """Text as ids with one BOS, ``special`` as the tokenizer has it; ids as they are."""
         if not isinstance(prompt, str):
             return prompt
-        return self._tokenizer.with_bos(self._tokenizer.encode(prompt)) if prompt else []
+        return self._tokenizer.with_bos(self._tokenizer.encode(prompt, special)) if prompt else []
 
     def _chat_sampling(self, asked: ChatRequest) -> Json:
         """The options; where no tool may be called, the token that begins a call is barred."""
@@ -134,8 +149,8 @@ class Preparer:
             return partial(grammars.lark, asked.grammar or "", **options)
         if form == "json_object":
             return partial(grammars.json_object, **options)
-        if form == "json_schema":
-            return partial(grammars.json_schema, _schema(asked), **options)
+        if asked.response_format and form == "json_schema":
+            return partial(grammars.json_schema, asked.response_format.any_schema or {}, **options)
         return lambda: None
 
     def _within_budget(
@@ -171,18 +186,11 @@ def _checked(sampling: Json) -> Json:
     return sampling
 
 
-def _schema(asked: Sampled) -> Mapping[str, object]:
-    given = asked.response_format and asked.response_format.json_schema
-    if not given:
-        raise FieldError("response_format", "response_format: json_schema needs a json_schema")
-    return given.schema_
-
-
 def _form(asked: Sampled) -> str:
     """What the answer must be: "text" for anything. RequestError where several are asked for."""
     given = [name for name in ("regex", "grammar") if getattr(asked, name) is not None]
-    if asked.response_format and asked.response_format.type != "text":
-        given.append(asked.response_format.type)
+    if asked.response_format and asked.response_format.form != "text":
+        given.append(asked.response_format.form)
     if len(given) > 1:
         raise RequestError("only one of response_format, regex and grammar can be asked for")
     return given[0] if given else "text"

@@ -5,9 +5,9 @@ Nothing is stored, so ``previous_response_id`` is refused: a client sends the ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,18 +15,18 @@ from gemloom.errors import GemloomError
 from gemloom.generation import Usage
 from gemloom.sampling import GEMMA_DEFAULTS
 from gemloom.sequence import Piece
+from gemloom.server import fields, other_names
 from gemloom.server.answers import Head, new_id, token_logprobs
+from gemloom.server.bodies import usage_body
 from gemloom.server.errors import FieldError
+from gemloom.server.fields import Json, Shape
 from gemloom.server.protocol import (
     MAX_TOP_LOGPROBS,
     ChatRequest,
-    Json,
-    JsonSchema,
     Objects,
     ResponseFormat,
     Sampling,
     Strict,
-    usage_body,
 )
 from gemloom.text.router import Content, Part, Reasoning, Splitter, ToolCall
 from gemloom.text.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class TextOptions(Strict):
     """``text``: the format."""
 
     format: TextFormat | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: str | None = None  # advice to other models
 
 
 class ReasoningOptions(Strict):
@@ -61,6 +61,9 @@ class ReasoningOptions(Strict):
 
 class ResponsesRequest(Sampling):
     """POST /v1/responses."""
+
+    OTHER_NAMES: ClassVar[other_names.Names] = other_names.RESPONSES
+    SHAPES: ClassVar[Mapping[str, Shape]] = {"input": fields.ITEM, "tools": fields.RESPONSE_TOOL}
 
     input: str | Objects
     instructions: str | None = None
@@ -96,11 +99,11 @@ class ResponsesRequest(Sampling):
 
 
 def _format(given: TextFormat | None) -> ResponseFormat | None:
-    if given is None or given.type != "json_schema":
-        return ResponseFormat(type=given.type) if given else None
-    if given.schema_ is None:
+    if given is None:
+        return None
+    if given.schema_ is None and given.type == "json_schema":
         raise FieldError("text", "text: the format json_schema needs a schema")
-    return ResponseFormat(type="json_schema", json_schema=JsonSchema(schema=given.schema_))
+    return ResponseFormat(type=given.type, schema=given.schema_)
 
 
 def _tool(tool: Json) -> Json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 import weakref
@@ -23,9 +24,11 @@ from gemloom.server.adapters import AdapterFile, ServedAdapters
 from gemloom.server.answers import Head, new_id
 from gemloom.server.errors import ForbiddenError, StoppedError, UnknownModelError
 from gemloom.server.guard import Keys, check_host, check_origin, is_local, read_body
+from gemloom.server.ignored import Ignored
 from gemloom.server.jobs import Job, Preparer, start
 from gemloom.server.metrics import Metrics
-from gemloom.server.protocol import Adapted, Body, parse
+from gemloom.server.parsing import parse
+from gemloom.server.protocol import Adapted, Body
 from gemloom.server.recovery import Recovery
 from gemloom.server.streams import (
     Answer,
@@ -38,6 +41,7 @@ from gemloom.server.streams import (
     whole,
 )
 
+_log = logging.getLogger("gemloom.server")
 _QUIET = 1.0  # seconds without requests before what can wait is done
 _LOOK = 0.05  # seconds between two looks at what is under way
 _T = TypeVar("_T")
@@ -56,6 +60,7 @@ class Settings:
     max_body: int = 32 << 20  # bytes
     timeout: float | None = 600.0  # seconds of one request; None: no limit
     beat: float = 10.0  # seconds until a silent stream sends a comment
+    strict: bool = False  # whether a field that nobody knows is an error
     slot_state: bool = False  # whether clients may save and restore the model's state
     adapters: Mapping[str, AdapterFile] = field(default_factory=dict)  # by the name requests use
     adapter_upload: bool = False  # whether clients with a key may send adapters
@@ -150,9 +155,21 @@ class Service:
         if failure := self.failure():
             raise failure
         data = await before(deadline, read_body(request, self.settings.max_body))
-        asked = await in_thread(partial(parse, kind, data), deadline)
+        asked = await self.parsed(partial(parse, kind, data), request, deadline)
         self.check_name(asked.model)
         return asked
+
+    async def parsed(
+        self, work: Callable[[Ignored], _T], request: Request, deadline: float | None
+    ) -> _T:
+        """What ``work`` reads; the answer and the log name the fields that nobody knows."""
+        template = self.model.tokenizer.chat_template or ""
+        ignored = Ignored(strict=self.settings.strict, template=template)
+        result = await in_thread(partial(work, ignored), deadline)
+        if named := str(ignored):
+            request.state.ignored = named
+            _log.warning("%s: fields that are not known were ignored: %s", request.url.path, named)
+        return result
 
     def check_name(self, name: str | None) -> str | None:
         """The adapter that a model's name has, as in "model:adapter"; None where it has none.

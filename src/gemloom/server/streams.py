@@ -20,8 +20,9 @@ from starlette.types import Receive, Scope, Send
 from gemloom.errors import GemloomError
 from gemloom.generation import Run, Usage
 from gemloom.sequence import Piece
+from gemloom.server.bodies import event_text
 from gemloom.server.errors import HungUpError, OverdueError, StoppedError
-from gemloom.server.protocol import Json, event_text
+from gemloom.server.fields import Json
 
 DONE = b"data: [DONE]\n\n"  # after the last event, where clients expect it
 _KEEP_ALIVE = b": keep-alive\n\n"

@@ -20,8 +20,9 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TEXT_TYPES = ("input_text", "output_text")
 # Whatever a prompt quotes, one of the closing ones stands between that and its end.
 _MARKERS = re.compile(r"<\|channel>|<(?:channel|turn|tool_call|tool_response)\|>")
-_THINKING = {
+_THINKING = {  # None: as the template has it where nothing is said
     "none": False, "minimal": False, "low": True, "medium": True, "high": True, "xhigh": True,
+    "max": True, "auto": None, "default": None,
 }  # fmt: skip
 _BUDGETS = {"low": 256, "medium": 1024}
 
@@ -61,8 +62,9 @@ def variables(
     if "tools" in given:
         raise OptionError("chat_template_kwargs cannot set tools: give them as tools")
     chosen: dict[str, Any] = {}
-    if reasoning_effort is not None:
-        chosen["enable_thinking"] = _THINKING[_effort(reasoning_effort)]
+    thinking = None if reasoning_effort is None else _THINKING[_effort(reasoning_effort)]
+    if thinking is not None:
+        chosen["enable_thinking"] = thinking
     chosen |= given
     if enable_thinking is not None:
         chosen["enable_thinking"] = enable_thinking
