@@ -61,7 +61,7 @@ for _ in range(60):
         (CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_request"),
         (CHAT, {"messages": HI, "audio": {}}, 400, "invalid_field"),
         (CHAT, {"messages": HI, "temperature": 1e9}, 400, "invalid_option"),
-        (CHAT, {"messages": HI, "stop": ""}, 400, "invalid_option"),
+        (CHAT, {"messages": HI, "stop": "a" * 1_001}, 400, "invalid_option"),
         (CHAT, {"messages": HI, "logit_bias": {"999999": 1}}, 400, "invalid_option"),
         (CHAT, {"messages": HI, "reasoning_effort": "huge"}, 400, "invalid_option"),
         (CHAT, {"messages": HI, "tool_choice": "required"}, 400, "invalid_field"),

@@ -45,7 +45,7 @@ async def load(request: Request) -> Response:
     service = _service(request)
     deadline = service.deadline()
     data = await read_body(request, service.settings.max_body)
-    asked = await service.parsed(partial(parse, AdapterRequest, data), request, deadline)
+    asked = await in_thread(partial(parse, AdapterRequest, data), deadline)  # strict: no "path"
     work = partial(service.adapters.load, asked.name, asked.scale)
     return JSONResponse(bodies.adapter_body(await in_thread(work, deadline)))
 
