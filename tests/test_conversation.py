@@ -334,7 +334,7 @@ def test_variables() -> None:
     assert variables() == {}
     for effort in ("none", "minimal"):
         assert variables(reasoning_effort=effort) == {"enable_thinking": False}
-    for effort in ("low", "medium", "high", "xhigh"):
+    for effort in ("low", "medium", "high", "xhigh", "max"):
         assert variables(reasoning_effort=effort) == {"enable_thinking": True}
     own = {"enable_thinking": False, "style": "x"}
     assert variables(reasoning_effort="low", chat_template_kwargs=own) == own

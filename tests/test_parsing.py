@@ -200,6 +200,9 @@ OF_RESPONSES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"max_tokens": 7}, {"max_output_tokens": 7}),
     ({"n_probs": 3}, {"top_logprobs": 3}),
     ({"reasoning_effort": "low"}, {"reasoning": {"effort": "low"}}),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+     {"text": {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}}),
+    ({"response_format": {"type": "json_object"}}, {"text": {"format": {"type": "json_object"}}}),
     ({"thinking": {"type": "enabled", "budget_tokens": 9}},
      {"enable_thinking": True, "thinking_budget": 9}),
 ]  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from openai import OpenAI
 
 import gemloom
 import tiny
@@ -64,6 +65,18 @@ def test_a_stream_names_it_too(url: str, path: str) -> None:
         assert answer.headers[HEADER] == "foo"
         assert answer.headers["content-type"].startswith("text/event-stream")
         assert answer.read()
+
+
+def test_a_client_can_read_it(url: str) -> None:
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.with_raw_response.create(
+            model=NAME,
+            messages=[{"role": "user", "content": "hello"}],
+            max_completion_tokens=2,
+            extra_body={"top_k": -1, "repeat_penalty": 1.1, "keep_alive": -1},
+        )
+    assert answer.headers[HEADER] == "keep_alive"
+    assert answer.parse().choices[0].message.content is not None
 
 
 def test_an_error_names_it_too(url: str) -> None:
