@@ -13,6 +13,7 @@ import pytest
 
 from command_line import ENVIRONMENT, call, command, write
 from conftest import until
+from gemloom.cli.serving import ServerOptions
 from serving import http
 
 ENDLESS = {"prompt": "a", "max_tokens": 20_000, "regex": "[a-z]{30000}", "stream": True}
@@ -39,6 +40,11 @@ def served(*args: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("models"))
+
+
+def test_only_a_strict_server_refuses_unknown_fields() -> None:
+    assert ServerOptions(strict=True).settings("a.gguf").strict
+    assert not ServerOptions().settings("a.gguf").strict
 
 
 def test_a_signal_drains(file: Path, tmp_path: Path) -> None:

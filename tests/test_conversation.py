@@ -336,6 +336,8 @@ def test_variables() -> None:
         assert variables(reasoning_effort=effort) == {"enable_thinking": False}
     for effort in ("low", "medium", "high", "xhigh", "max"):
         assert variables(reasoning_effort=effort) == {"enable_thinking": True}
+    for effort in ("auto", "default"):  # the template's own way
+        assert variables(reasoning_effort=effort) == {}
     own = {"enable_thinking": False, "style": "x"}
     assert variables(reasoning_effort="low", chat_template_kwargs=own) == own
     assert variables(enable_thinking=True, reasoning_effort="none", chat_template_kwargs=own) == {
