@@ -171,11 +171,10 @@ class Model:
     ) -> Run:
         """As ``generate``, piece by piece, with ``for``, ``async for`` or ``await`` for the whole.
 
-        It starts at once, or waits for a slot in the order of coming. ``constraint`` bounds what
-        may be said. ``adapters`` are those loaded that shall act: their names, or by name their
-        scales (None for an adapter's own); it keeps the versions they have now. It takes the place
-        of ``after`` when that has ended, however many wait. Raises UnknownAdapterError, EngineError
-        and ClosedError too, and QueueFullError where too many wait.
+        It starts at once, or waits for a slot in the order of coming; ``after`` another run it has
+        the turn of that, however many wait. ``constraint`` bounds what may be said. ``adapters``
+        are names of loaded ones, or by name their scales (None for an adapter's own); it keeps the
+        versions of now. Raises QueueFullError, UnknownAdapterError, EngineError, ClosedError too.
         """
         params = sampling_params(sampling, params)
         check_vocabulary(params, self.config.n_vocab)
