@@ -36,6 +36,8 @@ class Ignored:
             hint = suggestion(name.rpartition(".")[2], known)
             text = f"{name[:MAX_LENGTH]!r} is not a field of this request{hint}"
             raise FieldError(name.partition(".")[0], text)
+        if self._more:  # whatever it is: there may be a million
+            return
         shown = _UNSAFE.sub("_", name[:MAX_LENGTH]) or "_"
         if shown in self._names:
             return
