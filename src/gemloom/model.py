@@ -33,7 +33,7 @@ from gemloom.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
 from gemloom.ggml.graph import SUMS
 from gemloom.ggml.memory import trim_memory
 from gemloom.ggml.rpc import speaking
-from gemloom.kernels.library import supported
+from gemloom.kernels.library import fastest
 from gemloom.kernels.packing import Progress
 from gemloom.models import ARCHITECTURES, Architecture, check_own
 from gemloom.options import Options
@@ -93,9 +93,9 @@ class Model:
         if budget > MAX_NODES:
             n_layer = self.config.n_layer
             raise OptionError(f"slots {options.slots} are too many for {n_layer} layers")
-        own = next(iter(supported()), None) if options.kernels == "auto" else None
         with speaking(options.devices), ThreadPoolExecutor(1) as aside, ExitStack() as stack:
             tokenizer = aside.submit(Tokenizer, file.metadata)  # packing takes as long
+            own = fastest() if options.kernels == "auto" else None
             kind = architecture or ARCHITECTURES[self.config.architecture]
             layout = kind.layout(self.config, file.tensors)
             self._device, self.placement = place(file, self.config, layout, options, budget, own)

@@ -5,11 +5,11 @@ Nothing here reads or writes the terminal.
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from gemloom.errors import RequestError
+from gemloom.files.caching import write_whole
 from gemloom.generation import ChatRun
 from gemloom.model import Model
 
@@ -52,7 +52,7 @@ class Conversation:
         if os.path.lexists(path) and path.absolute() != self._own:
             raise RequestError(f"{path}: is there already; name another file, or remove it")
         try:
-            _write(path, json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
+            write_whole(path, json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
             raise RequestError(f"{path}: {error.strerror or error}") from error
         self._own = path.absolute()
@@ -78,18 +78,6 @@ class Conversation:
 
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside ``path``, then rename: it is never there half-written."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8", errors="surrogatepass") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _check(path: Path, messages: Any) -> None:

@@ -4,7 +4,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,7 +17,6 @@ from gemloom.errors import DeviceError
 if TYPE_CHECKING:
     from gemloom.ggml.backends import DeviceInfo
 
-_CPUINFO = Path("/proc/cpuinfo")
 _FLAGS = {  # ggml's name for what decides the speed -> the kernel's name for it
     "avx": "avx", "avx2": "avx2", "fma": "fma", "f16c": "f16c", "avx512": "avx512f",
     "avx512_vnni": "avx512_vnni", "dotprod": "asimddp", "matmul_int8": "i8mm",
@@ -107,7 +105,7 @@ def examine() -> dict[str, Any]:
     from gemloom.files import builtin
 
     try:
-        from gemloom.ggml import backends, device
+        from gemloom.ggml import backends, device, processor, trust
         from gemloom.kernels.library import supported
     except (ImportError, OSError) as error:
         raise DeviceError(
@@ -115,7 +113,8 @@ def examine() -> dict[str, Any]:
         ) from error
     features = backends.cpu_features()
     devices = backends.devices()
-    flags, kernels = _cpu_flags(), [library.name for library in supported()]
+    flags, kernels = processor.flags(), [library.name for library in supported()]
+    verdicts = trust.verdicts(again=True)
     missing = unused(flags, features)
     blas, gpu = (any(info.kind == kind for info in devices) for kind in ("accel", "gpu"))
     advice = [] if gpu else advise(kernels, flags, missing, blas)  # all of it is for the CPU
@@ -138,6 +137,8 @@ def examine() -> dict[str, Any]:
         "cpu_features_unused": missing,
         "blas": blas,
         "kernels": kernels,
+        "left_out": verdicts.left_out,
+        "proof": {"file": verdicts.file or None, "problem": verdicts.problem or None},
         "threads": device.usable_cores(),
         "model": {"name": builtin.DEFAULT_MODEL, "installed": bool(builtin.present())},
         "advice": [asdict(one) for one in advice],
@@ -197,17 +198,6 @@ def _rebuild(options: str = "") -> str:
     )
 
 
-def _cpu_flags() -> set[str]:
-    """The kernel's names of what the first CPU can do; empty on other systems than Linux."""
-    if not _CPUINFO.exists():
-        return set()
-    for line in _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return set(value.split())
-    return set()
-
-
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     model = facts["model"]
     there = "installed" if model["installed"] else "not installed; it is fetched when first used"
@@ -220,7 +210,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("ggml", f"{facts['ggml']}, ggml-python {facts['ggml_python']}"),
         *devices,
         ("BLAS", "yes" if facts["blas"] else "no"),
-        ("own kernels", _kernels(facts["kernels"])),
+        ("own kernels", _kernels(facts["kernels"], facts["left_out"])),
+        *(("left out", f"{kernel}: {wrong}") for kernel, wrong in facts["left_out"].items()),
+        *_unproven(facts["proof"]),
         ("threads", str(facts["threads"])),
         ("CPU features", " ".join(facts["cpu_features"]) or "none"),
         ("not used", " ".join(facts["cpu_features_unused"]) or "none"),
@@ -234,12 +226,25 @@ def _memory(device: dict[str, Any]) -> str:
     return f"{size(device['free'])} of {size(device['total'])} free"
 
 
-def _kernels(names: list[str]) -> str:
+def _kernels(names: list[str], left_out: dict[str, str]) -> str:
     """Which of our own kernels are used; ``names`` are all that this CPU runs, fastest first."""
+    wrong = {kernel.partition(" ")[0] for kernel in left_out}
+    if names and wrong.issuperset(names):
+        return "none: all that this CPU runs are left out; ggml's are used"
+    names = [name for name in names if name not in wrong]
     if not names:
         return "none: not built with this package, or not for this CPU; ggml's are used"
     others = f" (it runs {', '.join(names[1:])} too)" if names[1:] else ""
     return names[0] + others
+
+
+def _unproven(proof: dict[str, str | None]) -> list[tuple[str, str]]:
+    """What there is to say of the proof itself, if it could not be done or kept."""
+    if proof["problem"]:
+        return [("not proven", f"{proof['problem']}; of ggml's kernels only plain ones are used")]
+    if not proof["file"]:
+        return [("not kept", "each start proves the kernels again; set XDG_CACHE_HOME")]
+    return []
 
 
 def _folded(command: str) -> str:

@@ -5,7 +5,6 @@ Not a loader: ``source.py`` maps the parts. The weights come from the packages o
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from gemloom.errors import FormatError, SourceError
 from gemloom.files.blob import Blob
+from gemloom.files.caching import cache_folder
 
 DEFAULT_MODEL = "gemma-3-270m"
 
@@ -108,13 +108,10 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # the XDG rules: a relative one is to be ignored
-        try:
-            base = str(Path.home() / ".cache")
-        except RuntimeError as error:
-            raise SourceError(f"{DEFAULT_MODEL}: {error} Set XDG_CACHE_HOME.") from error
-    return Path(base) / "gemloom" / f"{DEFAULT_MODEL}-{_VERSION}"
+    try:
+        return cache_folder() / f"{DEFAULT_MODEL}-{_VERSION}"
+    except SourceError as error:
+        raise SourceError(f"{DEFAULT_MODEL}: {error}") from error
 
 
 def _fetch(folder: Path) -> list[Path]:

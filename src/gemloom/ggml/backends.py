@@ -97,6 +97,14 @@ def listed() -> dict[str, Found]:
     return found
 
 
+def accelerator() -> tuple[str, Any] | None:
+    """The library beside the CPU that this build has, such as BLAS: its name, ggml's pointer."""
+    pointer = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_ACCEL)
+    if not pointer:
+        return None
+    return ggml.ggml_backend_dev_name(pointer).decode().replace(" ", "_"), pointer
+
+
 def choose(names: Sequence[str]) -> list[Found]:
     """The devices of these names, in their order, without the CPU; none where it is all there is.
 

@@ -20,7 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.errors import DeviceError, LostError, OutOfMemoryError
 from gemloom.files.gguf import nbytes
-from gemloom.ggml import backends
+from gemloom.ggml import backends, trust
 from gemloom.ggml.memory import free_memory
 from gemloom.ggml.room import Room
 
@@ -160,9 +160,9 @@ class Device:
 
     ``found`` are the devices in use besides the CPU, preferred first; where a tensor lies or a
     node runs is said by its index among them, ``host`` being that of the CPU. With none of them
-    all is on the host (``on_host``), with BLAS in front of it where ggml was built with it.
-    ``kernels`` are our own, which graphs use on the host. ``names`` are the backends in use. Raises
-    DeviceError where one does not start. Free with ``close()``.
+    all is on the host (``on_host``), with BLAS in front of it where ggml was built with it and
+    ``trusts`` it by its name. ``kernels`` are our own, which graphs use on the host. ``names`` are
+    the backends in use. Raises DeviceError where one does not start. Free with ``close()``.
     """
 
     def __init__(
@@ -171,6 +171,7 @@ class Device:
         threads: int | None = None,
         max_nodes: int = 4096,
         kernels: Library | None = None,
+        trusts: Callable[[str], bool] = trust.proven,
     ) -> None:
         self.max_nodes = max_nodes  # of one graph
         self.found = backends.choose([names] if isinstance(names, str) else names)
@@ -188,7 +189,7 @@ class Device:
         self.current: object = None  # the graph whose tensors have memory now
         self.compute_bytes = 0  # for the intermediate tensors of graphs, when last some were taken
         try:
-            self.backends = self._start()
+            self.backends = self._start(trusts)
         except BaseException:
             self.close()
             raise
@@ -199,11 +200,11 @@ class Device:
         self._closers += [room.close for room in self.rooms]
         self.names = [self._backend_name(index) for index in range(len(self.backends))]
 
-    def _start(self) -> list[Any]:
+    def _start(self, trusts: Callable[[str], bool]) -> list[Any]:
         started = [self._open(found.pointer, found.name) for found in self.found]
-        accelerated = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_ACCEL)
-        if accelerated and self.on_host:
-            started.append(self._open(accelerated, "accel"))
+        faster = backends.accelerator() if self.on_host else None
+        if faster and trusts(faster[0]):
+            started.append(self._open(faster[1], "accel"))
         started.append(self._open(self.cpu, backends.HOST))
         for backend in started:
             self._set_threads(backend)

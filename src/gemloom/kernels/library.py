@@ -15,6 +15,7 @@ from typing import Any
 
 from gguf.constants import GGMLQuantizationType
 
+from gemloom.ggml import trust
 from gemloom.kernels.build import NAME
 
 TYPES = {  # as enum Type in types.h; and the columns that one block of it has
@@ -163,3 +164,8 @@ def supported() -> tuple[Library, ...]:
     while name := name_of(len(names)):
         names.append(name.decode())
     return tuple(Library(native, i, name) for i, name in enumerate(names))
+
+
+def fastest() -> Library | None:
+    """The first of them that was not found wrong on this machine (``ggml/trust.py``)."""
+    return next((library for library in supported() if not trust.refuted(library.name)), None)
