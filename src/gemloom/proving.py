@@ -1,14 +1,15 @@
 """Try the kernels of this machine: ``python -m gemloom.proving [WITHOUT...]``.
 
-``ggml/trust.py`` starts it and reads what it prints; nobody else has to. A line is a kernel that is
-begun, or a kernel, a tab and what is wrong with it. ``WITHOUT`` are subjects that are not tried.
+``ggml/trust.py`` starts it and reads what it prints; nobody else has to. A line is a subject or a
+kernel that is begun, or with a tab behind it what is wrong with it. ``WITHOUT`` are subjects that
+are not tried.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 from gemloom.ggml import proof
@@ -21,17 +22,22 @@ _MOST = 120  # seconds until it ends by itself: whoever started it may be gone
 def main(without: Sequence[str]) -> None:
     """Print what every kernel gives."""
     _alone()
-    for kernel, agrees in chain(proof.cases(), own.cases()):
-        if kernel.partition(" ")[0] not in without:
-            print(kernel, flush=True)  # noqa: T201  (before it may end this process)
-            print(f"{kernel}\t{_wrong(agrees)}", flush=True)  # noqa: T201
-    print(END, flush=True)  # noqa: T201
+    for subject, cases in chain(proof.subjects(), own.subjects()):
+        if subject in without:
+            continue
+        _say(subject)  # first: whatever comes now may end this process
+        if cases is None:
+            _say(f"{subject}\tnever used: what some compilers make of it ends the process")
+            continue
+        for kind, agrees in cases():
+            _say(f"{subject} {kind}")
+            wrong = "" if agrees() else "gives other results than it should"
+            _say(f"{subject} {kind}\t{wrong}")
+    _say(END)
 
 
-def _wrong(agrees: Callable[[], bool] | None) -> str:
-    if agrees is None:
-        return "never used: what some compilers make of it ends the process"
-    return "" if agrees() else "gives other results than it should"
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201
 
 
 def _alone() -> None:

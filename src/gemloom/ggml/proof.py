@@ -29,8 +29,10 @@ Op = Callable[[Graph, list[Tensor]], Tensor]
 Input = tuple[
     GGMLQuantizationType, Array, tuple[int, ...]
 ]  # its data, and its shape in ggml's order
-# A kernel's name, and what tells whether it computes what the plain ones do; None: it is barred.
-Case = tuple[str, Callable[[], bool] | None]
+# A type or operation, and what tells whether it gives what the plain kernels do.
+Case = tuple[str, Callable[[], bool]]
+# A name, and what gives its cases, since listing them may end the process too; None: it is barred.
+Subject = tuple[str, Callable[[], Iterator[Case]] | None]
 
 COLUMNS, THREADS, NODES = 512, 2, 64
 _SHAPES = ((COLUMNS, 32), (COLUMNS, 16), (COLUMNS, 32, 2), (COLUMNS, 16, 2))
@@ -42,22 +44,28 @@ _COMMON = [GGMLQuantizationType[n] for n in ("F32", "F16", "BF16", "Q4_0", "Q8_0
 _NEAR = 0.1
 
 
-def cases() -> Iterator[Case]:
+def subjects() -> Iterator[Subject]:
     """Everything there is to try of ggml's here: first its plain kernels, which judge the rest."""
     device = plain_device()
-    for kind in _COMMON:
-        yield f"{PLAIN} {kind.name}", partial(_multiplies, device, kind)
+    yield PLAIN, lambda: _common(_multiplies, device)
     for name, buffer_type in offered(device.cpu).items():
-        if name in BARRED:
-            yield name, None
-            continue
-        for kind in sorted(WRITABLE):
-            if shapes := [s for s in _SHAPES if takes(device, buffer_type, kind, s)]:
-                yield f"{name} {kind.name}", partial(_repacks, device, buffer_type, kind, shapes)
+        yield name, None if name in BARRED else partial(_layouts, device, buffer_type)
     if faster := accelerator():
-        for kind in _COMMON:
-            yield f"{faster[0]} {kind.name}", partial(_accelerates, device, kind)
+        yield faster[0], lambda: _common(_accelerates, device)
     device.close()
+
+
+def _common(
+    multiplies: Callable[[Device, GGMLQuantizationType], bool], device: Device
+) -> Iterator[Case]:
+    for kind in _COMMON:
+        yield kind.name, partial(multiplies, device, kind)
+
+
+def _layouts(device: Device, buffer_type: Any) -> Iterator[Case]:
+    for kind in sorted(WRITABLE):
+        if shapes := [s for s in _SHAPES if takes(device, buffer_type, kind, s)]:
+            yield kind.name, partial(_repacks, device, buffer_type, kind, shapes)
 
 
 def plain_device(kernels: Library | None = None) -> Device:

@@ -117,7 +117,7 @@ class _Told:
     """What a child said before it ended."""
 
     found: dict[str, str]
-    begun: str  # the kernel that it was at; empty between two
+    begun: str  # the subject or kernel that it was at
     done: bool
 
 
@@ -168,12 +168,8 @@ def _run(without: Sequence[str]) -> tuple[_Told, int | None, str]:
         return _read(hung.stdout or b""), None, ""
     except OSError as error:
         raise _Unproven(f"{sys.executable}: {error.strerror or error}") from error
-    lines = child.stderr.decode(errors="replace").strip().splitlines()
-    return (
-        _read(child.stdout),
-        child.returncode,
-        lines[-1] if lines and child.returncode > 0 else "",
-    )
+    complaint = child.stderr.decode(errors="replace").strip() if child.returncode > 0 else ""
+    return _read(child.stdout), child.returncode, complaint.rpartition("\n")[2]
 
 
 def _command() -> list[str]:
@@ -187,14 +183,14 @@ def _command() -> list[str]:
 
 
 def _read(output: bytes) -> _Told:
-    """Lines are a kernel that is begun, a kernel with what was found, or END."""
+    """Lines are a subject or kernel that is begun, one with what was found, or END."""
     found: dict[str, str] = {}
     begun, done = "", False
     for line in output.decode(errors="replace").splitlines():
         kernel, tab, wrong = line.partition("\t")
         if tab:
             found[kernel] = wrong
-        begun, done = "" if tab else kernel, line == END
+        begun, done = kernel.partition(" ")[0] if tab else kernel, line == END
     return _Told(found, begun, done)
 
 
@@ -241,7 +237,7 @@ def _kept() -> Verdicts | None:
     try:
         path = _file(machine)
         kept = json.loads(path.read_bytes())
-    except (OSError, ValueError, SourceError):
+    except (OSError, ValueError, RecursionError, SourceError):
         return None
     if not isinstance(kept, dict) or kept.get("machine") != machine:
         return None
