@@ -101,6 +101,7 @@ ARROWS = {  # module or package: all it may import of this package
         "weights",
     ],
     "kernels": ["files", "ggml", "kernels"],
+    "proving": ["ggml", "kernels"],
     "filling": ["files", "ggml", "kernels"],
     "weights": ["errors", "files", "filling", "ggml", "kernels", "options", "placement"],
     "adapters": [

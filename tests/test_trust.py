@@ -15,6 +15,7 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from command_line import ENVIRONMENT, fine
 from conftest import Load, prompt
+from gemloom.cli.doctor import _kernels
 from gemloom.errors import DeviceError
 from gemloom.ggml import proof, trust
 from gemloom.ggml.backends import accelerator
@@ -459,13 +460,29 @@ def test_amx_is_never_tried(with_amx: dict[str, Any]) -> None:
 
 
 def test_doctor_names_what_is_left_out(cache: Path, faulty: Callable[..., None]) -> None:
-    faulty(fast="die('SIGSEGV')")
+    faulty(QUIET, fast="errs")
     facts = json.loads(fine("doctor", "--json").stdout)
-    assert facts["left_out"] == {"FAST": "FAST Q4_K ended its process (SIGSEGV)"}
+    assert facts["left_out"] == {"FAST Q4_K": "errs"}
     assert facts["proof"] == {"file": str(next(cache.iterdir())), "problem": None}
     (line,) = (line for line in fine("doctor").stdout.splitlines() if line.startswith("left out"))
-    assert "FAST: FAST Q4_K ended its process" in line
-    faulty(fast="1 / 0")
+    assert line.split(maxsplit=2)[2] == "FAST Q4_K: errs"
+
+
+def test_doctor_tries_again(cache: Path, faulty: Callable[..., None]) -> None:
+    """So what was left out by a mishap is back."""
+    for fast in ("errs", ""):
+        faulty(QUIET, fast=fast)
+        facts = json.loads(fine("doctor", "--json").stdout)
+        assert bool(facts["left_out"]) == bool(fast)
+    faulty("raise ZeroDivisionError")
     text = " ".join(fine("doctor").stdout.split())
     assert "not proven ZeroDivisionError" in text
-    assert "left out" not in text
+    assert "left out FAST" not in text
+
+
+def test_doctor_names_the_kernels_that_are_used() -> None:
+    names = ["first", "second", "third"]
+    assert _kernels(names, {"second Q4_0": "errs"}) == "first (it runs third too)"
+    assert _kernels(names, {"first": "hung"}) == "second (it runs third too)"
+    assert _kernels(names, dict.fromkeys(names, "hung")).startswith("none: all")
+    assert _kernels([], {}).startswith("none: not built")
