@@ -213,6 +213,9 @@ def test_a_ggml_whose_plain_kernels_are_wrong_is_told_and_not_used(
         trust.proven("GOOD Q4_0")
     with pytest.raises(DeviceError, match="ggml does not run"):
         trust.refuted("avx2")
+    if supported():
+        with pytest.raises(DeviceError, match="ggml does not run"):
+            load("e2b")
     assert len(started) == 1
 
 
