@@ -148,7 +148,7 @@ def test_a_package_without_kernels_takes_no_notice(
 ) -> None:
     model = kept.with_suffix("")
     expected = logits(model, kernels="ggml")
-    monkeypatch.setattr("gemloom.model.supported", lambda: ())
+    monkeypatch.setattr("gemloom.model.fastest", lambda: None)
     for packed in ("auto", "keep"):
         assert np.array_equal(logits(model, packed=packed), expected)
 
