@@ -223,7 +223,7 @@ class Model:
         json_schema; other bounds are a ``constraint`` of ``grammars``. ``params`` and ``options``
         are those of ``stream``. With ``stream`` the parts come as they are said: text,
         thoughts and tool calls. Raises RequestError for messages or tools that the template does
-        not take.
+        not take, ContextError where they do not fit.
         """
         prompt = self.chat_prompt(messages, tools=tools, variables=variables)
         thought = self.thought(prompt, variables or {})
@@ -258,11 +258,11 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The prompt that ``chat`` makes of a conversation, as ids."""
+        """The prompt that ``chat`` makes of a conversation, as ids. Raises as ``chat``."""
         given = dict(variables or {})
         if tools:
             given["tools"] = conversation.check_tools(tools)
-        return encode_chat(self.tokenizer, conversation.prepare(messages), **given)
+        return encode_chat(self.tokenizer, conversation.prepare(messages), self.context, **given)
 
     def _start(
         self, ids: list[int], params: SamplingParams, constraint: Constraint | None, lease: Lease,

@@ -23,6 +23,7 @@ from gemloom.text import conversation
 from gemloom.text.chat import with_stop
 from gemloom.text.constraint import ThinkingBudget, both
 from gemloom.text.conversation import Thought
+from gemloom.text.prompts import text_ids
 from gemloom.text.router import Plain, Router, Splitter
 
 _SEEDS = 2**64
@@ -115,7 +116,7 @@ class Preparer:
         """Text as ids with one BOS, ``special`` as the tokenizer has it; ids as they are."""
         if not isinstance(prompt, str):
             return prompt
-        return self._tokenizer.with_bos(self._tokenizer.encode(prompt, special)) if prompt else []
+        return text_ids(prompt, self._tokenizer, self._model.context, special)
 
     def _chat_sampling(self, asked: ChatRequest) -> Json:
         """The options; where no tool may be called, the token that begins a call is barred."""

@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 from jinja2 import Template, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gemloom.errors import OptionError, RequestError, TokenizerError
+from gemloom.errors import ContextError, OptionError, RequestError, TokenizerError
+from gemloom.text.prompts import within
 from gemloom.text.tokenizer import Tokenizer
 
 # For a model without a template, a base model: lines that it goes on with.
@@ -33,6 +34,7 @@ PLAIN_TEMPLATE = """\
 {% endfor %}Assistant:"""
 PLAIN_STOP = "\nUser:"  # where it would go on with what the user says
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_ENDLESS = 1 << 62  # tokens
 _OURS = ("messages", "bos_token", "eos_token", "raise_exception", "strftime_now")
 _GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters: no text needs them
 # Templates cut earlier thoughts out of an answer by these two, so they must find them whole.
@@ -73,7 +75,11 @@ def render(
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], /, **variables: Any
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    context: int = _ENDLESS,
+    /,
+    **variables: Any,
 ) -> list[int]:
     """The prompt's ids, with exactly one BOS. As ``render``, by the tokenizer's own template.
 
@@ -81,7 +87,9 @@ def encode_chat(
 
     Only the template writes special tokens: the string of one in a message or a variable stays
     text. (An answer's thought markers are left for the template to cut the thought out.)
-    Raises RequestError for tools that the template does not tell of, and what ``render`` raises.
+    Raises RequestError for tools that the template does not tell of, what ``render`` raises, and
+    ContextError for a conversation that ``context`` tokens cannot hold: one with more characters
+    than so many tokens have is not rendered.
     """
     template = tokenizer.chat_template or PLAIN_TEMPLATE
     if variables.get("tools") and not _takes_tools(tokenizer):
@@ -89,6 +97,7 @@ def encode_chat(
     check(messages)
     openers = tokenizer.openers
     try:
+        _check_length(messages, variables, context * tokenizer.longest)
         guard = _choose_guard((messages, variables))
         messages = [_guard_message(message, openers, guard) for message in messages]
         variables = {"add_generation_prompt": True, **_guard(variables, openers, guard)}
@@ -96,7 +105,35 @@ def encode_chat(
         raise RequestError("the messages are nested too deep to be read") from None
     bos, eos = (tokenizer.token(token).decode() for token in (tokenizer.bos, tokenizer.eos))
     text = _run(template, messages, bos, eos, variables)
-    return tokenizer.with_bos(tokenizer.encode(text, special=True, guard=guard))
+    return tokenizer.with_bos(within(tokenizer.pieces(text, special=True, guard=guard), context))
+
+
+def _check_length(
+    messages: Sequence[Message], variables: Mapping[str, Any], most: int
+) -> None:
+    length = sum(map(len, _texts((messages, variables))))
+    if length > most:
+        raise ContextError(
+            f"the conversation has {length:,} characters: the context has room for {most:,} at most"
+        )
+
+
+def _texts(value: Any) -> list[str]:
+    """Every text in a value, keys among them. RecursionError for one that is nested too deep."""
+    found: list[str] = []
+    _gather(value, found)
+    return found
+
+
+def _gather(value: Any, found: list[str]) -> None:
+    if isinstance(value, str):
+        found.append(value)
+    elif isinstance(value, Mapping):
+        for item in (*value, *value.values()):
+            _gather(item, found)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _gather(item, found)
 
 
 def _takes_tools(tokenizer: Tokenizer) -> bool:
@@ -155,9 +192,9 @@ def _check_content(index: int, message: Message) -> None:
 
 def _choose_guard(value: Any) -> str:
     """A noncharacter that is nowhere in ``value``."""
-    used = repr(value)  # where a noncharacter shows as its escape
+    texts = _texts(value)
     for char in _GUARDS:
-        if ascii(char)[1:-1] not in used:
+        if not any(char in text for text in texts):
             return char
     raise RequestError("the messages hold all of U+FDD0 to U+FDEF: take one of them out")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -199,23 +199,33 @@ def _no_constant(name: str) -> NoReturn:
 def _named(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every tool's result with the name of what it answers."""
     ready: list[dict[str, Any]] = []
-    calls: list[dict[str, Any]] = []
+    calls: dict[tuple[bool, object], str] = {}
     for index, message in enumerate(messages):
         if message["role"] == "tool":
             ready.append({**message, "name": _answered(index, message, calls)})
         else:
-            calls = message.get("tool_calls", [])
+            calls = _called(message.get("tool_calls", []))
             ready.append(message)
     return ready
 
 
-def _answered(index: int, message: Message, calls: Sequence[Mapping[str, Any]]) -> str:
-    """The name of the call before that ``message`` answers, by its id or else by its name."""
-    wanted = message.get("tool_call_id")
+def _called(calls: Sequence[Mapping[str, Any]]) -> dict[tuple[bool, object], str]:
+    """The names of calls, by (True, id) and by (False, name); the first of two counts."""
+    found: dict[tuple[bool, object], str] = {}
     for call in calls:
         name: str = call["function"]["name"]
-        if call.get("id") == wanted if wanted is not None else name == message.get("name"):
-            return name
+        found.setdefault((False, name), name)
+        if isinstance(call.get("id"), Hashable):
+            found.setdefault((True, call.get("id")), name)
+    return found
+
+
+def _answered(index: int, message: Message, calls: Mapping[tuple[bool, object], str]) -> str:
+    """The name of the call before that ``message`` answers, by its id or else by its name."""
+    wanted = message.get("tool_call_id")
+    key = (True, wanted) if wanted is not None else (False, message.get("name"))
+    if isinstance(key[1], Hashable) and key in calls:
+        return calls[key]
     raise RequestError(
         f"messages[{index}]: the assistant's message before has no call with the id {wanted!r}"
     )

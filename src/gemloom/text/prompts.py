@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any
 
@@ -19,7 +19,7 @@ def prompt_ids(
     RequestError for an empty one, OptionError for what is no id or several prompts, ContextError.
     """
     if isinstance(prompt, str):
-        ids = tokenizer.with_bos(tokenizer.encode(prompt)) if prompt else []
+        ids = text_ids(prompt, tokenizer, context)
     else:
         _refuse_several(prompt)
         ids = integers("the prompt", prompt)
@@ -30,6 +30,23 @@ def prompt_ids(
             raise OptionError(f"{token} is no token id of this model")
     if len(ids) > context:
         raise ContextError(f"the prompt has {len(ids):,} tokens, the context {context:,}")
+    return ids
+
+
+def text_ids(text: str, tokenizer: Tokenizer, context: int, special: bool = False) -> list[int]:
+    """The ids of a text with one BOS; none for no text. ContextError as ``within``."""
+    return tokenizer.with_bos(within(tokenizer.pieces(text, special), context)) if text else []
+
+
+def within(pieces: Iterable[list[int]], context: int) -> list[int]:
+    """The ids of all pieces. ContextError as soon as there are more than the context holds."""
+    ids: list[int] = []
+    over = False
+    for piece in pieces:
+        if over:
+            raise ContextError(f"the prompt has over {len(ids):,} tokens, the context {context:,}")
+        ids += piece
+        over = len(ids) > context + 1  # one more for a BOS that the text has itself
     return ids
 
 

@@ -17,15 +17,18 @@ There is no map of bytes to letters: what no token covers becomes byte tokens, `
 from __future__ import annotations
 
 import codecs
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Pipeline
 
 from gemloom.errors import ConfigError, OptionError, TokenizerError
 from gemloom.files.gguf import Metadata
+from gemloom.text.windows import in_windows
 
 SPACE = "▁"  # U+2581
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -44,8 +47,8 @@ class Tokenizer:
 
     Attributes: ``size`` (ids are 0 to size - 1), ``bos`` and ``eos`` (ids), ``eog`` (ids that end
     a generation), ``suppress`` (ids never to be sampled), ``turn`` (the id that begins a turn of a
-    chat, or None), ``chat_template`` (Jinja, or None) and ``openers`` (the characters that special
-    tokens start with).
+    chat, or None), ``chat_template`` (Jinja, or None), ``openers`` (the characters that special
+    tokens start with) and ``longest`` (the most characters that one token has).
     """
 
     def __init__(self, metadata: Metadata) -> None:
@@ -77,12 +80,15 @@ class Tokenizer:
             else None
         )
         self.openers = frozenset(text[0] for text in self._special)
+        self._special_names = frozenset(self._special)
+        self._special_lengths = sorted(set(map(len, self._special)), reverse=True)
         merges = _merges(metadata) if kind == "gemma4" else _derive(metadata, texts, types)
         self._bpe = _bpe(metadata.name, ids, merges)
         # Cutting at newlines bounds what is merged at once; right only if no token crosses one.
         self._cut = not any("\n" in text and text.strip("\n") for text in texts)
-        self._plain = self._pipeline(self._literal, ())
-        self._parsing = {"": self._pipeline(self._literal, self._special)}
+        self._plain = self._pipeline(())
+        self._parsing = self._pipeline(self._special)
+        self.longest = max(map(len, texts))
 
     def _read_ends(self, metadata: Metadata, ids: dict[str, int], types: list[int]) -> None:
         self.bos = self._id(metadata, "bos_token_id")
@@ -113,16 +119,12 @@ class Tokenizer:
             )
         return token
 
-    def _pipeline(
-        self, literal: Iterable[str], special: Iterable[str], guard: str = ""
-    ) -> Pipeline:
-        """A way through ``tokenizers``: special tokens are cut out first, then ``guard`` goes."""
+    def _pipeline(self, special: Iterable[str]) -> Pipeline:
+        """A way through ``tokenizers``: special tokens are cut out before all else."""
         pipeline = Pipeline(self._bpe)
-        if guard:
-            pipeline.normalizer = normalizers.Replace(guard, "")
         if self._cut:
             pipeline.pre_tokenizer = pre_tokenizers.Split(Regex("\n+"), "isolated")
-        pipeline.add_tokens([AddedToken(text, normalized=True) for text in literal])
+        pipeline.add_tokens([AddedToken(text, normalized=True) for text in self._literal])
         pipeline.add_special_tokens([AddedToken(text, normalized=False) for text in special])
         return pipeline
 
@@ -138,23 +140,43 @@ class Tokenizer:
 
         Raises OptionError for a lone surrogate, which is no Unicode text.
         """
+        return [token for piece in self.pieces(text, special, guard=guard) for token in piece]
+
+    def pieces(self, text: str, special: bool = False, *, guard: str = "") -> Iterator[list[int]]:
+        """The ids of ``encode``, in several lists: memory is bounded, however long the text is.
+
+        Other threads run while a piece is made. Raises as ``encode``, at the piece that is wrong.
+        """
         if not isinstance(text, str):
             raise OptionError(f"text must be a str, not {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise OptionError(
-                f"the text has a lone surrogate at character {error.start:,}: "
-                "decode its bytes with errors='replace'"
-            ) from None
+        if not guard:
+            return self._windows(self._parsing if special else self._plain, text)
         if not special:
-            pipeline, text = self._plain, text.replace(guard, "") if guard else text
-        else:
-            pipeline = self._parsing.get(guard) or self._parsing.setdefault(
-                guard, self._pipeline(self._literal, self._special, guard)
-            )
-        ids: list[int] = pipeline.encode(text.replace(" ", SPACE), add_special_tokens=False).ids
-        return ids
+            return self._windows(self._plain, text.replace(guard, ""))
+        return self._guarded(text, guard)
+
+    def _windows(self, pipeline: Pipeline, text: str) -> Iterator[list[int]]:
+        return in_windows(partial(_ids, pipeline), text, self._bytes)
+
+    def _guarded(self, text: str, guard: str) -> Iterator[list[int]]:
+        """Special tokens by themselves, and what is between them without its guards."""
+        start = 0
+        openers = "".join(map(re.escape, self.openers))
+        for found in re.finditer(f"[{openers}](?!{re.escape(guard)})", text) if openers else ():
+            at = found.start()
+            if at >= start and (name := self._special_at(text, at)):
+                yield from self._windows(self._plain, text[start:at].replace(guard, ""))
+                yield [self._bpe.token_to_id(name)]
+                start = at + len(name)
+        yield from self._windows(self._plain, text[start:].replace(guard, ""))
+
+    def _special_at(self, text: str, at: int) -> str:
+        """The longest special token that ``text`` has there, or nothing."""
+        for length in self._special_lengths:
+            name = text[at : at + length].replace(" ", SPACE)
+            if name in self._special_names:
+                return name
+        return ""
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of ``ids``; bytes that are no UTF-8 become U+FFFD.
@@ -199,6 +221,13 @@ class StreamDecoder:
     def flush(self) -> str:
         """Ends the text: U+FFFD where a character was left unfinished, else nothing."""
         return self._utf8.decode(b"", final=True)
+
+
+def _ids(pipeline: Pipeline, text: str) -> list[int]:
+    # Of the library's ways in, the batch lets other threads run; this one makes no offsets either.
+    batch = [text.replace(" ", SPACE)]
+    ids: list[int] = pipeline.encode_batch_fast(batch, add_special_tokens=False)[0].ids
+    return ids
 
 
 def _kind(metadata: Metadata) -> str:
