@@ -13,6 +13,7 @@ import uvicorn
 import gemloom
 from conftest import until
 from gemloom.server.app import create_app
+from gemloom.server.connections import config
 from gemloom.server.service import Settings
 
 NAME = "tiny"
@@ -34,8 +35,7 @@ def serving(
     if buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     app = create_app(model, Settings(**{"name": NAME, **settings}), load)
-    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(config(app, log_level="critical"))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

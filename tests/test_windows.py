@@ -21,7 +21,7 @@ every = pytest.mark.parametrize("load", EVERY)
 Load = Callable[[], Tokenizer]
 
 bits = st.sampled_from(
-    ["a", "aaaa", "<", "<|turn>", "<bos>", "<unk", " ", "   ", "\n", "\n\n\n", "\t\t", "the ", "hello",
+    ["a", "aaaa", "<", "<|turn>", "<bos>", "<unk", " ", "   ", "\n", "\n\n\n", "\t\t", "the ", "hi",
      "é", "界", "🦙", "\x00", "▁", "<table>", "def f(x):\n    return x\n"]
 )  # fmt: skip
 repeated = st.builds(lambda bit, times: bit * times, bits, st.integers(1, 40))

@@ -12,7 +12,8 @@
     │   ├── UnknownAdapterError   404  adapter_not_found    a name nothing was loaded under
     │   ├── OptionError           400  invalid_option       an option outside its range
     │   ├── ContextError          400  context_length_exceeded
-    │   └── StateError            400  invalid_state        saved state that does not fit this model
+    │   ├── StateError            400  invalid_state        saved state that does not fit this model
+    │   └── TooManyValuesError    413  body_too_large       JSON with more values than are read
     ├── OutputError               500  output_error         a file that cannot be written
     ├── DeviceError               500  device_error         a backend missing or of no use here
     │   ├── OutOfMemoryError      507  out_of_memory        a device, or the host, has no room
@@ -111,6 +112,13 @@ class StateError(RequestError):
     """Saved state that is damaged or belongs to another model."""
 
     code = "invalid_state"
+
+
+class TooManyValuesError(RequestError):
+    """JSON that holds more values than anything here needs."""
+
+    status = 413
+    code = "body_too_large"
 
 
 class OutputError(GemloomError):

@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from gemloom.errors import GemloomError, OptionError, RequestError, suggestion
 
+MAX_BIASES = 4_096  # of logit_bias; they are added at every token
 MAX_STOPS = 64  # strings; each is looked for in every piece of text
 MAX_STOP_LENGTH = 1_000  # characters; as many may have to be held back
 _LARGEST_INT = 2**31 - 1
@@ -91,6 +92,8 @@ def _bias(value: object) -> dict[int, float]:
         raise OptionError(
             f"logit_bias must map token ids to numbers {_spelled(_BIAS)}, is {reprlib.repr(value)}"
         )
+    if len(value) > MAX_BIASES:
+        raise OptionError(f"logit_bias may have {MAX_BIASES:,} entries, not {len(value):,}")
     return {
         _integer("logit_bias: token id", token, (0, _LARGEST_INT)): _number(
             f"logit_bias: the bias of token {token}", bias, _BIAS
@@ -103,10 +106,9 @@ def _stops(value: object) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list | tuple):
         raise OptionError(f"stop must be a string or a list of strings, is {reprlib.repr(value)}")
-    checked = tuple(_stop(stop) for stop in stops)
-    if len(checked) > MAX_STOPS:
-        raise OptionError(f"stop must be at most {MAX_STOPS} strings, is {len(checked)}")
-    return checked
+    if len(stops) > MAX_STOPS:
+        raise OptionError(f"stop must be at most {MAX_STOPS} strings, is {len(stops)}")
+    return tuple(_stop(stop) for stop in stops)
 
 
 def _stop(value: object) -> str:
@@ -130,7 +132,8 @@ class SamplingParams:
         1 is off, below it makes them more likely.
     presence_penalty: subtracted once from the logits of tokens in the answer, from -2 to 2.
     frequency_penalty: subtracted as often as they are in it, from -2 to 2.
-    logit_bias: {token id: number} added to the logits, from -100, which bars a token, to 100.
+    logit_bias: {token id: number} added to the logits, from -100, which bars a token, to 100; up
+        to 4,096 of them.
     seed: from 0 to 2**64 - 1: the same one gives the same text; None is another one every time.
     logprobs: tell the log-probability of each token, and of the so many most likely ones, from 0
         to 100; None tells none.

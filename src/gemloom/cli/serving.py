@@ -192,7 +192,7 @@ def serve(
 
         again = partial(load_again, source, key=load.key_file, **load.given())
         once = is_pipe(source)  # then it cannot be loaded again
-        with waiting("loading adapters"):
+        with waiting("loading adapters and grammars"):
             app = create_app(opened, settings, None if once else again)
         if opened.tokenizer.chat_template is None:
             note(f"{opened.name} is a base model, without chat template: chats go to it as plain "
@@ -282,9 +282,9 @@ def _own_names(host: str, listener: socket.socket) -> tuple[str, ...]:
 
 def _run(app: "FastAPI", listener: socket.socket, settings: "Settings", drain: float) -> None:
     """Serve until a signal comes and the requests under way have ended."""
-    import asyncio
-
     import uvicorn
+
+    from gemloom.server.connections import config
 
     class Server(uvicorn.Server):
         """uvicorn's, but the first signal drains, and the system's own way of the second ends.
@@ -295,10 +295,8 @@ def _run(app: "FastAPI", listener: socket.socket, settings: "Settings", drain: f
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             typer.echo(f"{one_line(settings.name)} is served at {_address(listener)}")
-            self.warming = asyncio.create_task(app.state.service.warm())
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            self.warming.cancel()
             service = app.state.service
             service.stopping = True
             if service.under_way and drain:
@@ -320,11 +318,7 @@ def _run(app: "FastAPI", listener: socket.socket, settings: "Settings", drain: f
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
 
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, lifespan="off",
-        timeout_graceful_shutdown=_AFTER_STOP, ws="none",
-    )  # fmt: skip
-    Server(config).run([listener])
+    Server(config(app, log_level="warning", timeout_graceful_shutdown=_AFTER_STOP)).run([listener])
 
 
 def _address(listener: socket.socket) -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.resources import files
+from itertools import chain
 from threading import Event
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic.json_schema import models_json_schema
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -32,7 +34,8 @@ from gemloom.server.fields import Json
 from gemloom.server.guard import read_body
 from gemloom.server.ignored import HEADER
 from gemloom.server.responses import ResponseAnswer, ResponsesRequest
-from gemloom.server.service import Service, Settings, in_thread
+from gemloom.server.service import Service, Settings, in_thread, json_answer
+from gemloom.text.tokenizer import Tokenizer
 
 _REF = "#/components/schemas/{model}"
 _STATE_SLACK = 1 << 20  # bytes of saved state that are no K/V
@@ -143,7 +146,7 @@ async def embeddings(request: Request) -> Response:
     work = partial(_embed, service, asked, adapters)
     vectors, count = await service.long(request, work, deadline)
     shown = [_encoded(vector, asked.encoding_format) for vector in vectors]
-    return JSONResponse(bodies.embeddings_body(shown, service.settings.name, count))
+    return await json_answer(bodies.embeddings_body(shown, service.settings.name, count))
 
 
 def _embed(
@@ -199,16 +202,29 @@ async def tokenize(request: Request) -> Response:
     """Text to ids."""
     service = _service(request)
     asked = await service.read(protocol.TokenizeRequest, request, service.deadline())
-    return JSONResponse({"tokens": await in_thread(partial(_tokenize, service, asked), None)})
+    lists = _tokenized(service.model.tokenizer, asked)
+    first = await in_thread(partial(next, lists, []), None)  # where it cannot be, this raises
+    return StreamingResponse(_token_parts(chain([first], lists)), media_type="application/json")
 
 
-def _tokenize(service: Service, asked: protocol.TokenizeRequest) -> list[Any]:
-    tokenizer = service.model.tokenizer
-    ids = tokenizer.encode(asked.content, asked.parse_special)
-    ids = tokenizer.with_bos(ids) if asked.add_special else ids
-    if not asked.with_pieces:
-        return ids
-    return [bodies.piece_body(token, tokenizer.token(token)) for token in ids]
+def _tokenized(tokenizer: Tokenizer, asked: protocol.TokenizeRequest) -> Iterator[list[Any]]:
+    """What /tokenize tells of each token, in several lists: a long text has millions."""
+    pieces = tokenizer.pieces(asked.content, asked.parse_special)
+    for ids in tokenizer.started(pieces) if asked.add_special else pieces:
+        if asked.with_pieces:
+            yield [bodies.piece_body(token, tokenizer.token(token)) for token in ids]
+        else:
+            yield ids
+
+
+def _token_parts(lists: Iterable[list[Any]]) -> Iterator[bytes]:
+    comma = ""
+    yield b'{"tokens":['
+    for some in lists:
+        if some:
+            yield (comma + json.dumps(some, separators=(",", ":"))[1:-1]).encode()
+            comma = ","
+    yield b"]}"
 
 
 @api.post("/detokenize", openapi_extra=_body(protocol.DetokenizeRequest))
@@ -217,7 +233,7 @@ async def detokenize(request: Request) -> Response:
     service = _service(request)
     asked = await service.read(protocol.DetokenizeRequest, request, service.deadline())
     decode = partial(service.model.detokenize, asked.tokens, special=True)
-    return JSONResponse({"content": await in_thread(decode, None)})
+    return await json_answer({"content": await in_thread(decode, None)})
 
 
 @api.post("/apply-template", openapi_extra=_body(protocol.Conversation))
@@ -226,7 +242,8 @@ async def apply_template(request: Request) -> Response:
     service = _service(request)
     asked = await service.read(protocol.Conversation, request, service.deadline())
     ids = await in_thread(partial(service.prepare.prompt, asked), None)
-    return JSONResponse({"prompt": service.model.detokenize(ids, special=True), "tokens": ids})
+    prompt = await in_thread(partial(service.model.detokenize, ids, special=True), None)
+    return await json_answer({"prompt": prompt, "tokens": ids})
 
 
 @api.get("/slots")

@@ -11,6 +11,7 @@ GemloomError
 ├── OverdueError              408  request_timeout
 ├── BodyTooLargeError         413  body_too_large
 ├── HungUpError               499  client_closed        never sent: nobody is there to read it
+├── CrowdedError              503  too_many_connections
 └── StoppedError              503  server_stopping
 """
 
@@ -81,6 +82,13 @@ class StoppedError(GemloomError):
 
     status = 503
     code = "server_stopping"
+
+
+class CrowdedError(GemloomError):
+    """A connection more than the server keeps."""
+
+    status = 503
+    code = "too_many_connections"
 
 
 class AddressError(GemloomError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from hashlib import sha256
 from hmac import compare_digest
 from ipaddress import ip_address
@@ -11,8 +12,9 @@ from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection, Request
 
-from gemloom.server.errors import BodyTooLargeError, ForbiddenError, KeyRefusedError
+from gemloom.server.errors import BodyTooLargeError, ForbiddenError, KeyRefusedError, OverdueError
 
+BODY_SILENCE = 30.0  # seconds that a client may send nothing of a body it has begun
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::\d*)?", re.ASCII)  # and maybe a port
 
 
@@ -87,13 +89,25 @@ def is_local(request: HTTPConnection) -> bool:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body, of at most ``limit`` bytes; no more is ever kept. BodyTooLargeError."""
+    """The body, of at most ``limit`` bytes; no more is ever kept.
+
+    BodyTooLargeError, and OverdueError where no part of it comes for ``BODY_SILENCE``.
+    """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise BodyTooLargeError(f"the body has {int(declared):,} bytes; {limit:,} is the most")
-    data = bytearray()
-    async for part in request.stream():
+    data, parts = bytearray(), request.stream()
+    while (part := await _next(parts)) is not None:
         data += part
         if len(data) > limit:
             raise BodyTooLargeError(f"the body has more than {limit:,} bytes")
     return bytes(data)
+
+
+async def _next(parts: AsyncIterator[bytes]) -> bytes | None:
+    """The next part of a body; None at its end."""
+    try:
+        async with asyncio.timeout(BODY_SILENCE):
+            return await anext(parts, None)
+    except TimeoutError:
+        raise OverdueError(f"the body stopped coming for {BODY_SILENCE:g} seconds") from None

@@ -18,6 +18,7 @@ from gemloom.server.fields import IGNORED, NEUTRAL, NO_VALUE, REFUSED, Json, Sha
 from gemloom.server.ignored import Ignored
 from gemloom.server.other_names import OBJECTS
 from gemloom.server.protocol import LoraScale, Strict
+from gemloom.text.json_size import check_values
 
 _SCALES = TypeAdapter(list[LoraScale])
 _Model = TypeVar("_Model", bound=Strict)
@@ -53,6 +54,7 @@ def parse_scales(data: bytes, ignored: Ignored | None = None) -> list[LoraScale]
 
 
 def _json(data: bytes) -> Any:
+    check_values(data)
     try:
         return from_json(data, allow_inf_nan=False)
     except ValueError as error:

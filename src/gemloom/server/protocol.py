@@ -7,10 +7,13 @@ Not here: how a body becomes one (``parsing.py``), names that are no field of it
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
+from gemloom.sampling import MAX_BIASES
 from gemloom.server import fields, other_names
 from gemloom.server.errors import FieldError
 from gemloom.server.fields import Json, Shape
@@ -20,6 +23,7 @@ MAX_CHOICES = 16  # of one prompt
 MAX_RUNS = 128  # of one request: prompts times choices
 MAX_INPUTS = 2_048  # texts of one embeddings request
 MAX_TOP_LOGPROBS = 20
+MAX_ADAPTERS = 256  # named in one request
 
 
 _NUMBERS = (
@@ -48,6 +52,18 @@ class Strict(BaseModel):
     SHAPES: ClassVar[Mapping[str, Shape]] = {}  # of fields that are not read here
 
 
+def _at_most(most: int, value: Any) -> Any:
+    """An object with so many entries at most: each wrong one would be an error of its own."""
+    if isinstance(value, dict) and len(value) > most:
+        counts = {"given": f"{len(value):,}", "most": f"{most:,}"}
+        raise PydanticCustomError("too_many", "it has {given} entries; {most} are the most", counts)
+    return value
+
+
+Biases = Annotated[dict[str, float], BeforeValidator(partial(_at_most, MAX_BIASES))]
+Scales = Annotated[dict[str, float | None], BeforeValidator(partial(_at_most, MAX_ADAPTERS))]
+
+
 class Body(Strict):
     """What every request may have."""
 
@@ -64,7 +80,7 @@ class LoraScale(Strict):
 class Adapted(Body):
     """What requests may have that adapters act on: their scales, by name or as llama.cpp has it."""
 
-    adapters: dict[str, float | None] | None = None  # null: the adapter's own scale
+    adapters: Scales | None = None  # null: the adapter's own scale
     lora: Annotated[list[LoraScale], _FirstWrong()] | None = None
 
 
@@ -129,7 +145,7 @@ class Sampling(Adapted):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Biases | None = None
     seed: int | None = None
     stop: Annotated[str | Texts | None, BeforeValidator(_without_empty)] = None
     regex: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
@@ -10,11 +11,11 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from anyio import to_thread
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from gemloom.adapters.info import Scales
 from gemloom.errors import EngineError, GemloomError
@@ -42,7 +43,7 @@ from gemloom.server.streams import (
 )
 
 _log = logging.getLogger("gemloom.server")
-_QUIET = 1.0  # seconds without requests before what can wait is done
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _LOOK = 0.05  # seconds between two looks at what is under way
 _T = TypeVar("_T")
 _Body = TypeVar("_Body", bound=Body)
@@ -77,6 +78,7 @@ class Service:
     def __init__(
         self, model: Model, settings: Settings, load: Callable[[], Model] | None = None
     ) -> None:
+        model.grammars.warm()  # before there are streams that would stand still meanwhile
         self.model, self.settings = model, settings
         self.keys, self.metrics, self.prepare = (
             Keys(settings.api_keys),
@@ -92,6 +94,7 @@ class Service:
 
     def _take(self, model: Model) -> None:
         """Go on with a model that was loaded again, and the adapters there were."""
+        model.grammars.warm()
         self.adapters.move(model)
         self.prepare = Preparer(model)
         self.model = model
@@ -203,13 +206,13 @@ class Service:
     ) -> Response:  # fmt: skip
         """Run the jobs, and answer with what they make: as events, or whole."""
         limits = Limits(deadline, self.settings.beat)
-        runs = start(self.model, jobs)
+        runs = await in_thread(partial(start, self.model, jobs), deadline)
         self._runs.update(runs)
         if stream:
             return EventStream(events(answer, runs, limits, self.metrics), runs, deadline)
         with reading(runs):
             body = await attended(request.receive, whole(answer, runs, limits, self.metrics))
-        return JSONResponse(body)
+            return await json_answer(body)
 
     async def long(
         self, request: Request, work: Callable[[threading.Event], _T], deadline: float | None
@@ -221,18 +224,6 @@ class Service:
         finally:
             given_up.set()
 
-    async def warm(self, quiet: float = _QUIET) -> None:
-        """Get the grammar engine ready once no request has been under way for ``quiet`` seconds.
-
-        That holds the interpreter for about a second, which else the first request that has a form
-        would cost every stream.
-        """
-        since = time.monotonic()
-        while self.under_way or time.monotonic() - since < quiet:
-            await asyncio.sleep(_LOOK)
-            since = time.monotonic() if self.under_way else since
-        await in_thread(self.model.grammars.warm, None)
-
     async def idle(self, seconds: float) -> None:
         """Return when no request is under way, or after so many seconds."""
         end = time.monotonic() + seconds
@@ -243,6 +234,19 @@ class Service:
         """End every request that is under way; each client is told."""
         for run in list(self._runs):
             run.cancel()
+
+
+async def json_answer(body: Any) -> Response:
+    """A JSON answer of any size: written piece by piece, so that others have their turn."""
+    data = await in_thread(partial(_written, body), None)
+    return Response(data, media_type="application/json")
+
+
+def _written(body: Any) -> bytes:
+    data = bytearray()
+    for part in _ENCODER.iterencode(body):
+        data += part.encode()
+    return bytes(data)
 
 
 async def in_thread(work: Callable[[], _T], deadline: float | None) -> _T:

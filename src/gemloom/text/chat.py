@@ -108,9 +108,7 @@ def encode_chat(
     return tokenizer.with_bos(within(tokenizer.pieces(text, special=True, guard=guard), context))
 
 
-def _check_length(
-    messages: Sequence[Message], variables: Mapping[str, Any], most: int
-) -> None:
+def _check_length(messages: Sequence[Message], variables: Mapping[str, Any], most: int) -> None:
     length = sum(map(len, _texts((messages, variables))))
     if length > most:
         raise ContextError(

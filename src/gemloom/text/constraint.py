@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from gemloom.errors import GemloomError, OptionError, RequestError
 from gemloom.text import tool_grammar
+from gemloom.text.grammar_vocabulary import Vocabulary
 from gemloom.text.schemas import Schema, schema_of
 from gemloom.text.tokenizer import Tokenizer
 
@@ -82,7 +83,10 @@ class Grammars:
         self._compiled = lru_cache(maxsize=_CACHED)(self._compile)
 
     def warm(self) -> None:
-        """Do now what the first grammar would wait for, about a second of work."""
+        """Do now what the first grammar would wait for: one or two seconds of work.
+
+        Nothing else runs in this process meanwhile: llguidance holds the interpreter.
+        """
         self._ready()
 
     def json_object(self, *, thinking: bool = False, open: bool = False) -> Constraint:
@@ -212,7 +216,7 @@ class Grammars:
         """The vocabulary as llguidance has it; takes a moment the first time."""
         with self._lock:
             if self._engine is None:
-                vocabulary = _Vocabulary(self._tokenizer)
+                vocabulary = Vocabulary(self._tokenizer)
                 self._special = vocabulary.special_token_ids
                 self._engine = LLTokenizer(
                     TokenizerWrapper(vocabulary), eos_token=sorted(self._tokenizer.eog)
@@ -415,30 +419,6 @@ class _DeepPool:
                 threading.stack_size(size)
 
 
-class _Vocabulary:
-    """The tokenizer in the form that llguidance asks for."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.eos_token_id, self.bos_token_id = tokenizer.eos, tokenizer.bos
-        self.tokens = [tokenizer.token(token) for token in range(tokenizer.size)]
-        self.special_token_ids = [i for i in range(tokenizer.size) if _is_special(tokenizer, i)]
-        self._encode = tokenizer.encode
-
-    def __call__(self, text: str) -> list[int]:
-        """The ids of text that a grammar forces, so that it is cut as the model is used to."""
-        return self._encode(text)
-
-
-def _is_special(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether ordinary text never becomes this token, or the token never becomes text."""
-    if not tokenizer.decode([token]):
-        return True
-    text = tokenizer.token(token).decode(errors="replace")
-    if text[0] not in tokenizer.openers:
-        return False
-    return tokenizer.encode(text, special=True) == [token] != tokenizer.encode(text)
-
-
 def _compile(engine: LLTokenizer, what: str, grammar: str) -> LLMatcher:
     """A matcher at its start, the first mask computed: that finds what can never be said."""
     matcher = LLMatcher(engine, grammar, log_level=0, limits=_LIMITS)
@@ -461,6 +441,8 @@ def _one_line(reason: str) -> str:
 def _check_text(what: str, text: str, most: int) -> None:
     if not isinstance(text, str):
         raise RequestError(f"{what} must be a string, not {type(text).__name__}")
+    if len(text) > most:  # at least as many bytes
+        raise RequestError(f"{what} has {len(text):,} bytes or more: {most:,} is the most")
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
@@ -473,10 +455,10 @@ def _dump(what: str, value: Any) -> str:
     """``value`` as JSON, its size and depth checked."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        _check_text(what, text, MAX_SCHEMA)
         level = [json.loads(text)]
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{what} is no valid JSON: {_one_line(str(error))}") from None
-    _check_text(what, text, MAX_SCHEMA)
     for _ in range(MAX_DEPTH):
         level = [child for parent in level for child in _children(parent)]
         if not level:

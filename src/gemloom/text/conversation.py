@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from gemloom.errors import OptionError, RequestError
 from gemloom.text.chat import Message, check
+from gemloom.text.json_size import check_values
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -186,6 +187,7 @@ def _arguments(given: Any) -> Mapping[str, Any] | None:
         return {}
     if isinstance(given, str):
         try:
+            check_values(given.encode())
             given = json.loads(given, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             return None

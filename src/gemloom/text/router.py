@@ -29,6 +29,7 @@ _HEAD = re.compile(r"(?:call)?:\s*([\w.-]*)\s*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,999})(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 # Early templates write null as None, and models repeat what they were shown.
 _WORDS = {"true": "true", "false": "false", "null": "null", "None": "null"}
+_MAX_HEAD = 256  # characters of "call:" and a name, which has 128 at most
 _MAX_DEPTH = 100  # brackets inside brackets; readers of JSON give up not far above
 
 
@@ -204,7 +205,9 @@ class _Call:
         return True
 
     def _in_head(self, char: str) -> None:
-        text = "".join(self._token).lstrip()
+        if not self._token and char.isspace():
+            return
+        text = "".join(self._token)
         head = _HEAD.fullmatch(text)
         if char == "{" and head and head[1]:
             self.name = head[1]
@@ -212,8 +215,8 @@ class _Call:
             self._punctuate(char)
             return
         self._token.append(char)
-        text = (text + char).lstrip()
-        if not "call:".startswith(text) and not _HEAD.fullmatch(text):
+        text += char
+        if len(text) > _MAX_HEAD or not ("call:".startswith(text) or _HEAD.fullmatch(text)):
             raise ValueError(text)
 
     def _in_word(self, char: str) -> None:
@@ -254,8 +257,10 @@ class _Call:
             self._put(text)
 
     def _in_end(self, char: str) -> None:
+        if not self._token and char.isspace():
+            return
         self._token.append(char)
-        text = "".join(self._token).lstrip()
+        text = "".join(self._token)
         if not _CALL_END.startswith(text):
             raise ValueError(text)
         self.whole = text == _CALL_END

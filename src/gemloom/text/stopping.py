@@ -6,6 +6,7 @@ stop waits for text that might never come.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 class StopMatcher:
@@ -16,7 +17,7 @@ class StopMatcher:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.matched: str | None = None
-        self._stops = tuple(sorted(stops, key=len, reverse=True))
+        self._stops = [_Stop(stop) for stop in sorted(stops, key=len, reverse=True)]
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -26,10 +27,15 @@ class StopMatcher:
         """
         if self.matched is not None:
             return "", True
+        end = self._find(text)
         text = self._held + text
-        start = self._find(text)
-        self._held = "" if self.matched is not None else text[start:]
-        return text[:start], self.matched is not None
+        if self.matched is not None:
+            start = len(text) - end - len(self.matched)
+            self._held = ""
+            return text[:start], True
+        start = len(text) - max((stop.length for stop in self._stops), default=0)
+        self._held = text[start:]
+        return text[:start], False
 
     def flush(self) -> str:
         """What is still held back, for when generation ends without a stop string."""
@@ -37,19 +43,41 @@ class StopMatcher:
         return held
 
     def _find(self, text: str) -> int:
-        """Where a stop string starts, or else where one could: the end of what may be shown."""
-        found = [(text.find(stop) + len(stop), stop) for stop in self._stops if stop in text]
-        if found:
-            end, self.matched = min(found, key=lambda match: match[0])  # longest first among equals
-            return end - len(self.matched)
-        return min((_begins(stop, text) for stop in self._stops), default=len(text))
+        """Sets ``matched`` to the stop string that ends first; how much of ``text`` follows it."""
+        for place, char in enumerate(text):
+            found = [stop for stop in self._stops if stop.push(char)]
+            if found:
+                self.matched = found[0].text  # the longest is the first
+                return len(text) - place - 1
+        return 0
 
 
-def _begins(stop: str, text: str) -> int:
-    """Start of the longest end of ``text`` that ``stop`` begins with."""
-    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
-    while start >= 0:
-        if stop.startswith(text[start:]):
-            return start
-        start = text.find(stop[0], start + 1)
-    return len(text)
+class _Stop:
+    """How much of one stop string the text ends with (Knuth, Morris and Pratt's way).
+
+    A character costs the same whatever came before it, on average.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.length = text, 0
+        self._shorter = _borders(text)
+
+    def push(self, char: str) -> bool:
+        """Whether the stop string is complete with this character."""
+        length = self.length
+        while length and self.text[length] != char:
+            length = self._shorter[length - 1]
+        self.length = length + (self.text[length] == char)
+        return self.length == len(self.text)
+
+
+@lru_cache(maxsize=256)  # the answers to one request have the same stops
+def _borders(text: str) -> tuple[int, ...]:
+    """For each start of ``text``: the length of its longest end that ``text`` begins with."""
+    borders, length = [0], 0
+    for char in text[1:]:
+        while length and text[length] != char:
+            length = borders[length - 1]
+        length += text[length] == char
+        borders.append(length)
+    return tuple(borders)

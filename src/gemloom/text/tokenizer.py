@@ -48,7 +48,8 @@ class Tokenizer:
     Attributes: ``size`` (ids are 0 to size - 1), ``bos`` and ``eos`` (ids), ``eog`` (ids that end
     a generation), ``suppress`` (ids never to be sampled), ``turn`` (the id that begins a turn of a
     chat, or None), ``chat_template`` (Jinja, or None), ``openers`` (the characters that special
-    tokens start with) and ``longest`` (the most characters that one token has).
+    tokens start with), ``longest`` (the most characters that one token has) and
+    ``hidden`` (ids that give no text).
     """
 
     def __init__(self, metadata: Metadata) -> None:
@@ -67,7 +68,7 @@ class Tokenizer:
         self.size = len(texts)
         ids = dict(zip(texts, range(self.size), strict=True))
         self._special, self._literal = _markup(kind, texts, types)
-        self._hidden = frozenset(i for i, type_ in enumerate(types) if type_ in _HIDDEN)
+        self.hidden = frozenset(i for i, type_ in enumerate(types) if type_ in _HIDDEN)
         self._bytes = [text.replace(SPACE, " ").encode() for text in texts]
         for value, token in enumerate(_byte_tokens(metadata.name, ids, types)):
             self._bytes[token] = bytes([value])
@@ -80,7 +81,7 @@ class Tokenizer:
             else None
         )
         self.openers = frozenset(text[0] for text in self._special)
-        self._special_names = frozenset(self._special)
+        self._special_names = {text: ids[text] for text in self._special}
         self._special_lengths = sorted(set(map(len, self._special)), reverse=True)
         merges = _merges(metadata) if kind == "gemma4" else _derive(metadata, texts, types)
         self._bpe = _bpe(metadata.name, ids, merges)
@@ -166,7 +167,7 @@ class Tokenizer:
             at = found.start()
             if at >= start and (name := self._special_at(text, at)):
                 yield from self._windows(self._plain, text[start:at].replace(guard, ""))
-                yield [self._bpe.token_to_id(name)]
+                yield [self._special_names[name]]
                 start = at + len(name)
         yield from self._windows(self._plain, text[start:].replace(guard, ""))
 
@@ -202,9 +203,17 @@ class Tokenizer:
         start = next((i for i, token in enumerate(ids) if token != self.bos), len(ids))
         return [self.bos, *ids[start:]]
 
+    def started(self, pieces: Iterable[list[int]]) -> Iterator[list[int]]:
+        """``with_bos`` of ids that come in several lists."""
+        yield [self.bos]
+        started = False
+        for ids in pieces:
+            yield ids if started else self.with_bos(ids)[1:]
+            started = started or any(token != self.bos for token in ids)
+
     def _visible(self, token: int, special: bool) -> bytes:
         piece = self.token(token)
-        return b"" if token in self._hidden and not special else piece
+        return b"" if token in self.hidden and not special else piece
 
 
 class StreamDecoder:
