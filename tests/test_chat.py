@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_vocab
-from gemloom.errors import OptionError, RequestError, TokenizerError
+from gemloom.errors import ContextError, OptionError, RequestError, TokenizerError
 from gemloom.text.chat import PLAIN_STOP, encode_chat, render, with_stop
 from gemloom.text.tokenizer import Tokenizer
 from vocabularies import gemma4, gemma4_metadata, metadata, small
@@ -311,3 +311,18 @@ def test_messages_are_left_as_they_were() -> None:
     messages = [user([{"type": "text", "text": "<turn|>"}])]
     encode_chat(gemma4(), messages)
     assert messages == [{"role": "user", "content": [{"type": "text", "text": "<turn|>"}]}]
+
+
+@pytest.mark.parametrize("unit", ["<", "a ", "<|channel>", "\n"])
+def test_a_conversation_too_long_for_the_context_is_not_rendered(unit: str) -> None:
+    tokenizer = gemma4()
+    with pytest.raises(ContextError, match="characters: the context has room for 31,744 at most"):
+        encode_chat(tokenizer, [user(unit * 40_000)], 1024)
+    assert len(encode_chat(tokenizer, [user(unit)], 1024)) < 1024
+
+
+def test_a_conversation_of_too_many_tokens_is_refused() -> None:
+    with pytest.raises(ContextError, match=r"the prompt has 10,0\d\d tokens, the context 1,024"):
+        encode_chat(gemma4(), [user("3" * 10_000)], 1024)
+    with pytest.raises(ContextError, match=r"the prompt has over 3\d,\d\d\d tokens"):
+        encode_chat(gemma4(), [user("3" * 900_000)], 30_000)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
 from typing import Any
@@ -333,3 +334,31 @@ def test_thoughts_are_what_stands_between_their_markers(soup: list[str]) -> None
         else:
             expected.append(Reasoning(piece) if thinking else Content(piece))
     assert routed(text) == merged(part for part in expected if shown([part]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|tool_call>" + " " * 200_000,
+        "<|tool_call>call:" + "a" * 200_000,
+        "<|tool_call>call:f{}" + "\n" * 200_000,
+        "<|tool_call>call:f{a:" + "1" * 200_000,
+        '<|tool_call>call:f{a:<|"|>' + "<" * 200_000,
+        "<|tool_call>call:" * 10_000,
+    ],
+    ids=short,
+)
+def test_a_call_that_never_ends_takes_linear_time(text: str) -> None:
+    """A quadratic way would take minutes."""
+    start = time.process_time()
+    router = Router()
+    parts = [*router.push(text), *router.flush()]
+    assert time.process_time() - start < 10
+    assert "".join(part.text for part in parts if isinstance(part, Content)) == text
+
+
+def test_a_name_is_read_up_to_its_bound() -> None:
+    name = "n" * 128
+    assert Router().push(f"<|tool_call>  call: {name} {{}} \n<tool_call|>") == [
+        ToolCall(name, "{}")
+    ]

@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+import time
 from collections import Counter
 from itertools import pairwise, product
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from gemloom import sampling
 from gemloom.errors import GemloomError, OptionError, RequestError
 from gemloom.sampling import (
     GEMMA_DEFAULTS,
+    MAX_BIASES,
+    MAX_STOPS,
     History,
     SamplingParams,
     check_vocabulary,
@@ -497,3 +500,18 @@ def test_a_stop_string_never_leaks_and_a_false_start_is_given_back():
     assert matcher.push("TOP and more") == ("", True)
     assert matcher.push("later") == ("", True)
     assert matcher.flush() == ""
+
+
+def test_stops_cost_the_same_whatever_came_before():
+    """A quadratic way would take a minute."""
+    stops = ["a" * 500 + f"{n:03}" + "b" * 400 for n in range(MAX_STOPS)]
+    start, matcher = time.process_time(), StopMatcher(stops)
+    shown = "".join(matcher.push("aaaa")[0] for _ in range(2_000))
+    assert time.process_time() - start < 10
+    assert shown + matcher.flush() == "a" * 8_000
+
+
+def test_biases_have_a_bound():
+    SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES), 1))
+    with pytest.raises(OptionError, match="4,096 entries, not 4,097"):
+        SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES + 1), 1))

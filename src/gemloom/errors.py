@@ -28,9 +28,13 @@ file decides either. A message is one line: it names the thing, and where there
 is something to do, says what.
 """
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import ClassVar
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 class GemloomError(Exception):
@@ -170,6 +174,11 @@ class ClosedError(GemloomError):
 
     status = 503
     code = "model_closed"
+
+
+def quoted(value: object) -> str:
+    """A value as a message quotes it: of a long one both ends."""
+    return _SHORT.repr(value)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

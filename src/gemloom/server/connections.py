@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gemloom.errors import GemloomError
+from gemloom.errors import GemloomError, RequestError
 from gemloom.server.errors import CrowdedError, OverdueError
 from gemloom.server.protocol import error_body
 
@@ -71,6 +71,10 @@ class Connection(H11Protocol):
             self._until_read.cancel()
         if self.transport.is_closing():
             self._watch_reader()  # of the rest
+
+    def send_400_response(self, msg: str) -> None:
+        """As uvicorn, in the form of all other errors."""
+        self._refuse(RequestError("this is not an HTTP request"))
 
     def _wait_for_request(self) -> None:
         self._cancel()

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from gemloom.errors import GemloomError
+from gemloom.errors import GemloomError, quoted
 from gemloom.generation import Usage
 from gemloom.sampling import GEMMA_DEFAULTS
 from gemloom.sequence import Piece
@@ -109,7 +109,7 @@ def _format(given: TextFormat | None) -> ResponseFormat | None:
 def _tool(tool: Json) -> Json:
     if tool.get("type") != "function":
         raise FieldError(
-            "tools", f"tools: {tool.get('type')!r} tools are not run here: function only"
+            "tools", f"tools: {quoted(tool.get('type'))} tools are not run here: function only"
         )
     return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
 
@@ -118,7 +118,9 @@ def _tool_choice(choice: str | Json | None) -> str | Json | None:
     if not isinstance(choice, dict):
         return choice
     if choice.get("type") != "function":
-        raise FieldError("tool_choice", f"tool_choice: {choice.get('type')!r} is not supported")
+        raise FieldError(
+            "tool_choice", f"tool_choice: {quoted(choice.get('type'))} is not supported"
+        )
     return {"type": "function", "function": {"name": choice.get("name")}}
 
 
@@ -157,7 +159,7 @@ def _add(messages: list[Json], item: Json, place: str) -> None:
         content = _content(item.get("output"), place)
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
     else:
-        raise FieldError("input", f"{place}: items of type {kind!r} are not supported")
+        raise FieldError("input", f"{place}: items of type {quoted(kind)} are not supported")
 
 
 def _turn(messages: list[Json], new: bool = False) -> Json:
@@ -180,7 +182,7 @@ def _parts(content: Any, place: str) -> list[Json]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in known:
             raise FieldError(
-                "input", f"{place}: a content part of type {kind!r}: only text is read"
+                "input", f"{place}: a content part of type {quoted(kind)}: only text is read"
             )
     return list(content)
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from jinja2 import Template, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gemloom.errors import ContextError, OptionError, RequestError, TokenizerError
+from gemloom.errors import ContextError, OptionError, RequestError, TokenizerError, quoted
 from gemloom.text.prompts import within
 from gemloom.text.tokenizer import Tokenizer
 
@@ -165,7 +165,8 @@ def check(messages: Sequence[Message]) -> None:
             raise RequestError(f"messages[{index}] must be an object with a role and content")
         if message.get("role") not in ROLES:
             raise RequestError(
-                f"messages[{index}]: the role {message.get('role')!r} is none of {', '.join(ROLES)}"
+                f"messages[{index}]: the role {quoted(message.get('role'))} is none of "
+                f"{', '.join(ROLES)}"
             )
         _check_content(index, message)
 
@@ -182,7 +183,8 @@ def _check_content(index: int, message: Message) -> None:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind != "text":
             raise RequestError(
-                f"messages[{index}]: content part {number} is of type {kind!r}: only 'text' is read"
+                f"messages[{index}]: content part {number} is of type {quoted(kind)}: "
+                "only 'text' is read"
             )
         if not isinstance(part.get("text"), str):
             raise RequestError(f"messages[{index}]: content part {number} has no text")

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from gemloom.errors import OptionError, RequestError
+from gemloom.errors import OptionError, RequestError, quoted
 from gemloom.text.chat import Message, check
 from gemloom.text.json_size import check_values
 
@@ -70,7 +70,9 @@ def variables(
     if enable_thinking is not None:
         chosen["enable_thinking"] = enable_thinking
     if not isinstance(chosen.get("enable_thinking", False), bool):
-        raise OptionError(f"enable_thinking is {chosen['enable_thinking']!r}: take true or false")
+        raise OptionError(
+            f"enable_thinking is {quoted(chosen['enable_thinking'])}: take true or false"
+        )
     return chosen
 
 
@@ -97,7 +99,7 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for index, tool in enumerate(ready):
         name = tool["function"]["name"]
         if name in names:
-            raise RequestError(f"tools[{index}]: the name {name!r} is taken by another tool")
+            raise RequestError(f"tools[{index}]: the name {quoted(name)} is taken by another tool")
         names.add(name)
     return ready
 
@@ -123,7 +125,7 @@ def starts_reasoning(prompt_text: str) -> bool:
 def _effort(effort: object) -> str:
     if isinstance(effort, str) and effort in _THINKING:
         return effort
-    raise OptionError(f"reasoning_effort is {effort!r}: take one of {', '.join(_THINKING)}")
+    raise OptionError(f"reasoning_effort is {quoted(effort)}: take one of {', '.join(_THINKING)}")
 
 
 def _prepared(index: int, message: Any) -> Any:
@@ -229,7 +231,8 @@ def _answered(index: int, message: Message, calls: Mapping[tuple[bool, object], 
     if isinstance(key[1], Hashable) and key in calls:
         return calls[key]
     raise RequestError(
-        f"messages[{index}]: the assistant's message before has no call with the id {wanted!r}"
+        f"messages[{index}]: the assistant's message before has no call with the id "
+        f"{quoted(wanted)}"
     )
 
 
@@ -241,7 +244,8 @@ def _tool(index: int, tool: Any) -> dict[str, Any]:
     name = ready.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise RequestError(
-            f"tools[{index}]: the name {name!r} is not 1 to 64 of the letters A-Z a-z 0-9 _ . -"
+            f"tools[{index}]: the name {quoted(name)} is not 1 to 64 of the letters "
+            "A-Z a-z 0-9 _ . -"
         )
     ready.setdefault("description", "")
     if not isinstance(ready["description"], str):

@@ -41,12 +41,13 @@ def text_ids(text: str, tokenizer: Tokenizer, context: int, special: bool = Fals
 def within(pieces: Iterable[list[int]], context: int) -> list[int]:
     """The ids of all pieces. ContextError as soon as there are more than the context holds."""
     ids: list[int] = []
-    over = False
+    most = context + 1  # one more for a BOS that the text has itself
     for piece in pieces:
-        if over:
+        if len(ids) > most:  # and there is more
             raise ContextError(f"the prompt has over {len(ids):,} tokens, the context {context:,}")
         ids += piece
-        over = len(ids) > context + 1  # one more for a BOS that the text has itself
+    if len(ids) > most:
+        raise ContextError(f"the prompt has {len(ids):,} tokens, the context {context:,}")
     return ids
 
 

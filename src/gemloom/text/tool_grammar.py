@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gemloom.errors import RequestError
+from gemloom.errors import RequestError, quoted
 
 ANY_OBJECT = {"type": "object"}
 _NO_ARGUMENTS = {"type": "object", "properties": {}}
@@ -41,7 +41,8 @@ def callable_functions(declared: Any, choice: str) -> dict[str, Any]:
             raise RequestError(f"tools[{index}] must be an object with a function and its name")
         if not _NAME.fullmatch(function["name"]):
             raise RequestError(
-                f"tools[{index}]: the name {function['name']!r} must be letters, digits, _, - and ."
+                f"tools[{index}]: the name {quoted(function['name'])} must be letters, digits, "
+                "_, - and ."
             )
         parameters = function.get("parameters")
         schema = _NO_ARGUMENTS if parameters is None else parameters
@@ -50,7 +51,7 @@ def callable_functions(declared: Any, choice: str) -> dict[str, Any]:
     if choice not in ("auto", "required"):
         functions = {name: schema for name, schema in functions.items() if name == choice}
     if not functions:
-        raise RequestError(f"no tool to call is declared (the choice is {choice!r})")
+        raise RequestError(f"no tool to call is declared (the choice is {quoted(choice)})")
     return functions
 
 
