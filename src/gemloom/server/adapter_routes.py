@@ -84,6 +84,6 @@ async def set_defaults(request: Request) -> Response:
     """The scales of requests that say nothing of adapters: [{"id": 0, "scale": 0.5}]."""
     service = _service(request)
     data = await read_body(request, service.settings.max_body)
-    scales = await service.parsed(partial(parse_scales, data), request, service.deadline())
+    scales = await service.parsed(parse_scales, data, request, service.deadline())
     service.adapters.set_defaults(scales)
     return JSONResponse({"success": True})

@@ -16,8 +16,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gemloom.errors import GemloomError, RequestError
+from gemloom.server.bodies import error_body
 from gemloom.server.errors import CrowdedError, OverdueError
-from gemloom.server.protocol import error_body
 
 MAX_CONNECTIONS = 512  # at once; a process may usually have 1,024 files open
 HEAD_SECONDS = 20.0  # without a whole request, from the start or from the last answer

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -44,6 +44,7 @@ from gemloom.server.streams import (
 
 _log = logging.getLogger("gemloom.server")
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_LARGE = 1 << 17  # bytes of a body that is parsed by itself, as it holds the interpreter
 _LOOK = 0.05  # seconds between two looks at what is under way
 _T = TypeVar("_T")
 _Body = TypeVar("_Body", bound=Body)
@@ -88,6 +89,7 @@ class Service:
         self.adapters = ServedAdapters(model, settings.adapters)
         self.created = int(time.time())
         self.under_way = 0  # HTTP requests but those for /health
+        self._large = CapacityLimiter(1)
         self.stopping = False  # whether new ones are refused
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
         self._recovery = load and Recovery(lambda: self.model, load, self._take)
@@ -158,17 +160,22 @@ class Service:
         if failure := self.failure():
             raise failure
         data = await before(deadline, read_body(request, self.settings.max_body))
-        asked = await self.parsed(partial(parse, kind, data), request, deadline)
+        asked = await self.parsed(partial(parse, kind), data, request, deadline)
         self.check_name(asked.model)
         return asked
 
     async def parsed(
-        self, work: Callable[[Ignored], _T], request: Request, deadline: float | None
+        self,
+        read: Callable[[bytes, Ignored], _T],
+        data: bytes,
+        request: Request,
+        deadline: float | None,
     ) -> _T:
-        """What ``work`` reads; the answer and the log name the fields that nobody knows."""
+        """What ``read`` makes of a body; the answer and the log name the fields that nobody knows."""
         template = self.model.tokenizer.chat_template or ""
         ignored = Ignored(strict=self.settings.strict, template=template)
-        result = await in_thread(partial(work, ignored), deadline)
+        limiter = self._large if len(data) > _LARGE else None
+        result = await in_thread(partial(read, data, ignored), deadline, limiter)
         if named := str(ignored):
             request.state.ignored = named
             _log.warning("%s: fields that are not known were ignored: %s", request.url.path, named)
@@ -249,6 +256,12 @@ def _written(body: Any) -> bytes:
     return bytes(data)
 
 
-async def in_thread(work: Callable[[], _T], deadline: float | None) -> _T:
-    """The result of ``work``, done off the event loop. OverdueError at the deadline."""
-    return await before(deadline, to_thread.run_sync(work, abandon_on_cancel=True))
+async def in_thread(
+    work: Callable[[], _T], deadline: float | None, limiter: CapacityLimiter | None = None
+) -> _T:
+    """The result of ``work``, done off the event loop. OverdueError at the deadline.
+
+    ``limiter`` is how many of a kind may run at once.
+    """
+    done = to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
+    return await before(deadline, done)

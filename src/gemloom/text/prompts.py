@@ -10,6 +10,8 @@ from typing import Any
 from gemloom.errors import ContextError, OptionError, RequestError
 from gemloom.text.tokenizer import Tokenizer
 
+_COUNTED = 50_000  # tokens over the context, before counting them is given up
+
 
 def prompt_ids(
     prompt: str | Sequence[int], tokenizer: Tokenizer, n_vocab: int, context: int
@@ -39,11 +41,14 @@ def text_ids(text: str, tokenizer: Tokenizer, context: int, special: bool = Fals
 
 
 def within(pieces: Iterable[list[int]], context: int) -> list[int]:
-    """The ids of all pieces. ContextError as soon as there are more than the context holds."""
+    """The ids of all pieces. ContextError where the context does not hold them.
+
+    It tells how many there are; those of a text that is far too long are not all made.
+    """
     ids: list[int] = []
     most = context + 1  # one more for a BOS that the text has itself
     for piece in pieces:
-        if len(ids) > most:  # and there is more
+        if len(ids) > most + _COUNTED:
             raise ContextError(f"the prompt has over {len(ids):,} tokens, the context {context:,}")
         ids += piece
     if len(ids) > most:
