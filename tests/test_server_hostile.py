@@ -97,6 +97,13 @@ BODIES: dict[str, tuple[str, int, Callable[[], bytes]]] = {
     "objects that are ignored": (COMPLETIONS, 413, lambda: b'{%s,"user":%s}' % (A, many(b"{}"))),
     "keys that are ignored": (COMPLETIONS, 200, lambda: b'{%s,"user":%s}' % (A, keys(140_000))),
     "keys nobody knows": (COMPLETIONS, 400, lambda: keys(140_000)),
+    "keys nobody knows beside others": (
+        COMPLETIONS, 200, lambda: b"{%s,%s" % (A, keys(140_000)[1:]),
+    ),
+    "keys nobody knows in a message": (
+        CHAT, 400,
+        lambda: b'{"messages":[{"role":"user","content":"a",%s]}' % keys(100_000)[1:],
+    ),
     "a million keys": (COMPLETIONS, 413, lambda: keys(1_000_000)),
     "depth": (COMPLETIONS, 413, lambda: b'{"user":' + b"[" * SIZE),
     "blanks": (COMPLETIONS, 200, lambda: b"{%s%s}" % (A, b" " * SIZE)),
@@ -112,7 +119,7 @@ BODIES: dict[str, tuple[str, int, Callable[[], bytes]]] = {
         COMPLETIONS, 400, lambda: b'{%s,"logit_bias":%s}' % (A, keys(140_000, b'"x"')),
     ),
     "wrong fields inside": (
-        COMPLETIONS, 400, lambda: b'{%s,"stream_options":%s}' % (A, keys(140_000)),
+        COMPLETIONS, 200, lambda: b'{%s,"stream_options":%s}' % (A, keys(140_000)),
     ),
     "adapters": (COMPLETIONS, 400, lambda: b'{%s,"adapters":%s}' % (A, keys(140_000))),
     "adapters by number": (

@@ -171,7 +171,7 @@ class Service:
         request: Request,
         deadline: float | None,
     ) -> _T:
-        """What ``read`` makes of a body; the answer and the log name the fields that nobody knows."""
+        """What ``read`` makes of a body. The answer and the log name the fields nobody knows."""
         template = self.model.tokenizer.chat_template or ""
         ignored = Ignored(strict=self.settings.strict, template=template)
         limiter = self._large if len(data) > _LARGE else None
