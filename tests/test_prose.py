@@ -26,7 +26,6 @@ PENDING = {  # pages still to be rewritten; the set only shrinks
     "docs/sealed.md",
     "docs/server.md",
     "docs/sources.md",
-    "docs/workers.md",
 }
 PAGES = sorted(
     page
