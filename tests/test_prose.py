@@ -19,7 +19,6 @@ PENDING = {  # pages still to be rewritten; the set only shrinks
     "docs/ggml-pitfalls.md",
     "docs/kernels.md",
     "docs/log.md",
-    "docs/packed.md",
     "docs/quality.md",
     "docs/quantize.md",
     "docs/sealed.md",
