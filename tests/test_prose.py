@@ -17,7 +17,6 @@ PENDING = {  # pages still to be rewritten; the set only shrinks
     "docs/convert.md",
     "docs/forward.md",
     "docs/ggml-pitfalls.md",
-    "docs/kernels.md",
     "docs/log.md",
     "docs/quality.md",
     "docs/quantize.md",
