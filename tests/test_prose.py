@@ -15,7 +15,6 @@ PENDING = {  # pages still to be rewritten; the set only shrinks
     "docs/adapters.md",
     "docs/architecture.md",
     "docs/convert.md",
-    "docs/forward.md",
     "docs/ggml-pitfalls.md",
     "docs/log.md",
     "docs/quantize.md",
