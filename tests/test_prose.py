@@ -18,7 +18,6 @@ PENDING = {  # pages still to be rewritten; the set only shrinks
     "docs/ggml-pitfalls.md",
     "docs/log.md",
     "docs/quantize.md",
-    "docs/sealed.md",
     "docs/server.md",
     "docs/sources.md",
 }
