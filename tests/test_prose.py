@@ -19,7 +19,6 @@ PENDING = {  # pages still to be rewritten; the set only shrinks
     "docs/log.md",
     "docs/quantize.md",
     "docs/server.md",
-    "docs/sources.md",
 }
 PAGES = sorted(
     page
