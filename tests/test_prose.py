@@ -17,7 +17,6 @@ PENDING = {  # pages still to be rewritten; the set only shrinks
     "docs/convert.md",
     "docs/ggml-pitfalls.md",
     "docs/log.md",
-    "docs/quantize.md",
     "docs/server.md",
 }
 PAGES = sorted(
