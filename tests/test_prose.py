@@ -14,7 +14,6 @@ PENDING = {  # pages still to be rewritten; the set only shrinks
     "benchmarks/README.md",
     "docs/adapters.md",
     "docs/architecture.md",
-    "docs/convert.md",
     "docs/ggml-pitfalls.md",
     "docs/log.md",
     "docs/server.md",
