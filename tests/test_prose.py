@@ -12,7 +12,6 @@ PENDING = {  # pages still to be rewritten; the set only shrinks
     "CONTRIBUTING.md",
     "README.md",
     "benchmarks/README.md",
-    "docs/adapters.md",
     "docs/architecture.md",
     "docs/ggml-pitfalls.md",
     "docs/log.md",
