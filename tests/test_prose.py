@@ -11,7 +11,6 @@ PENDING = {  # pages still to be rewritten; the set only shrinks
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "README.md",
-    "benchmarks/README.md",
     "docs/architecture.md",
     "docs/ggml-pitfalls.md",
     "docs/log.md",
