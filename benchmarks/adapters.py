@@ -32,7 +32,7 @@ from gemloom.adapters.gguf_lora import write_gguf
 from gemloom.adapters.lora import Lora, Pair
 from gemloom.errors import GemloomError, OptionError
 from gemloom.files import gguf, source
-from gemloom.ggml.device import usable_cores
+from gemloom.limits import usable_cores
 
 RANK = 16
 POOL = 1 << 20  # random values that all factors are drawn from

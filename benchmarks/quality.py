@@ -31,7 +31,7 @@ from gemloom.errors import GemloomError
 from gemloom.files import gguf, source
 from gemloom.files.gguf import GGUF
 from gemloom.ggml import quants
-from gemloom.ggml.device import usable_cores
+from gemloom.limits import usable_cores
 from gemloom.quantization import imatrix, imatrix_file, quantize, recipes
 from gemloom.quantization.imatrix_file import ImportanceMatrix
 from gemloom.quantization.perplexity import Comparison, Cut, Recorded, compare

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from gemloom.files import gguf, source
-from gemloom.ggml.device import usable_cores
+from gemloom.limits import usable_cores
 from gemloom.quantization import quantize
 from gemloom.quantization.quantize import Wanted
 from gemloom.quantization.recipes import recipe

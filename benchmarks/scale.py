@@ -25,7 +25,7 @@ from rich.table import Table
 from sides import OURS, run
 
 from gemloom.errors import GemloomError, OptionError, RequestError
-from gemloom.ggml.device import usable_cores
+from gemloom.limits import usable_cores
 
 HERE = Path(__file__).parent
 LENGTHS = [128, 512, 2048, 8192, 32768]

@@ -15,10 +15,10 @@ from gemloom.errors import OptionError
 from gemloom.files.gguf import GGUF
 from gemloom.ggml.backends import Found
 from gemloom.ggml.device import Device
-from gemloom.ggml.memory import free_memory
 from gemloom.ggml.probing import Probe
 from gemloom.ggml.rpc import speaking
 from gemloom.kernels.library import Library
+from gemloom.limits import free_memory
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
 from gemloom.placement import SHARED, TABLES, Choice, Placement, Sizes, Space, Wanted, plan

@@ -24,6 +24,7 @@ from gemloom.errors import AdapterError, OptionError, TensorError
 from gemloom.files.gguf import TensorInfo, nbytes
 from gemloom.files.writing import GGUFWriter, Planned
 from gemloom.ggml.quants import NEEDS_IMPORTANCE, QUANTIZABLE, READABLE, dequantize, quantize
+from gemloom.limits import usable_cores
 
 Advance = Callable[[int], None]
 _BLOCK = 4 << 20  # values that are in memory as float32 for each thread
@@ -74,7 +75,7 @@ def merge(
     metadata: dict[str, Any] = dict(base.file.metadata.encoded)
     for key in (*_DROPPED, *(("general.file_type",) if kind is not None else ())):
         metadata.pop(key, None)  # a loader then takes the type from the tensors
-    threads = os.cpu_count() or 1
+    threads = usable_cores()
     with (
         GGUFWriter(path, metadata, [job.planned for job in jobs]) as out,
         ThreadPoolExecutor(threads) as pool,

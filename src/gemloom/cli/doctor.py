@@ -101,11 +101,11 @@ def _print_model(facts: dict[str, Any]) -> None:
 
 def examine() -> dict[str, Any]:
     """What was found; JSON can hold it. DeviceError where ggml cannot be loaded."""
-    from gemloom import __version__
+    from gemloom import __version__, limits
     from gemloom.files import builtin
 
     try:
-        from gemloom.ggml import backends, device, processor, trust
+        from gemloom.ggml import backends, processor, trust
         from gemloom.kernels.library import supported
     except (ImportError, OSError) as error:
         raise DeviceError(
@@ -139,7 +139,7 @@ def examine() -> dict[str, Any]:
         "kernels": kernels,
         "left_out": verdicts.left_out,
         "proof": {"file": verdicts.file or None, "problem": verdicts.problem or None},
-        "threads": device.usable_cores(),
+        "threads": limits.usable_cores(),
         "model": {"name": builtin.DEFAULT_MODEL, "installed": bool(builtin.present())},
         "advice": [asdict(one) for one in advice],
     }
@@ -147,7 +147,7 @@ def examine() -> dict[str, Any]:
 
 def _free(info: "DeviceInfo") -> int:
     """Bytes; ggml says that all of the host's memory is."""
-    from gemloom.ggml.memory import free_memory
+    from gemloom.limits import free_memory
 
     host = free_memory() if info.kind == "cpu" else None
     return info.free if host is None else host

@@ -47,7 +47,7 @@ def worker(
       gemloom chat big.gguf --device rpc:10.8.0.2:50052,cpu
     """
     from gemloom.ggml import backends, rpc
-    from gemloom.ggml.device import usable_cores
+    from gemloom.limits import threads_for
 
     host, port = _free_address(listen)
     lent = backends.lendable([name.strip().lower() for name in device.split(",")])
@@ -62,7 +62,7 @@ def worker(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # nothing else ends what runs inside ggml
     with _quiet_ggml() as out:
-        thread = rpc.serve([pointer for _, pointer in lent], host, port, threads or usable_cores())
+        thread = rpc.serve([pointer for _, pointer in lent], host, port, threads_for(threads))
         for info, _ in lent:
             what = f"{info.name.lower()} ({info.description}, {size(info.total)})"
             out.write(f"lending {one_line(what)}\n")

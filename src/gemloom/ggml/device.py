@@ -9,7 +9,6 @@ our own invariants. Which devices there are is in ``backends.py``, long-lived me
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,8 +20,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gemloom.errors import DeviceError, LostError, OutOfMemoryError
 from gemloom.files.gguf import nbytes
 from gemloom.ggml import backends, trust
-from gemloom.ggml.memory import free_memory
 from gemloom.ggml.room import Room
+from gemloom.limits import free_memory, threads_for
 
 if TYPE_CHECKING:
     from gemloom.kernels.library import Library, Weight
@@ -148,13 +147,6 @@ def address(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).ctypes.data)
 
 
-def usable_cores() -> int:
-    """Cores this process may run on, and so the threads used where nobody says how many."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class Device:
     """The backends a model computes on, with the scheduler that spreads a graph over them.
 
@@ -183,7 +175,7 @@ class Device:
         if self.kernels:
             fields = ("data", "ne", "nb", "src")
             self.kernels.use({name: getattr(ggml.ggml_tensor, name).offset for name in fields})
-        self.threads = threads or usable_cores()
+        self.threads = threads_for(threads)
         self.cpu = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_CPU)
         self._lost = ""  # why nothing is to be computed any more
         self.current: object = None  # the graph whose tensors have memory now

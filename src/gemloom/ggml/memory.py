@@ -8,32 +8,22 @@ from __future__ import annotations
 import ctypes
 import mmap
 
+from gemloom import limits
 from gemloom.errors import OutOfMemoryError
-
-
-def free_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not tell.
-
-    malloc gives more than there is, and the kernel ends the process when it is touched.
-    """
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def check_free(size: int, what: str, free: int | None = None) -> None:
     """OutOfMemoryError where so many bytes are not free; ``what`` they are for is named in it.
 
-    ``free`` is what is, if not the host's memory is meant.
+    ``free`` is what a device has free; without it the host's memory is meant. There malloc gives
+    more than there is, and the kernel ends the process when it is touched.
     """
-    free = free_memory() if free is None else free
+    limit = ""
+    if free is None and (there := limits.memory()):
+        free, limit = there.free, f" of {there.limit / 2**20:,.0f} ({there.limiter})"
     if free is not None and size > free:
-        raise OutOfMemoryError(
-            f"no memory for {what}: {size / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} free"
-        )
+        needed = f"{size / 2**20:,.0f} MiB needed"
+        raise OutOfMemoryError(f"no memory for {what}: {needed}, {free / 2**20:,.0f} free{limit}")
 
 
 def pages(size: int, what: str) -> memoryview:

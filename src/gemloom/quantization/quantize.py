@@ -25,7 +25,7 @@ from gemloom.errors import ConfigError, OptionError, TensorError
 from gemloom.files.gguf import GGUF, TensorInfo, nbytes
 from gemloom.files.writing import GGUFWriter, Planned, Value
 from gemloom.ggml import quants
-from gemloom.ggml.device import usable_cores
+from gemloom.limits import threads_for
 from gemloom.quantization.imatrix_file import ImportanceMatrix
 from gemloom.quantization.recipes import (
     EMBEDDINGS,
@@ -152,7 +152,7 @@ def write(
         raise OptionError(chosen.lacking)
     _check_target(chosen, path)
     planned = [Planned(c.info.name, c.type, c.info.shape) for c in chosen.choices]
-    threads = threads or usable_cores()
+    threads = threads_for(threads)
     pool = ThreadPoolExecutor(threads)
     try:
         with GGUFWriter(path, chosen.metadata, planned) as out:
