@@ -20,9 +20,11 @@ from gguf import TokenType
 from gemloom.convert.checkpoint import Checkpoint, Json
 from gemloom.errors import TokenizerError
 from gemloom.files.gguf import StringArray, Value
-from gemloom.text.tokenizer import SPACE, Merges, merges_by_rank
+from gemloom.text import merges as ranks
+from gemloom.text.tokenizer import SPACE
 
 _KEY = "tokenizer.ggml."
+Merges = list[tuple[str, str]]
 _UNRANKED = -1000.0  # the score of a token that no merge makes
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Special to transformers, but readers of an answer look for them in its text.
@@ -227,7 +229,7 @@ def _check_ranks(name: str, ranked: list[str], merges: Merges) -> None:
     """Whether a vocabulary in this order means just these merges, but for those of added tokens."""
     normal = set(ranked)
     wanted = [m for m in merges if normal.issuperset((*m, m[0] + m[1]))]
-    if wanted != merges_by_rank(ranked):
+    if wanted != list(ranks.by_rank(ranked)):
         raise TokenizerError(
             f"{name}: its merges do not follow from the order of its tokens, as those of Gemma 3's "
             "do; a GGUF of this kind cannot hold them"

@@ -28,6 +28,8 @@ from tokenizers import Tokenizer as Pipeline
 
 from gemloom.errors import ConfigError, OptionError, TokenizerError
 from gemloom.files.gguf import Metadata
+from gemloom.text import merges
+from gemloom.text.merges import Merges
 from gemloom.text.windows import in_windows
 
 SPACE = "▁"  # U+2581
@@ -36,8 +38,6 @@ _HIDDEN = (_UNKNOWN, _CONTROL, _UNUSED)
 _END_NAMES = ("<eos>", "<end_of_turn>", "<turn|>", "<|tool_response>")
 _TURN_NAMES = ("<|turn>", "<start_of_turn>")
 _KEY = "tokenizer.ggml."
-
-Merges = list[tuple[str, str]]
 
 
 class Tokenizer:
@@ -69,9 +69,7 @@ class Tokenizer:
         ids = dict(zip(texts, range(self.size), strict=True))
         self._special, self._literal = _markup(kind, texts, types)
         self.hidden = frozenset(i for i, type_ in enumerate(types) if type_ in _HIDDEN)
-        self._bytes = [text.replace(SPACE, " ").encode() for text in texts]
-        for value, token in enumerate(_byte_tokens(metadata.name, ids, types)):
-            self._bytes[token] = bytes([value])
+        byte_tokens = _byte_tokens(metadata.name, ids, types)
         self._read_ends(metadata, ids, types)
         self.suppress = self._read_suppress(metadata)
         self.turn = next((ids[name] for name in _TURN_NAMES if name in ids), None)
@@ -83,8 +81,11 @@ class Tokenizer:
         self.openers = frozenset(text[0] for text in self._special)
         self._special_names = {text: ids[text] for text in self._special}
         self._special_lengths = sorted(set(map(len, self._special)), reverse=True)
-        merges = _merges(metadata) if kind == "gemma4" else _derive(metadata, texts, types)
-        self._bpe = _bpe(metadata.name, ids, merges)
+        made = _written(metadata, ids) if kind == "gemma4" else _derive(metadata, texts, types)
+        self._bpe = _bpe(metadata.name, ids, made)
+        self._bytes = [text.replace(SPACE, " ").encode() for text in texts]
+        for value, token in enumerate(byte_tokens):
+            self._bytes[token] = bytes([value])
         # Cutting at newlines bounds what is merged at once; right only if no token crosses one.
         self._cut = not any("\n" in text and text.strip("\n") for text in texts)
         self._plain = self._pipeline(())
@@ -285,12 +286,8 @@ def _byte_tokens(name: str, ids: dict[str, int], types: list[int]) -> list[int]:
     return tokens
 
 
-def _merges(metadata: Metadata) -> Merges:
-    merges: Merges = []
-    for raw in metadata.strings(_KEY + "merges").raw():
-        left, _, right = raw.decode().partition(" ")
-        merges.append((left, right))
-    return merges
+def _written(metadata: Metadata, ids: dict[str, int]) -> Merges:
+    return merges.written(metadata.name, metadata.strings(_KEY + "merges").raw(), ids)
 
 
 def _derive(metadata: Metadata, texts: list[str], types: list[int]) -> Merges:
@@ -300,23 +297,12 @@ def _derive(metadata: Metadata, texts: list[str], types: list[int]) -> Merges:
     if scores.dtype.kind != "f" or not np.isfinite(scores).all():
         raise TokenizerError(f"{metadata.name}: a score is not a finite number")
     best_first = np.argsort(-scores, kind="stable").tolist()
-    return merges_by_rank([texts[i] for i in best_first if types[i] == _NORMAL])
+    return merges.by_rank(texts[i] for i in best_first if types[i] == _NORMAL)
 
 
-def merges_by_rank(texts: Iterable[str]) -> Merges:
-    """The merges that tokens mean where their order, the best first, is all that ranks them."""
-    ranked = dict.fromkeys(texts)
-    return [
-        (text[:cut], text[cut:])
-        for text in ranked
-        for cut in range(len(text) - 1, 0, -1)
-        if text[:cut] in ranked and text[cut:] in ranked
-    ]
-
-
-def _bpe(name: str, ids: dict[str, int], merges: Merges) -> models.BPE:
+def _bpe(name: str, ids: dict[str, int], made: Merges) -> models.BPE:
     try:
-        return models.BPE(ids, merges, byte_fallback=True)
+        return models.BPE(ids, made, byte_fallback=True)
     except Exception as error:  # tokenizers raises no narrower type
         line = " ".join(str(error).split())
         raise TokenizerError(f"{name}: the merges do not fit the vocabulary: {line}") from None
