@@ -99,6 +99,7 @@ class Filling:
         # The address, so that no other thread holds a stream's part when the next is asked for.
         source = address(data) - share.offset
         list(apply(lambda piece: self._pack(piece, source + piece.offset), share.pieces))
+        share.info.blob.drop(share.place, share.length)
 
     def _pack(self, piece: Piece, source: int) -> None:
         assert self._plan

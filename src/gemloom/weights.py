@@ -17,6 +17,7 @@ from gemloom.files.gguf import GGUF, TensorInfo, nbytes
 from gemloom.filling import FIRST_BYTES, Filling
 from gemloom.ggml.arena import ALIGNMENT, Arena
 from gemloom.ggml.device import Device, Packed, Tensor, address
+from gemloom.ggml.joining import join
 from gemloom.ggml.memory import pages
 from gemloom.ggml.repacking import Repacking
 from gemloom.kernels import packed_file
@@ -290,6 +291,7 @@ class Weights(Tensors):
         # Rows of the per-layer table are copied out by get_rows, which takes any address.
         alignment = 4 if info.name == PER_LAYER_TABLE else ALIGNMENT
         place = info.blob.locate(info.offset, info.nbytes)
+        place = place or join(info.blob, info.offset, info.nbytes)
         if place is None or not self._arena("own").map(tensor, *place, alignment):
             return False
         self.bytes_mapped += info.nbytes

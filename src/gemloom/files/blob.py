@@ -3,6 +3,7 @@
 Not a loader: nothing here opens, maps or asks anybody for anything (``source.py`` does).
 """
 
+import mmap
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,17 @@ class Origin:
     path: str
     size: int  # bytes
     mtime_ns: int
+
+
+class Mapping(mmap.mmap):
+    """A file, or the end of one, that was mapped here: read-only, and nobody else's."""
+
+    def drop(self, start: int, length: int) -> None:
+        """Hold the pages within these bytes no more; whoever reads them gets them again."""
+        page = mmap.PAGESIZE
+        first, last = -(-start // page) * page, (start + length) // page * page
+        if first < last and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 class Blob:
@@ -86,6 +98,19 @@ class Blob:
             offset, length, index = offset + piece.nbytes, length - piece.nbytes, index + 1
             if piece.nbytes:
                 yield piece
+
+    def drop(self, offset: int, length: int) -> None:
+        """These bytes are not wanted soon: of files that we mapped, hold their pages no more."""
+        for part, end in zip(self.parts, self._ends, strict=True):
+            begin = end - part.nbytes
+            first, last = max(offset, begin), min(offset + length, end)
+            if first < last and isinstance(part.obj, Mapping):
+                skipped = len(part.obj) - part.nbytes  # a part is the end of its mapping
+                part.obj.drop(skipped + first - begin, last - first)
+
+    def in_memory(self, offset: int, length: int) -> list[memoryview]:
+        """The buffers with these bytes, none of them copied; empty where they are not there yet."""
+        return list(self.pieces(offset, length)) if self.parts else []
 
     def locate(self, offset: int, length: int) -> tuple[memoryview, int] | None:
         """The part that holds all these bytes, and where in it they start; None if cut."""

@@ -59,6 +59,7 @@ def verify(blob: Blob) -> None:
         advance, started = None, time.monotonic()
         for piece in _pieces(blob):
             digest.update(piece)
+            blob.drop(done, piece.nbytes)
             done += piece.nbytes
             if advance is None and time.monotonic() - started > _BAR_AFTER:
                 advance = _bar(stack, blob)

@@ -20,7 +20,7 @@ import numpy as np
 
 from gemloom.errors import FormatError, GemloomError, OptionError, SourceError
 from gemloom.files import builtin, hub, sealed, urls
-from gemloom.files.blob import Blob, Origin, Stream
+from gemloom.files.blob import Blob, Mapping, Origin, Stream
 from gemloom.files.builtin import DEFAULT_MODEL
 from gemloom.files.gguf import MAGIC
 from gemloom.files.sealed import Key
@@ -259,7 +259,7 @@ def _map_file(name: str, file: Any) -> memoryview:
     start = file.tell()
     if start >= status.st_size:
         raise FormatError(f"{name}: empty{f' after byte {start:,}' if start else ''}")
-    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[start:]
+    return memoryview(Mapping(file.fileno(), 0, access=mmap.ACCESS_READ))[start:]
 
 
 # -- buffers and parts ---------------------------------------------------------------

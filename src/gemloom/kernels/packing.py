@@ -7,7 +7,7 @@ they mean (``native/types.h``).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +65,24 @@ class Piece:
         info = self.matrix.info
         return info.blob.view(info.offset + self.offset, self.length)
 
+    def drop(self) -> None:
+        """Its bytes in the model file were read."""
+        info = self.matrix.info
+        info.blob.drop(info.offset + self.offset, self.length)
+
+
+class _Read:
+    """Lets go of the file's pages behind those who read it."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces, self._done = pieces, 0
+
+    def until(self, count: int) -> None:
+        """So many pieces were read."""
+        for piece in self._pieces[self._done : count]:
+            piece.drop()
+        self._done = max(self._done, count)
+
 
 class Plan:
     """Where every packed matrix lies, one behind the other."""
@@ -116,11 +134,13 @@ class Plan:
             ]
         )
         ends = [0, *accumulate(piece.nbytes for piece in self.pieces)]
+        read = _Read(self.pieces)
         with ThreadPoolExecutor(threads) as pool:
             running = {pool.submit(packings.run) for _ in range(threads)}
             try:
                 while running:
                     running = wait(running, _TOLD_EVERY).not_done
+                    read.until(packings.begun() - len(running))
                     if progress:
                         progress(ends[packings.begun()], ends[-1])
             finally:
