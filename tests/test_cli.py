@@ -265,7 +265,11 @@ def test_the_plan_is_what_it_takes(
         taken = opened.memory()
     kinds = ("weights", "per_layer_table", "kv_full", "kv_sliding")
     assert [planned[kind] for kind in kinds] == [taken[kind] for kind in kinds]
-    assert planned["total"] == sum(planned[kind] for kind in kinds)
+    own = ("copied", "kv_full", "kv_sliding", "compute", "tokenizer", "program")
+    assert planned["total"] == sum(planned[kind] for kind in own)
+    assert planned["mapped"] == taken["mapped"]
+    assert taken["copied"] * 0.99 - 4096 <= planned["copied"] <= taken["copied"]
+    assert planned["compute"] >= taken["compute"]
 
 
 def test_inspect_json(model: Path) -> None:

@@ -5,10 +5,11 @@ The plan itself is in ``placement.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
+from gemloom import limits
 from gemloom.cache import KV_TYPES, layer_cell_bytes, slot_cells
 from gemloom.config import Config, LayerSpec, from_gguf
 from gemloom.errors import OptionError
@@ -17,16 +18,37 @@ from gemloom.ggml.backends import Found
 from gemloom.ggml.device import Device
 from gemloom.ggml.probing import Probe
 from gemloom.ggml.rpc import speaking
-from gemloom.kernels.library import Library
-from gemloom.limits import free_memory
+from gemloom.homes import Homes, Own
+from gemloom.kernels.library import Library, supported
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
-from gemloom.placement import SHARED, TABLES, Choice, Placement, Sizes, Space, Wanted, plan
+from gemloom.placement import (
+    SHARED,
+    TABLES,
+    Choice,
+    OnHost,
+    Placement,
+    Sizes,
+    Space,
+    Wanted,
+    plan,
+)
 from gemloom.weights import Layout, check, tensor_bytes
 
 SMALLEST = 1024  # positions, to which a context nobody asked for may be cut
 _FLOAT, _HALF = 4, 2  # bytes
+_TOKEN = 660  # bytes of a tokenizer a token while it is built, its two merges among them
 _NUMBERS = 8  # floats' worth of a row's token, position and cells, with what aligning them takes
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes of a model by kind, but for its cells."""
+
+    copied: int  # weights in memory of their own, packed ones among them
+    mapped: int  # weights that are pages of a file
+    compute: int  # at most
+    tokenizer: int  # while it is built
 
 
 def place(
@@ -36,7 +58,7 @@ def place(
     """Open the devices that are asked for, and plan what goes where; the CPU alone where none does.
 
     ``own`` are our kernels. TensorError for a file that does not fit ``layout``; DeviceError for
-    a device that is not there or has not enough memory.
+    a device that is not there, OutOfMemoryError where there is not enough memory.
     """
     check(file, layout)
     names = ("cpu",) if options.gpu_layers == 0 else options.devices
@@ -66,9 +88,9 @@ def propose(file: GGUF, options: Options) -> Placement:
 def fit(file: GGUF, config: Config, layout: Layout, options: Options, device: Device) -> Placement:
     """Where everything goes on ``device``, with what context and K/V cells.
 
-    What the options leave open is fitted to what is free. DeviceError where it cannot be.
+    What the options leave open is fitted to what is free. OutOfMemoryError where it cannot be.
     """
-    spaces = [*map(_space, device.found), Space("cpu", free_memory())]
+    spaces = [*map(_space, device.found), _host()]
     split = options.tensor_split
     if split is not None and device.host and len(split) != device.host:
         raise OptionError(f"tensor_split has {len(split)} shares for {device.host} devices")
@@ -77,10 +99,24 @@ def fit(file: GGUF, config: Config, layout: Layout, options: Options, device: De
     wanted = Wanted(options.gpu_layers, shares, insists)
     probe, tied = Probe(device), layout.head == "token_embd.weight"
     kept = frozenset(_kept(file, layout, probe)) if device.host else frozenset()
-    sizes = partial(measure, config, tensor_bytes(file, layout), options, kept)
+    own = Homes(device, layout, options).own(file)
+    sizes = partial(measure, config, tensor_bytes(file, layout), own, options, kept)
     if device.host:
         sizes = partial(_with_cells, sizes, config, options, probe)
     return plan(sizes, choices(config, options), spaces, wanted, tied, kept)
+
+
+def estimate(file: GGUF, config: Config, options: Options) -> Estimate:
+    """What a model takes that is on the host as a whole; nothing is held against what is free."""
+    layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
+    kernels = next(iter(supported()), None) if options.kernels == "auto" else None
+    device = Device("cpu", options.threads, 64, kernels)
+    own = Homes(device, layout, options).own(file)
+    device.close()
+    held = on_host(config, own)
+    weights = sum(held.layers) + held.head + held.tables
+    compute, _ = compute_bytes(config, options, options.context_for(config))
+    return Estimate(weights, own.mapped, compute, held.tokenizer)
 
 
 def _kept(file: GGUF, layout: Layout, probe: Probe) -> Iterator[str]:
@@ -110,6 +146,11 @@ def _space(found: Found) -> Space:
     return Space(found.name, info.free if info.total else None, info.total)
 
 
+def _host() -> Space:
+    found = limits.memory()
+    return Space("cpu", found.free, found.limit, found.limiter) if found else Space("cpu", None)
+
+
 def choices(config: Config, options: Options) -> list[Choice]:
     """Contexts and types of K/V cells to try, the one that is wanted most first."""
     contexts = [options.context_for(config)]
@@ -121,20 +162,11 @@ def choices(config: Config, options: Options) -> list[Choice]:
 
 
 def measure(
-    config: Config, tensors: dict[str, int], options: Options, kept: frozenset[str], choice: Choice
-) -> Sizes:
+    config: Config, tensors: dict[str, int], own: Own, options: Options, kept: frozenset[str],
+    choice: Choice,
+) -> Sizes:  # fmt: skip
     """Bytes of a model: ``tensors`` are those of its tensors by name, ``kept`` on the host."""
-    layers = [0] * config.n_layer
-    head = shared = tables = 0
-    for name, size in tensors.items():
-        if name in TABLES or name in kept:
-            tables += size
-        elif name.startswith("blk."):
-            layers[int(name.split(".")[1])] += size
-        elif name in SHARED:
-            shared += size
-        else:
-            head += size
+    layers, head, shared, tables = _sums(config, tensors, kept)
     tied = "output.weight" not in tensors and "token_embd.weight" not in kept
     duplicate = tensors["token_embd.weight"] if tied else 0
     cells = slot_cells(config, choice.context, options.chunk)
@@ -145,9 +177,37 @@ def measure(
     compute, inputs = compute_bytes(config, options, choice.context)
     inputs = compute if kept else inputs
     return Sizes(
-        tuple(layers), tuple(each), head + duplicate, shared, tables, compute, inputs, duplicate,
-        not options.mmap, owners=tuple(spec.kv_owner for spec in config.layers),
+        layers, tuple(each), head + duplicate, shared, tables, compute, inputs, duplicate,
+        on_host(config, own, kept), owners=tuple(spec.kv_owner for spec in config.layers),
     )  # fmt: skip
+
+
+def on_host(config: Config, own: Own, kept: frozenset[str] = frozenset()) -> OnHost:
+    """The host's own memory that a model takes, by what may go to devices."""
+    packed, copied = (_sums(config, sizes, kept) for sizes in (own.packed, own.copied))
+    # A tied head is packed from the table, and goes where the head goes.
+    tied = 0 if "token_embd.weight" in kept else own.packed.get("token_embd.weight", 0)
+    layers = tuple(a + b for a, b in zip(packed[0], copied[0], strict=True))
+    tables = packed[3] + copied[3] + packed[2] + copied[2] - tied
+    return OnHost(layers, packed[1] + copied[1] + tied, tables, config.n_vocab * _TOKEN)
+
+
+def _sums(
+    config: Config, sizes: Mapping[str, int], kept: frozenset[str]
+) -> tuple[tuple[int, ...], int, int, int]:
+    """Bytes of the tensors of each layer, of the head, of what devices share, and of tables."""
+    layers = [0] * config.n_layer
+    head = shared = tables = 0
+    for name, size in sizes.items():
+        if name in TABLES or name in kept:
+            tables += size
+        elif name.startswith("blk."):
+            layers[int(name.split(".")[1])] += size
+        elif name in SHARED:
+            shared += size
+        else:
+            head += size
+    return tuple(layers), head, shared, tables
 
 
 def compute_bytes(config: Config, options: Options, context: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise, repeat
 
-from gemloom.errors import DeviceError
+from gemloom.errors import OutOfMemoryError
 
 SHARED = ("rope_freqs.weight", "per_layer_model_proj.weight", "per_layer_proj_norm.weight")
 TABLES = ("token_embd.weight", "per_layer_token_embd.weight")
@@ -27,6 +27,7 @@ class Space:
     name: str
     free: int | None  # bytes; None where it does not tell
     total: int = 0
+    limiter: str = ""  # what sets the total, if that is told
 
     @property
     def usable(self) -> int | None:
@@ -34,6 +35,16 @@ class Space:
         if self.free is None:
             return None
         return max(0, self.free - min(max(self.total // 20, 128 * _MIB), 1024 * _MIB))
+
+
+@dataclass(frozen=True, slots=True)
+class OnHost:
+    """Bytes of the host's own memory: what is there and is no page of a file."""
+
+    layers: tuple[int, ...] = ()  # of each layer's weights, if it is on the host; (): none
+    head: int = 0  # of the head, if it is on the host
+    tables: int = 0
+    tokenizer: int = 0  # while it is built, which is when the weights are packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +59,7 @@ class Sizes:
     compute: int  # for intermediate results, where layers run
     inputs: int  # for those on a host where none do, and no cells are
     duplicate: int = 0  # of the head's bytes, those of a matrix that the host has among its tables
-    copied: bool = False  # the host's weights are no pages of a file
+    on_host: OnHost = OnHost()
     moves: tuple[bool, ...] = ()  # of each layer, if devices can compute with its cells; (): all
     owners: tuple[int, ...] = ()  # of each layer, the one whose cells it reads; (): its own
 
@@ -84,6 +95,13 @@ class Use:
     kv: int
     compute: int
     free: int | None
+    own: int  # of the weights, what is no page of a file
+    tokenizer: int = 0  # on the host
+
+    @property
+    def needed(self) -> int:
+        """What has to be free for it."""
+        return self.own + self.kv + self.compute + self.tokenizer
 
     @property
     def total(self) -> int:
@@ -159,8 +177,8 @@ def plan(
 ) -> Placement:
     """The first of ``choices`` with which all fits; ``spaces`` are the devices and the host.
 
-    With ``wanted.gpu_layers`` None as many layers go to devices as fit with it. DeviceError where
-    nothing does.
+    With ``wanted.gpu_layers`` None as many layers go to devices as fit with it. OutOfMemoryError
+    where nothing does.
     """
     problem = ""
     for choice in choices:
@@ -168,7 +186,7 @@ def plan(
         if isinstance(found, Placement):
             return replace(found, kept=kept)
         problem = found  # that of the last one, which asks for least
-    raise DeviceError(problem)
+    raise OutOfMemoryError(problem)
 
 
 def _fit(
@@ -184,10 +202,10 @@ def _fit(
             head = layers[-1] if count else host
             cells = tuple(at if sizes.cells_move(i) else host for i, at in enumerate(layers))
             table = tuple(_table(sizes, layers, cells, head, spaces))
-            lacking = _lacking(table, spaces, sizes.copied)
+            lacking = _lacking(table, spaces)
             if lacking is None:
                 return Placement(layers, head, host, choice, table, tied, cells)
-            problem = _problem(lacking, count, host, choice)
+            problem = _problem(*lacking, count if host else 0, choice)
     return problem
 
 
@@ -268,29 +286,46 @@ def _table(
         kv = sum(size for size, at in zip(sizes.cells, cells, strict=True) if at == index)
         idle = sizes.inputs if index == host else 0
         compute = sizes.compute if own or kv else idle
-        yield Use(space.name, len(own), weights, kv, compute, space.free)
+        if index == host:
+            held = _held(sizes, own, head == host)
+            yield Use(space.name, len(own), weights, kv, compute, space.free, *held)
+        else:
+            yield Use(space.name, len(own), weights, kv, compute, space.free, weights)
 
 
-def _lacking(
-    table: Sequence[Use], spaces: Sequence[Space], copied: bool
-) -> tuple[Use, int, int] | None:
-    """The first device without enough memory, what it needs and what may be used."""
-    for index, (use, space) in enumerate(zip(table, spaces, strict=True)):
-        on_host = index == len(spaces) - 1
-        needed = use.kv + use.compute + (use.weights if copied or not on_host else 0)
+def _held(sizes: Sizes, layers: Sequence[int], head: bool) -> tuple[int, int]:
+    """What the weights and the tokenizer take of the host's own memory."""
+    own, each = sizes.on_host, sizes.on_host.layers or (0,) * len(sizes.layers)
+    weights = sum(each[i] for i in layers) + own.tables + (own.head if head else 0)
+    return weights, own.tokenizer
+
+
+def _lacking(table: Sequence[Use], spaces: Sequence[Space]) -> tuple[Use, Space] | None:
+    """The first device without enough memory."""
+    for use, space in zip(table, spaces, strict=True):
+        on_host = space is spaces[-1]
         usable = space.free if on_host else space.usable
-        if usable is not None and needed > usable and (use.layers or on_host):
-            return use, needed, usable
+        if usable is not None and use.needed > usable and (use.layers or on_host):
+            return use, space
     return None
 
 
-def _problem(lacking: tuple[Use, int, int], count: int, host: int, choice: Choice) -> str:
-    use, needed, usable = lacking
-    what = f"{count} layers and the head on devices" if host and count else "the model"
+def _problem(use: Use, space: Space, moved: int, choice: Choice) -> str:
+    """One line: what needs how much, what limits it, and what to do. ``moved`` layers were."""
+    what = f"{moved} layers and the head on devices" if moved else "the model"
+    kinds = [f"{use.own / _MIB:,.0f} of weights"]
+    kinds += [f"{use.tokenizer / _MIB:,.0f} of tokenizer"] if use.tokenizer else []
+    kinds.append(
+        f"{use.kv / _MIB:,.0f} of K/V cells for a context of {choice.context:,} in {choice.kv_type}"
+    )
+    kinds.append(f"{use.compute / _MIB:,.0f} to compute")
+    usable = (space.free if space.limiter else space.usable) or 0
+    limit = f" of {space.total / _MIB:,.0f} ({space.limiter})" if space.limiter else ""
+    ways = ["fewer gpu_layers"] if moved else []
+    ways += ["a smaller context or chunk", *(["kv_type q8_0"] if choice.kv_type != "q8_0" else [])]
+    ways += [] if moved else ["a smaller file"]
     return (
-        f"no memory for {what}: {use.name} needs {needed / _MIB:,.0f} MiB "
-        f"({use.weights / _MIB:,.0f} of weights, {use.kv / _MIB:,.0f} of K/V cells for a context "
-        f"of {choice.context:,} in {choice.kv_type}, {use.compute / _MIB:,.0f} to compute), "
-        f"{usable / _MIB:,.0f} can be used; take {'fewer gpu_layers, ' if host and count else ''}"
-        f"a smaller context or chunk{'' if choice.kv_type == 'q8_0' else ', or kv_type q8_0'}"
+        f"no memory for {what}: {use.name} needs {use.needed / _MIB:,.0f} MiB "
+        f"({', '.join(kinds)}), {usable / _MIB:,.0f}{limit} can be used; "
+        f"take {', '.join(ways[:-1])} or {ways[-1]}"
     )

@@ -6,7 +6,7 @@ want another layout, ``filling.py`` copies and packs them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,11 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gemloom.errors import TensorError
 from gemloom.files.gguf import GGUF, TensorInfo, nbytes
 from gemloom.filling import FIRST_BYTES, Filling
-from gemloom.ggml.arena import ALIGNMENT, Arena
+from gemloom.ggml.arena import Arena
 from gemloom.ggml.device import Device, Packed, Tensor, address
 from gemloom.ggml.joining import join
 from gemloom.ggml.memory import pages
-from gemloom.ggml.repacking import Repacking
+from gemloom.homes import Homes, alignment, kind_of, trimmed
 from gemloom.kernels import packed_file
 from gemloom.kernels.operations import I8
 from gemloom.kernels.packing import ALIGNMENT as PACKED_ALIGNMENT
@@ -71,7 +71,7 @@ class Tensors:
 
     def _on_device(self, info: TensorInfo, shape: tuple[int, ...], index: int) -> Tensor:
         """Make a tensor on a device."""
-        tensor = self._arena("device", index).tensor(info.name, _kind(info, shape), shape)
+        tensor = self._arena("device", index).tensor(info.name, kind_of(info, shape), shape)
         self._there[info.name, index] = tensor
         self._tensors.setdefault(info.name, tensor)
         return tensor
@@ -118,7 +118,7 @@ class Sketch(Tensors):
                 if index != device.host:
                     self._on_device(file.tensors[name], shape, index)
                 else:
-                    kind = _kind(file.tensors[name], shape)
+                    kind = kind_of(file.tensors[name], shape)
                     self._tensors[name] = self._arena("own").tensor(name, kind, shape)
 
 
@@ -149,8 +149,7 @@ class Weights(Tensors):
         self.bytes_mapped = 0
         self.bytes_packed = 0  # of matrices in the layout of our own kernels, mapped or copied
         self._bytes_packed_here = 0
-        self._in_place, self._repacking = options.mmap, Repacking(device)
-        self._repack = options.kernels != "plain"
+        self._homes = Homes(device, layout, options)
         self._repacked: set[str] = set()  # in a layout of the CPU's own
         try:
             self._fill(file, options, progress)
@@ -165,7 +164,7 @@ class Weights(Tensors):
             arena.allocate("the weights")
         filling = Filling(self._device.threads, in_turn=not self._device.on_host)
         packed = None
-        if plan := self._plan(file, self._packs):
+        if plan := self._homes.plan(file, self._packs):
             packed = self._kept(file, options, progress)
             packed = packed or (plan, self._pack(plan, filling, copies, progress))
         for name, tensors in copies.items():
@@ -217,32 +216,18 @@ class Weights(Tensors):
                 copies.append(self._on_device(info, shape, index))
         return copies
 
-    def _serves(self, info: TensorInfo) -> bool:
-        """Whether our own kernels can multiply with this tensor."""
-        whole = info.name not in self._layout.sliced or info.name == self._layout.head
-        own = self._device.kernels
-        return bool(own and whole and own.serves(info.type, info.shape[0]))
-
     def _packs(self, info: TensorInfo) -> bool:
-        """Whether they do: if that is done on the host."""
-        return self._serves(info) and self.placement.places(info.name)[0] == self._device.host
+        """Whether our own kernels multiply with this tensor: if that is done on the host."""
+        return self._homes.serves(info) and self.placement.places(info.name)[0] == self._device.host
 
     def _place(self, info: TensorInfo, shape: tuple[int, ...]) -> bool:
         """Make a tensor; True where it uses its bytes where they are."""
-        kind, better = _kind(info, shape), None
-        if self._repack and info.name not in self._layout.sliced:
-            better = self._repacking.buffer_type(kind, shape)
+        kind, better = kind_of(info, shape), self._homes.better(info, shape)
         arena = self._arena("repacked", better) if better else self._arena("own")
         self._tensors[info.name] = arena.tensor(info.name, kind, shape)
         if better:
             self._repacked.add(info.name)
-        return not better and self._in_place and self._map(info)
-
-    def _plan(self, file: GGUF, which: Callable[[TensorInfo], bool]) -> Plan | None:
-        """Where such matrices are packed to; None where there are none."""
-        own, wanted = self._device.kernels, self._layout.required.items()
-        chosen = [(file.tensors[n], shape) for n, shape in wanted if which(file.tensors[n])]
-        return Plan(own, chosen) if own and chosen else None
+        return self._homes.in_place(info, shape) and self._map(info)
 
     def _kept(
         self, file: GGUF, options: Options, progress: Progress | None
@@ -252,9 +237,9 @@ class Weights(Tensors):
         It has those of all layers, wherever they run this time.
         """
         kept, threads = None, self._device.threads
-        plan = self._plan(file, self._serves)
+        plan = self._homes.plan(file, self._homes.serves)
         assert plan
-        if self._in_place and options.packed != "off":
+        if options.mmap and options.packed != "off":
             kept = packed_file.find(plan, threads)
         if kept is None and options.packed == "keep":
             kept = packed_file.keep(plan, threads, progress)
@@ -285,14 +270,10 @@ class Weights(Tensors):
             self.first_bytes[name] = bytes(first)
 
     def _map(self, info: TensorInfo) -> bool:
-        tensor = self._tensors[info.name]
-        if tensor.type != info.type:
-            return False
-        # Rows of the per-layer table are copied out by get_rows, which takes any address.
-        alignment = 4 if info.name == PER_LAYER_TABLE else ALIGNMENT
+        tensor, step = self._tensors[info.name], alignment(info.name)
         place = info.blob.locate(info.offset, info.nbytes)
         place = place or join(info.blob, info.offset, info.nbytes)
-        if place is None or not self._arena("own").map(tensor, *place, alignment):
+        if place is None or not self._arena("own").map(tensor, *place, step):
             return False
         self.bytes_mapped += info.nbytes
         return True
@@ -316,7 +297,7 @@ class Weights(Tensors):
 def tensor_bytes(file: GGUF, layout: Layout) -> dict[str, int]:
     """Memory of each tensor; a missing one has none."""
     return {
-        name: nbytes(_kind(file.tensors[name], shape), shape)
+        name: nbytes(kind_of(file.tensors[name], shape), shape)
         for name, shape in layout.required.items()
         if name in file.tensors
     }
@@ -338,7 +319,7 @@ def check(file: GGUF, layout: Layout) -> tuple[str, ...]:
         info = file.tensors.get(name)
         if info is None:
             raise TensorError(f"{file.name}: the tensor {name} is missing")
-        if _trim(info.shape) != _trim(shape):
+        if trimmed(info.shape) != trimmed(shape):
             raise TensorError(
                 f"{file.name}: the tensor {name} has the shape {list(info.shape)}, "
                 f"not {list(shape)}"
@@ -353,22 +334,10 @@ def check(file: GGUF, layout: Layout) -> tuple[str, ...]:
     return tuple(extra)
 
 
-def _trim(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without trailing dimensions of 1, which files may have or not."""
-    while len(shape) > 1 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
 def _check_type(name: str, info: TensorInfo) -> None:
-    vector = len(_trim(info.shape)) == 1
+    vector = len(trimmed(info.shape)) == 1
     quantized = GGML_QUANT_SIZES[info.type][0] > 1
     if info.type not in _FLOATS and (vector or not quantized or info.type in _ACTIVATIONS):
         raise TensorError(
             f"{name}: the tensor {info.name} is of type {info.type.name}, unsupported"
         )
-
-
-def _kind(info: TensorInfo, shape: tuple[int, ...]) -> GGMLQuantizationType:
-    """The type a tensor gets: the file's, but f32 for vectors, which are small."""
-    return F32 if len(_trim(shape)) == 1 else info.type

@@ -13,6 +13,7 @@ from gemloom.cache import cell_bytes, slot_cells
 from gemloom.cli.terminal import one_line, size, table
 from gemloom.config import Config, from_gguf
 from gemloom.files.gguf import GGUF, Metadata, StringArray, TensorInfo
+from gemloom.fitting import estimate
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
 from gemloom.quantization.parts import PARTS, part
@@ -25,6 +26,7 @@ Facts = dict[str, Any]
 
 _TOKENIZER = "tokenizer.ggml."
 _TOKEN_TYPES = ("undefined", "normal", "unknown", "control", "user-defined", "unused", "byte")
+_PROGRAM = 90 << 20  # bytes of Python and libraries, half of them pages of files; measured
 _BAR = 16  # characters of a whole bar
 
 
@@ -55,10 +57,12 @@ def describe(file: GGUF, options: Options, list_tensors: bool = False) -> Facts:
 
 
 def plan(file: GGUF, config: Config, options: Options) -> Facts:
-    """The memory that a model loaded with these options will take, in bytes by kind.
+    """The memory that a process with this model will take on the CPU, in bytes by kind.
 
-    The buffer for intermediate results comes on top: ``Model.memory()`` tells its size.
+    ``weights`` and ``per_layer_table`` are what the tensors have. ``copied`` is memory that they
+    get, packed or not, ``mapped`` pages of files. ``total`` is what has to be there at the peak.
     """
+    taken = estimate(file, config, options)
     layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
     weights, table = planned_bytes(file, layout)
     context = options.context_for(config)
@@ -75,7 +79,12 @@ def plan(file: GGUF, config: Config, options: Options) -> Facts:
         "per_layer_table": table,
         "kv_full": full,
         "kv_sliding": sliding,
-        "total": weights + table + full + sliding,
+        "copied": taken.copied,
+        "mapped": taken.mapped,
+        "compute": taken.compute,
+        "tokenizer": taken.tokenizer,
+        "program": _PROGRAM,
+        "total": _PROGRAM + taken.tokenizer + taken.copied + taken.compute + full + sliding,
     }
 
 
@@ -229,14 +238,16 @@ def _sums_table(label: str, groups: Sequence[Facts], tensors: Facts) -> "Table":
 def _memory_table(memory: Facts) -> "Table":
     made = table("\nmemory", ">\nsize", f"\nfor {memory['context']:,} tokens")
     cells = f"{{:,}} cells a layer, {memory['kv_type']}"
-    made.add_row("weights", size(memory["weights"]))
-    if memory["per_layer_table"]:
-        made.add_row("per-layer table", size(memory["per_layer_table"]))
+    made.add_row("weights", size(memory["copied"]), "packed or copied")
     made.add_row("K/V, full layers", size(memory["kv_full"]), cells.format(memory["cells_full"]))
     made.add_row(
         "K/V, sliding layers", size(memory["kv_sliding"]), cells.format(memory["cells_sliding"])
     )
-    made.add_row("all", size(memory["total"]))
+    made.add_row("intermediate results", size(memory["compute"]), "at most")
+    made.add_row("tokenizer", size(memory["tokenizer"]), "while it is built")
+    made.add_row("Python and libraries", size(memory["program"]))
+    made.add_row("all", size(memory["total"]), "at the peak")
+    made.add_row("pages of files", size(memory["mapped"]), "beside it, given up where it is short")
     return made
 
 

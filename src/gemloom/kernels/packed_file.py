@@ -77,6 +77,17 @@ def find(plan: Plan, threads: int) -> memoryview | None:
     return None
 
 
+def is_there(plan: Plan) -> bool:
+    """Whether there is such a file, usable or not."""
+    origins = _origins(plan)
+    return bool(origins) and os.path.exists(origins[0].path + SUFFIX)
+
+
+def can_keep(plan: Plan) -> bool:
+    """Whether there is a file beside which one can be made."""
+    return bool(_origins(plan))
+
+
 def keep(plan: Plan, threads: int, progress: Progress | None) -> memoryview | None:
     """Pack into the file beside the model, and map it; None where it cannot be written.
 
