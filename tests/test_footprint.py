@@ -11,6 +11,7 @@ import pytest
 import gemloom
 import tiny
 from gemloom import limits
+from gemloom.cli.doctor import examine
 from gemloom.errors import OutOfMemoryError
 
 MIB = 1 << 20
@@ -111,6 +112,12 @@ def test_a_context_nobody_asked_for_is_cut_to_the_limit() -> None:
     with gemloom.load(data, slots=64, threads=1) as model:
         assert model.context < 8192
         assert model.placement.table[-1].needed <= 40 * MIB
+
+
+@pytest.mark.usefixtures("group")
+def test_doctor_tells_what_this_process_may_have() -> None:
+    [host] = [device for device in examine()["devices"] if device["kind"] == "cpu"]
+    assert (host["free"], host["total"]) == (40 * MIB, 100 * MIB)
 
 
 @linux

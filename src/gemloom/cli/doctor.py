@@ -128,8 +128,7 @@ def examine() -> dict[str, Any]:
                 "name": d.name,
                 "kind": d.kind,
                 "description": d.description,
-                "total": d.total,
-                "free": _free(d),
+                **_space(d),
             }
             for d in devices
         ],
@@ -145,12 +144,14 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _free(info: "DeviceInfo") -> int:
-    """Bytes; ggml says that all of the host's memory is."""
-    from gemloom.limits import free_memory
+def _space(info: "DeviceInfo") -> dict[str, int]:
+    """Bytes in all and free; of the host those that this process may have."""
+    from gemloom import limits
 
-    host = free_memory() if info.kind == "cpu" else None
-    return info.free if host is None else host
+    host = limits.memory() if info.kind == "cpu" else None
+    if host is None:
+        return {"total": info.total, "free": info.free}
+    return {"total": host.limit, "free": host.free}
 
 
 def unused(flags: set[str], features: dict[str, bool]) -> list[str]:

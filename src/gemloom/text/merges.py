@@ -57,8 +57,9 @@ def by_rank(texts: Iterable[str]) -> Merges:
     numbers, rank_of = array("I"), ranked.get
     for text in ranked:
         for cut in range(len(text) - 1, 0, -1):
-            left, right = rank_of(text[:cut]), rank_of(text[cut:])
-            if left is not None and right is not None:
+            if (left := rank_of(text[:cut])) is None:
+                continue
+            if (right := rank_of(text[cut:])) is not None:
                 numbers.append(left)
                 numbers.append(right)
     return Merges(list(ranked), numbers)
