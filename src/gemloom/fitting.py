@@ -19,7 +19,7 @@ from gemloom.ggml.device import Device
 from gemloom.ggml.probing import Probe
 from gemloom.ggml.rpc import speaking
 from gemloom.homes import Homes, Own
-from gemloom.kernels.library import Library, supported
+from gemloom.kernels.library import Library, fastest
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
 from gemloom.placement import (
@@ -109,7 +109,7 @@ def fit(file: GGUF, config: Config, layout: Layout, options: Options, device: De
 def estimate(file: GGUF, config: Config, options: Options) -> Estimate:
     """What a model takes that is on the host as a whole; nothing is held against what is free."""
     layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
-    kernels = next(iter(supported()), None) if options.kernels == "auto" else None
+    kernels = fastest() if options.kernels == "auto" else None
     device = Device("cpu", options.threads, 64, kernels)
     own = Homes(device, layout, options).own(file)
     device.close()
