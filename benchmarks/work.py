@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gemloom.config import Config, LayerSpec, from_gguf
 from gemloom.files import gguf, source
-from gemloom.weights import PER_LAYER_TABLE
+from gemloom.tensor_names import PER_LAYER_TABLE
 
 F16_BYTES = 2  # of one value in the K/V cells
 

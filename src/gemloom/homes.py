@@ -20,11 +20,10 @@ from gemloom.ggml.repacking import Repacking
 from gemloom.kernels import packed_file
 from gemloom.kernels.packing import Plan
 from gemloom.options import Options
+from gemloom.tensor_names import PER_LAYER_TABLE
 
 if TYPE_CHECKING:
     from gemloom.weights import Layout
-
-_PER_LAYER_TABLE = "per_layer_token_embd.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ class Homes:
 def alignment(name: str) -> int:
     """Of the addresses at which a tensor can be used in place."""
     # Rows of the per-layer table are copied out by get_rows, which takes any address.
-    return 4 if name == _PER_LAYER_TABLE else ALIGNMENT
+    return 4 if name == PER_LAYER_TABLE else ALIGNMENT
 
 
 def kind_of(info: TensorInfo, shape: tuple[int, ...]) -> GGMLQuantizationType:

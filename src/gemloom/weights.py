@@ -26,14 +26,12 @@ from gemloom.kernels.packing import ALIGNMENT as PACKED_ALIGNMENT
 from gemloom.kernels.packing import Plan, Progress
 from gemloom.options import Options
 from gemloom.placement import Placement
+from gemloom.tensor_names import PER_LAYER_TABLE, modality, unit
 
 F32 = GGMLQuantizationType.F32
 _FLOATS = {F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 # Quantized forms that ggml gives activations; it cannot multiply with weights of these types.
 _ACTIVATIONS = {GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K}
-# Vision and audio parts that some makers keep in the same file; this is a text runtime.
-_OTHER_MODALITIES = ("v.", "a.", "mm.", "model.vision", "model.audio")
-PER_LAYER_TABLE = "per_layer_token_embd.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +42,7 @@ class Layout:
     ignored: frozenset[str] = frozenset()
     sliced: frozenset[str] = frozenset()  # not only multiplied whole: read by row or in slices
     head: str = ""  # of these, the one that is multiplied whole as well
+    per_layer: int = 0  # values of the per-layer table that one layer reads
 
 
 class Tensors:
@@ -325,9 +324,10 @@ def check(file: GGUF, layout: Layout) -> tuple[str, ...]:
                 f"not {list(shape)}"
             )
         _check_type(file.name, info)
+        _check_unit(file.name, info, layout)
     extra = [name for name in file.tensors if name not in layout.required]
     for name in extra:
-        if name not in layout.ignored and not name.startswith(_OTHER_MODALITIES):
+        if name not in layout.ignored and modality(name) is None:
             raise TensorError(
                 f"{file.name}: the tensor {name} does not belong to this architecture"
             )
@@ -340,4 +340,13 @@ def _check_type(name: str, info: TensorInfo) -> None:
     if info.type not in _FLOATS and (vector or not quantized or info.type in _ACTIVATIONS):
         raise TensorError(
             f"{name}: the tensor {info.name} is of type {info.type.name}, unsupported"
+        )
+
+
+def _check_unit(name: str, info: TensorInfo, layout: Layout) -> None:
+    values = unit(info.name, info.shape[0], layout.per_layer)
+    if values % GGML_QUANT_SIZES[info.type][0]:
+        raise TensorError(
+            f"{name}: {info.name}: {info.type.name} blocks do not divide into the {values} values "
+            "of a layer; quantize it again"
         )

@@ -22,12 +22,12 @@ from gguf.quants import dequantize
 from gemloom.adapters.lora import Lora, Pair
 from gemloom.errors import AdapterError
 from gemloom.files.gguf import GGUF, Metadata, TensorInfo
+from gemloom.tensor_names import modality
 
 NORM = "a norm, which is no matrix"
 OTHER_MODALITY = "of the vision or audio part"
 _TYPE, _ALPHA = "adapter.type", "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
-_OTHER_MODALITIES = ("v.", "a.", "mm.")
 _DTYPES = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}
 _KINDS = {
     np.dtype(np.float32): GGMLQuantizationType.F32,
@@ -75,7 +75,7 @@ def _check_kind(file: GGUF) -> None:
 
 def _reason(name: str) -> str | None:
     """Why a tensor is left out, if it is."""
-    if name.startswith(_OTHER_MODALITIES):
+    if modality(name) is not None:
         return OTHER_MODALITY
     return NORM if name.endswith("_norm.weight") else None
 

@@ -25,6 +25,7 @@ from gemloom.files.gguf import TensorInfo, nbytes
 from gemloom.files.writing import GGUFWriter, Planned
 from gemloom.ggml.quants import NEEDS_IMPORTANCE, QUANTIZABLE, READABLE, dequantize, quantize
 from gemloom.limits import usable_cores
+from gemloom.tensor_names import unit
 
 Advance = Callable[[int], None]
 _BLOCK = 4 << 20  # values that are in memory as float32 for each thread
@@ -146,7 +147,7 @@ def _job(
     kind: GGMLQuantizationType | None,
 ) -> _Job:
     matrix = info.name in base.matrices and not name.endswith(ROUTER)
-    target = _target(info, kind) if kind is not None and matrix else info.type
+    target = _target(base, info, kind) if kind is not None and matrix else info.type
     job = _Job(Planned(name, target, info.shape), info, changes)
     if job.copied:
         return job
@@ -157,8 +158,9 @@ def _job(
     return job
 
 
-def _target(info: TensorInfo, kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    whole = info.shape[0] % GGML_QUANT_SIZES[kind][0] == 0
+def _target(base: Base, info: TensorInfo, kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    values = unit(info.name, info.shape[0], base.config.n_per_layer)
+    whole = values % GGML_QUANT_SIZES[kind][0] == 0
     return kind if whole else GGMLQuantizationType.F16
 
 

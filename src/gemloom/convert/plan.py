@@ -25,8 +25,8 @@ from gemloom.files.blob import Blob
 from gemloom.files.gguf import GGUF, Metadata, TensorInfo, Value
 from gemloom.files.writing import Planned
 from gemloom.models import ARCHITECTURES
+from gemloom.tensor_names import unit
 from gemloom.text.tokenizer import Tokenizer
-from gemloom.weights import PER_LAYER_TABLE
 
 FILE_TYPES = {
     Type.F32: LlamaFileType.ALL_F32,
@@ -232,12 +232,11 @@ def _type(
     if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return Type.F32
     wanted = own if kind is None else kind
-    row = shape[0]
-    if name == PER_LAYER_TABLE:  # read in slices of one layer
-        length = found.keys[f"{found.architecture}.embedding_length_per_layer_input"]
-        assert isinstance(length, int)
-        row = length
-    return wanted if row % GGML_QUANT_SIZES[wanted][0] == 0 else _FALLBACK
+    per_layer = found.keys.get(f"{found.architecture}.embedding_length_per_layer_input", 0)
+    assert isinstance(per_layer, int)
+    return (
+        wanted if unit(name, shape[0], per_layer) % GGML_QUANT_SIZES[wanted][0] == 0 else _FALLBACK
+    )
 
 
 def _main_type(items: list[Item]) -> Type:

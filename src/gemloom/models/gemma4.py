@@ -10,11 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from math import sqrt
 
-from gguf.constants import GGML_QUANT_SIZES
-
 from gemloom.cache import KVCache, Rows
 from gemloom.config import Config, LayerSpec
-from gemloom.errors import TensorError
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
 from gemloom.linear import expert_linear, linear, table_rows
@@ -27,17 +24,12 @@ from gemloom.models.decoder import (
     model_shapes,
     sliced_names,
 )
-from gemloom.weights import PER_LAYER_TABLE, Layout, Tensors
+from gemloom.tensor_names import PER_LAYER_TABLE, kv_names
+from gemloom.weights import Layout
 
 
 class Gemma4(Decoder):
     """E2B, E4B, 12B, 26B-A4B, 31B and any other size with the same keys."""
-
-    def __init__(self, config: Config, weights: Tensors) -> None:
-        super().__init__(config, weights)
-        table, p = weights.get(PER_LAYER_TABLE), config.n_per_layer
-        if table and p % GGML_QUANT_SIZES[table.type][0]:
-            raise TensorError(f"{table.name}: {table.type.name} blocks do not divide into {p}s")
 
     def forward(self, g: Graph, rows: Rows, wanted: Rows | None, kv: KVCache) -> Tensor | None:
         """Logits [n_vocab, wanted rows]; None if no row's are wanted.
@@ -170,7 +162,8 @@ class Gemma4(Decoder):
     @staticmethod
     def layout(config: Config, there: Collection[str]) -> Layout:
         """The tensors of this architecture; ``there`` are the file's, where it has a choice."""
-        shapes, ignored = model_shapes(config, there), set()
+        shapes = model_shapes(config, there)
+        ignored: set[str] = set()
         if p := config.n_per_layer:
             n = p * config.n_layer
             shapes[PER_LAYER_TABLE] = (n, config.n_vocab)
@@ -179,10 +172,9 @@ class Gemma4(Decoder):
         for spec in config.layers:
             shapes |= layer_shapes(config, spec, there) | _gemma4_shapes(config, spec, there)
             if not spec.owns_kv:  # some converters keep these, which nothing reads
-                names = ("attn_k", "attn_v", "attn_k_norm")
-                ignored |= {f"blk.{spec.index}.{name}.weight" for name in names}
+                ignored |= kv_names(spec.index)
         sliced = sliced_names(shapes) | {PER_LAYER_TABLE, "per_layer_model_proj.weight"}
-        return Layout(shapes, frozenset(ignored), sliced, head_name(shapes))
+        return Layout(shapes, frozenset(ignored), sliced, head_name(shapes), config.n_per_layer)
 
 
 def _gemma4_shapes(config: Config, spec: LayerSpec, there: Collection[str]) -> Shapes:

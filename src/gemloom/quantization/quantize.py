@@ -11,7 +11,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import prod
 from typing import Any
@@ -37,6 +37,7 @@ from gemloom.quantization.recipes import (
     fitting,
     part_of,
 )
+from gemloom.tensor_names import kv_names, modality, unit
 
 TERNARY = frozenset({Type.TQ1_0, Type.TQ2_0})
 # What TQ2_0 does to a model that was not trained for it, as a table of `gemloom perplexity` shows.
@@ -90,12 +91,21 @@ class Choice:
     info: TensorInfo
     type: Type
     instead_of: Type | None = None  # what its rows do not fit
+    unit: int = 0  # values that are read at once, which are whole blocks; 0 where it stays as it is
     importance: NDArray[np.float32] | None = field(default=None, repr=False)  # [n, k]
 
     @property
     def nbytes(self) -> int:
         """Size in the new file."""
         return nbytes(self.type, self.info.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the metadata tell of tensors."""
+
+    per_layer: int  # values of the per-layer table that a layer reads
+    unread: frozenset[str]  # K/V tensors of layers that read another's
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +138,8 @@ def plan(file: GGUF, wanted: Wanted) -> Plan:
     """
     infos = sorted(file.tensors.values(), key=lambda info: (_layer(info.name), info.name))
     places = _places(file, infos, wanted.imatrix is not None)
-    choices = tuple(_choose(info, places.get(info.name), wanted) for info in infos)
+    facts = _facts(file)
+    choices = tuple(_choose(info, places.get(info.name), facts, wanted) for info in infos)
     _check_rules(wanted.rules, infos)
     for choice in choices:
         _check(file.name, choice, wanted)
@@ -176,7 +187,9 @@ def _layer(name: str) -> int:
 
 
 def _is_matrix(info: TensorInfo) -> bool:
-    return prod(info.shape[1:]) > 1 and info.name.endswith("weight")
+    """Whether it may change its type. Vision and audio parts stay as their makers chose."""
+    matrix = prod(info.shape[1:]) > 1 and info.name.endswith("weight")
+    return matrix and modality(info.name) is None
 
 
 def _recipes_apply(info: TensorInfo) -> bool:
@@ -207,6 +220,16 @@ def _places(file: GGUF, infos: Sequence[TensorInfo], has_imatrix: bool) -> dict[
     return places
 
 
+def _facts(file: GGUF) -> _Facts:
+    metadata = file.metadata
+    arch = metadata.string("general.architecture")
+    n_layer = metadata.integer(f"{arch}.block_count")
+    per_layer = metadata.integer(f"{arch}.embedding_length_per_layer_input", 0)
+    shared = metadata.integer(f"{arch}.attention.shared_kv_layers", 0)
+    layers = {layer for name in file.tensors if (layer := _layer(name)) >= n_layer - shared}
+    return _Facts(per_layer, frozenset().union(*map(kv_names, layers)) if shared else frozenset())
+
+
 def _first(file: GGUF, key: str) -> int:
     """An integer, or the first layer's where there is one a layer."""
     value = file.metadata.get(key)
@@ -215,7 +238,7 @@ def _first(file: GGUF, key: str) -> int:
     return file.metadata.integer(key)
 
 
-def _choose(info: TensorInfo, place: Place | None, wanted: Wanted) -> Choice:
+def _choose(info: TensorInfo, place: Place | None, facts: _Facts, wanted: Wanted) -> Choice:
     ruled = [rule.type for rule in wanted.rules if rule.pattern.search(info.name)]
     if ruled and _is_matrix(info):
         kind = ruled[0]
@@ -223,9 +246,15 @@ def _choose(info: TensorInfo, place: Place | None, wanted: Wanted) -> Choice:
         kind = wanted.recipe.choose(place)
     else:
         return Choice(info, info.type)
-    fits = fitting(kind, info.shape[0])
+    values = unit(info.name, info.shape[0], facts.per_layer)
+    fits = fitting(kind, values)
     importance = None if fits == info.type else _importance(info, wanted)
-    return Choice(info, fits, None if fits == kind else kind, importance)
+    choice = Choice(info, fits, None if fits == kind else kind, values, importance)
+    if importance is None and info.name in facts.unread and _needs_imatrix(choice, wanted.recipe):
+        # No matrix tells of what nothing reads, so there all columns are alike.
+        alike = np.ones((prod(info.shape[2:]), info.shape[0]), np.float32)
+        return replace(choice, importance=alike)
+    return choice
 
 
 def _importance(info: TensorInfo, wanted: Wanted) -> NDArray[np.float32] | None:
@@ -309,14 +338,14 @@ def _metadata(file: GGUF, wanted: Wanted) -> dict[str, Value]:
 
 
 def _warnings(choices: Sequence[Choice], wanted: Wanted) -> Iterator[str]:
-    stood_in = Counter((c.instead_of, c.type, c.info.shape[0]) for c in choices if c.instead_of)
-    for (instead_of, kind, row), count in stood_in.items():
+    stood_in = Counter((c.instead_of, c.type, c.unit) for c in choices if c.instead_of)
+    for (instead_of, kind, values), count in stood_in.items():
         assert instead_of is not None
         block = GGML_QUANT_SIZES[instead_of][0]
         what = f"{count} tensors become" if count > 1 else "1 tensor becomes"
         yield (
-            f"{what} {kind.name}, not {instead_of.name}: rows of {row:,} are no whole blocks of "
-            f"{block}"
+            f"{what} {kind.name}, not {instead_of.name}: rows of {values:,} are no whole blocks "
+            f"of {block}"
         )
     if ternary := sorted({c.type.name for c in choices if c.type in TERNARY}):
         yield (
