@@ -163,16 +163,22 @@ def _squared_norm(name: str, tensor: str, pair: Pair) -> float:
     """|B A|^2. AdapterError for a value that is not finite, or so large that its square is not."""
     if not np.isfinite(pair.scale):
         raise AdapterError(f"{name}: {tensor} has the scale {pair.scale}")
-    grams = []
     for side, values in (("A", pair.a), ("B", np.swapaxes(pair.b, -1, -2))):
         with np.errstate(all="ignore"):
-            wide = values.astype(np.float32)
-            gram = wide @ np.swapaxes(wide, -1, -2)
-            sound = np.isfinite(np.einsum("...ii->...i", gram)).all()  # a sum of squares each
-        if not sound:
+            squares = np.einsum("...ij,...ij->...i", values, values, dtype=np.float32)
+        if not np.isfinite(squares).all():
             raise AdapterError(f"{name}: {side} of {tensor} {_unsound(values)}")
-        grams.append(gram.astype(np.float64))
-    return max(0.0, float(np.sum(grams[0] * grams[1])))
+    experts = zip(pair.a, pair.b, strict=True) if pair.a.ndim == 3 else [(pair.a, pair.b)]
+    return sum(_squared_product(a, b) for a, b in experts)
+
+
+def _squared_product(a: np.ndarray, b: np.ndarray) -> float:
+    """|B A|^2 of one expert: of the product, or with the smaller of both, r columns and rows."""
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    if a.shape[0] > min(a.shape[1], b.shape[0]):  # by hand of a client, r may be anything
+        size = float(np.abs(b).max()) or 1.0
+        return float(np.square((b / size) @ a, dtype=np.float64).sum()) * size**2
+    return max(0.0, float(np.sum((b.T @ b) * (a @ a.T), dtype=np.float64)))
 
 
 def _unsound(values: np.ndarray[Any, Any]) -> str:

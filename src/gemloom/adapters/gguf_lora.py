@@ -13,12 +13,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from gemloom.adapters.limits import room
 from gemloom.adapters.lora import Lora, Pair
 from gemloom.errors import AdapterError
 from gemloom.files.gguf import GGUF, Metadata, TensorInfo
@@ -26,6 +28,7 @@ from gemloom.tensor_names import modality
 
 NORM = "a norm, which is no matrix"
 OTHER_MODALITY = "of the vision or audio part"
+_BLOCKS = 1 << 14  # that are made float32 at once: this takes some copies of them
 _TYPE, _ALPHA = "adapter.type", "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
 _DTYPES = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}
@@ -43,6 +46,7 @@ def from_gguf(file: GGUF) -> Lora:
     """
     _check_kind(file)
     alpha = file.metadata.number(_ALPHA, 0.0)
+    _check_room(file)
     halves: dict[str, dict[str, TensorInfo]] = {}
     ignored: dict[str, str] = {}
     for name, info in file.tensors.items():
@@ -71,6 +75,20 @@ def _check_kind(file: GGUF) -> None:
     method = file.metadata.string(_TYPE)
     if method != "lora":
         raise AdapterError(f"{file.name}: {_TYPE} is {method[:40]!r}; only 'lora' is supported")
+
+
+def _check_room(file: GGUF) -> None:
+    infos = file.tensors.values()
+    wide = sum(4 * prod(info.shape) for info in infos if info.type not in _DTYPES)
+    check_room(file.name, wide, sum(info.nbytes for info in infos))
+
+
+def check_room(name: str, wide: int, size: int) -> None:
+    """AdapterError where ``size`` bytes would become ``wide`` bytes of float32, far more."""
+    if wide > room(size):
+        raise AdapterError(
+            f"{name}: its {size:,} bytes would take {wide:,} as float32; save it as F16"
+        )
 
 
 def _reason(name: str) -> str | None:
@@ -118,11 +136,17 @@ def _values(name: str, info: TensorInfo) -> np.ndarray:
 
 
 def _dequantized(name: str, info: TensorInfo, data: np.ndarray) -> np.ndarray:
-    quantized = GGML_QUANT_SIZES[info.type][0] > 1 or info.type == GGMLQuantizationType.BF16
+    block, size = GGML_QUANT_SIZES[info.type]
+    step = _BLOCKS * size
+    values = np.empty(data.size // size * block, np.float32)
     try:
-        if quantized:
-            with np.errstate(all="ignore"):  # scales may be anything; what comes out is checked
-                return np.asarray(dequantize(data, info.type))
+        if block > 1 or info.type == GGMLQuantizationType.BF16:
+            for start in range(0, data.size, step):
+                at = start // size * block
+                with np.errstate(all="ignore"):  # scales may be anything; what comes out is checked
+                    part = dequantize(data[start : start + step], info.type)
+                values[at : at + part.size] = part
+            return values
     except NotImplementedError:
         pass
     raise AdapterError(f"{name}: {info.name} is of type {info.type.name}, unsupported")

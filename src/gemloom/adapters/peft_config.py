@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gemloom.adapters.gguf_lora import checked_invocation
+from gemloom.adapters.patterns import PatternError, Patterns
 from gemloom.errors import AdapterError
 
 FILE = "adapter_config.json"
-_REFUSED = {  # field: what makes it more than W + scale * B A
+# Field: what makes it more than W + scale * B A. Fields that add tensors of their own are not here:
+# those tensors tell, as a list of modules says nothing where the file has none of them.
+_REFUSED = {
     "use_dora": "DoRA rescales the matrices",
-    "lora_bias": "there are biases beside B",
-    "modules_to_save": "whole modules are replaced; merge them into the model",
-    "trainable_token_indices": "single embeddings are replaced",
     "layer_replication": "layers are repeated",
     "use_qalora": "inputs are pooled",
     "use_bdlora": "its matrices are block-diagonal",
@@ -31,10 +32,6 @@ _REFUSED = {  # field: what makes it more than W + scale * B A
 }
 # Others change the base matrices before training, which an adapter file does not tell.
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
-_MAX_PATTERNS, _MAX_PATTERN = 20_000, 200
-# A group that repeats, or many wildcards, can take a regular expression for ever.
-_COSTLY = re.compile(r"\)[*+{]|\\[1-9]|\(\?[^:]|\[\[|--|&&|~~|\|\||(?:[*+{][^*+{]*){7}")
-_Patterns = tuple[tuple[re.Pattern[str], Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +41,31 @@ class PeftConfig:
     name: str  # of the adapter, for messages
     r: int
     alpha: float
-    ranks: _Patterns  # of modules that have another
-    alphas: _Patterns
+    ranks: Patterns  # of modules that have another
+    alphas: Patterns
     rslora: bool
     invocation: tuple[int, ...]
     parameters: tuple[str, ...]  # target_parameters: "experts.down_proj"
+    saved: tuple[str, ...]  # modules_to_save: what is replaced whole, where the file has it
     architecture: str | None
 
     def rank(self, module: str) -> int:
         """The rank of a module, named without "base_model.model."."""
-        return int(_first_match(self.ranks, module, self.r))
+        return int(self._value("rank_pattern", self.ranks, module, self.r))
 
     def scale(self, module: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
-        alpha = float(_first_match(self.alphas, module, self.alpha))
+        alpha = self._value("alpha_pattern", self.alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
-
-def _first_match(patterns: _Patterns, module: str, default: float) -> float:
-    """The value of the first pattern that matches, as PEFT's get_pattern_key chooses it."""
-    return next((value for pattern, value in patterns if pattern.match(module)), default)
+    def _value(self, field: str, patterns: Patterns, module: str, default: float) -> float:
+        try:
+            return patterns.of(module, default)
+        except PatternError:
+            raise AdapterError(
+                f"{self.name}: {FILE}: {field} has regular expressions that cost too much for so "
+                "many modules; write module names"
+            ) from None
 
 
 def parse_config(name: str, data: bytes) -> PeftConfig:
@@ -82,6 +84,7 @@ def parse_config(name: str, data: bytes) -> PeftConfig:
         if invocation
         else (),
         parameters=fields.names("target_parameters"),
+        saved=fields.names("modules_to_save"),
         architecture=fields.architecture(),
     )
 
@@ -103,9 +106,6 @@ def _check(fields: _Fields) -> None:
     for field, why in _REFUSED.items():
         if fields.values.get(field):
             fields.refuse(field, f"is {_shown(fields.values[field])}, not supported: {why}")
-    bias = fields.values.get("bias", "none")
-    if bias not in ("none", None):
-        fields.refuse("bias", f"is {_shown(bias)}; only 'none' is supported")
     initial = fields.values.get("init_lora_weights")
     if not any(initial is known or initial == known for known in _INITIAL):
         fields.refuse(
@@ -136,24 +136,18 @@ class _Fields:
             self.refuse(field, f"must be a number other than 0, is {_shown(value)}")
         return float(value)
 
-    def patterns(self, field: str, checked: Callable[[str, Any], float]) -> _Patterns:
-        """Each pattern, to be matched from the name's beginning or from a dot on."""
+    def patterns(self, field: str, checked: Callable[[str, Any], float]) -> Patterns:
+        """Numbers by pattern, as PEFT's get_pattern_key chooses among them."""
         value = self.values.get(field) or {}
-        if not isinstance(value, dict) or len(value) > _MAX_PATTERNS:
+        if not isinstance(value, dict):
             self.refuse(field, f"must be an object, is {_shown(value)}")
-        return tuple(
-            (self._pattern(field, pattern), checked(f"{field}[{_shown(pattern)}]", number))
-            for pattern, number in value.items()
-        )
-
-    def _pattern(self, field: str, pattern: str) -> re.Pattern[str]:
-        if len(pattern) > _MAX_PATTERN or _COSTLY.search(pattern):
-            self.refuse(field, f"has {_shown(pattern)}, too costly a regular expression")
+        numbers = {key: checked(f"{field}[{_shown(key)}]", value[key]) for key in value}
         try:
-            return re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, RecursionError, OverflowError):
+            return Patterns(numbers)
+        except PatternError as error:
             raise AdapterError(
-                f"{self.name}: {FILE}: {field} has {_shown(pattern)}, no regular expression"
+                f"{self.name}: {FILE}: {field} has {_shown(str(error))}, a regular expression that "
+                "is not supported, or too many; write module names"
             ) from None
 
     def names(self, field: str) -> tuple[str, ...]:
@@ -175,5 +169,5 @@ class _Fields:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

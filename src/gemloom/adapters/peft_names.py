@@ -7,7 +7,10 @@ modeling_gemma4.py; the GGUF names those of llama.cpp's converter.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from gemloom.tensor_names import inner, unwrapped
 
 _LAYER = {  # below layers.N
     "self_attn.q_proj": "attn_q",
@@ -31,24 +34,20 @@ _TOP = {
 }
 _GGUF_LAYER = {gguf: module for module, gguf in _LAYER.items()}
 _GGUF_TOP = {gguf: module for module, gguf in _TOP.items()}
-# What classes, wrappers and versions put before a module's own name, in any number and order.
-_WRAPPERS = r"(?:(?:base_model|model|language_model|module|_orig_mod|_fsdp_wrapped_module)\.)*"
-_OTHER = re.compile(
-    rf"{_WRAPPERS}(?:vision_tower|vision_model|audio_tower|embed_vision|embed_audio|"
-    r"multi_modal_projector|multimodal_embedder|vision_embedder|audio_embedder)\."
-)
-_MODULE = re.compile(rf"{_WRAPPERS}(?:layers\.(?P<layer>0|[1-9]\d{{0,3}})\.)?(?P<name>.+)")
-_KEY = re.compile(
-    r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\."
-    r"(?:lora_(?P<side>[AB])(?:\.[^.]+)?\.weight|lora_embedding_(?P<row_side>[AB])(?:\.[^.]+)?)"
-)
+_EXPERT = {  # below experts.M
+    "gate_proj": "ffn_gate_exps",
+    "up_proj": "ffn_up_exps",
+    "gate_up_proj": "ffn_gate_up_exps",
+    "down_proj": "ffn_down_exps",
+}
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,3}")
 
 
 @dataclass(frozen=True, slots=True)
 class Half:
     """What a key of adapter_model.safetensors says: A or B of which module."""
 
-    module: str  # as in the file, without lora_A and what follows
+    module: str  # as in the file, without wrappers, lora_A and what follows
     side: str  # "A" or "B"
     by_row: bool  # an embedding, whose A is [r, rows] and B [columns, r]
     depth: int  # of several adapted parameters of one module, how far inside
@@ -56,16 +55,28 @@ class Half:
 
 def parse(key: str) -> Half | None:
     """The half of a pair that ``key`` names; None where it names something else."""
-    match = _KEY.fullmatch(key)
-    if match is None:
+    parts = unwrapped(key).split(".")
+    found = _side(parts)
+    if found is None:
         return None
-    side, depth = match["side"] or match["row_side"], match["nested"].count(".base_layer")
-    return Half(match["module"], side, match["row_side"] is not None, depth)
+    side, by_row, count = found
+    rest = parts[:-count]
+    depth = 0
+    while len(rest) > 1 and rest[-1] == "base_layer":
+        rest.pop()
+        depth += 1
+    return Half(".".join(rest), side, by_row, depth)
 
 
-def of_other_modality(key: str) -> bool:
-    """Whether a key belongs to the vision or audio part of a multimodal model."""
-    return _OTHER.match(key) is not None
+def _side(parts: Sequence[str]) -> tuple[str, bool, int] | None:
+    """A or B, whether of a table, and how many parts say so: an adapter's name may follow."""
+    weight = parts[-1] == "weight"
+    for count in (2, 3) if weight else (1, 2):
+        named = parts[-count] if len(parts) > count else ""
+        known = ("lora_A", "lora_B") if weight else ("lora_embedding_A", "lora_embedding_B")
+        if named in known:
+            return named[-1], not weight, count
+    return None
 
 
 def plain(module: str) -> str:
@@ -74,23 +85,41 @@ def plain(module: str) -> str:
 
 
 def gguf_name(module: str) -> str | None:
-    """The GGUF tensor of a module, whatever the class around it; None if unknown."""
-    match = _MODULE.fullmatch(module)
-    if match is None:
+    """The GGUF tensor of a module, whatever the classes around it; None if unknown."""
+    layer, name = _place(module)
+    if layer is None:
+        top = _TOP.get(name)
+        return top and f"{top}.weight"
+    short = _LAYER.get(name)
+    return short and f"blk.{layer}.{short}.weight"
+
+
+def expert(module: str) -> tuple[str, int] | None:
+    """Of a module of one expert, "layers.0.experts.7.up_proj": the GGUF tensor that has all, 7."""
+    layer, name = _place(module)
+    owner, _, rest = name.removeprefix("mlp.").partition(".")
+    number, _, which = rest.partition(".")
+    if layer is None or owner != "experts" or which not in _EXPERT or not _NUMBER.fullmatch(number):
         return None
-    if match["layer"] is None:
-        name = _TOP.get(match["name"])
-        return name and f"{name}.weight"
-    name = _LAYER.get(match["name"])
-    return name and f"blk.{match['layer']}.{name}.weight"
+    return f"blk.{layer}.{_EXPERT[which]}.weight", int(number)
+
+
+def _place(module: str) -> tuple[str | None, str]:
+    """The number of its layer, None outside the layers, and its name there."""
+    name = inner(module)
+    first, _, rest = name.partition(".")
+    number, _, below = rest.partition(".")
+    if first == "layers" and below and _NUMBER.fullmatch(number):
+        return number, below
+    return None, name
 
 
 def module_name(tensor: str, *, multimodal: bool) -> str | None:
     """The module of a GGUF tensor in transformers' causal or multimodal class, if it is one."""
-    inner = "model.language_model." if multimodal else "model."
+    prefix = "model.language_model." if multimodal else "model."
     name = tensor.removesuffix(".weight")
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", name):
         module = _GGUF_LAYER.get(match[2])
-        return module and f"{inner}layers.{match[1]}.{module}"
+        return module and f"{prefix}layers.{match[1]}.{module}"
     top = _GGUF_TOP.get(name)
-    return top if top in (None, "lm_head") else f"{inner}{top}"
+    return top if top in (None, "lm_head") else f"{prefix}{top}"

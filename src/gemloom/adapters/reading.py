@@ -11,6 +11,7 @@ from typing import Any
 
 from gemloom.adapters import archive, peft_config
 from gemloom.adapters.gguf_lora import from_gguf
+from gemloom.adapters.limits import MAX_CONFIG
 from gemloom.adapters.lora import Lora
 from gemloom.adapters.peft import WEIGHTS, from_peft
 from gemloom.errors import AdapterError
@@ -20,7 +21,6 @@ from gemloom.files.blob import Blob
 CONFIG = peft_config.FILE
 PICKLE = "adapter_model.bin"
 _FILES = (CONFIG, WEIGHTS, PICKLE)
-_MAX_CONFIG = 16 << 20
 
 
 def read(adapter: Any) -> Lora:
@@ -39,8 +39,8 @@ def read(adapter: Any) -> Lora:
     blob = blobs[0]
     head = bytes(blob.view(0, min(blob.size, 512)))
     if archive.is_archive(head):
-        inside = archive.members(blob.name, bytes(blob.view(0, blob.size)), _FILES)
-        return _peft(blob.name, {n: Blob(n, [memoryview(data)]) for n, data in inside.items()})
+        inside = archive.members(blob.name, blob.view(0, blob.size), _FILES)
+        return _peft(blob.name, {n: Blob(n, [data]) for n, data in inside.items()})
     if len(blob.parts) == 2 and head.lstrip().startswith(b"{"):
         config, weights = (Blob(blob.name, [part]) for part in blob.parts)
         return _peft(blob.name, {CONFIG: config, WEIGHTS: weights})
@@ -55,7 +55,7 @@ def _peft(name: str, files: Mapping[str, Blob]) -> Lora:
         pickle = f"; {PICKLE} is a pickle, which can run code: save it as safetensors"
         raise AdapterError(f"{name}: no {WEIGHTS} in it{pickle if PICKLE in files else ''}")
     config, weights = files[CONFIG], files[WEIGHTS]
-    if config.size > _MAX_CONFIG:
+    if config.size > MAX_CONFIG:
         raise AdapterError(f"{name}: {CONFIG} of {config.size:,} bytes is too large")
     return from_peft(name, bytes(config.view(0, config.size)), weights.view(0, weights.size))
 

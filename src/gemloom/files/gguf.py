@@ -12,6 +12,7 @@ keys with their values; name, shape, type and offset of each tensor; padding to
 
 from __future__ import annotations
 
+import codecs
 import struct
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ VERSIONS = (2, 3)
 MAX_ENTRIES = 65_536  # keys or tensors; the largest real files have about 2,000
 MAX_KEY = 65_535  # bytes, as the format says
 MAX_NAME = 63  # bytes of a tensor name that ggml can hold
+MAX_STRING = 64 << 20  # bytes of a value; the largest in use is a whole tokenizer.json
+_DECODED = 1 << 18  # bytes that become text at once: others run between two such pieces
 MAX_DIMS = 4
 MAX_ELEMENTS = 2**62
 
@@ -277,6 +280,16 @@ def _is(value: Value, *wanted: int) -> bool:
     return isinstance(value, int) and value in wanted
 
 
+def _text(data: memoryview) -> str:
+    """Bytes as text, those that are no UTF-8 as U+FFFD, which takes its time for each."""
+    if data.nbytes <= _DECODED:
+        return bytes(data).decode("utf-8", "replace")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    starts = range(0, data.nbytes, _DECODED)
+    parts = [decoder.decode(data[start : start + _DECODED]) for start in starts]
+    return "".join(parts) + decoder.decode(b"", final=True)
+
+
 class _EndOfHead(Exception):
     """The buffer ended inside the header."""
 
@@ -316,8 +329,8 @@ class _Reader:
         values: dict[str, Value] = {}
         encoded: dict[str, memoryview] = {}
         for _ in range(count):
-            key = self._string("metadata")
-            if not key.isprintable() or not 0 < len(key.encode()) <= MAX_KEY:
+            key = self._string("metadata", "metadata key", MAX_KEY)
+            if not key.isprintable() or not key:
                 raise FormatError(
                     f"{self.blob.name}: metadata key {key[:80]!r} is empty, too long or unprintable"
                 )
@@ -330,7 +343,7 @@ class _Reader:
 
     def _value(self, key: str, kind: int) -> Value:
         if kind == _STRING:
-            return self._string("metadata")
+            return self._string("metadata", "metadata value", MAX_STRING)
         if kind == _ARRAY:
             return self._array(key)
         if kind not in _SCALARS:
@@ -369,8 +382,8 @@ class _Reader:
         return np.frombuffer(self.head, dtype, count, start).copy()
 
     def _tensor(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
-        name = self._string("tensor table")
-        if not name.isprintable() or not 0 < len(name.encode()) <= MAX_NAME:
+        name = self._string("tensor table", "tensor name", MAX_NAME)
+        if not name.isprintable() or not name:
             raise FormatError(
                 f"{self.blob.name}: tensor name {name[:80]!r} is empty, too long or unprintable"
             )
@@ -422,11 +435,16 @@ class _Reader:
             raise FormatError(f"{self.blob.name}: {count:,} {what} are too many to be true")
         return count
 
-    def _string(self, part: str) -> str:
+    def _string(self, part: str, what: str, most: int) -> str:
         length = self._u64(part)
         start = self.position
+        if most < length <= self.head.nbytes - start:
+            shown = _text(self.head[start : start + 80])
+            raise FormatError(
+                f"{self.blob.name}: {what} {shown!r} is empty, too long or unprintable"
+            )
         self._skip(length, part)
-        return bytes(self.head[start : self.position]).decode("utf-8", "replace")
+        return _text(self.head[start : self.position])
 
     def _u32(self, part: str) -> int:
         self._skip(4, part)

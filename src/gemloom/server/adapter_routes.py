@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from gemloom.errors import OptionError
 from gemloom.server import bodies
-from gemloom.server.guard import read_body
+from gemloom.server.guard import read_body, read_buffer
 from gemloom.server.parsing import parse, parse_scales
 from gemloom.server.protocol import AdapterRequest
 from gemloom.server.service import Service, in_thread
@@ -59,7 +59,7 @@ async def upload(request: Request, name: str, scale: float | None = None) -> Res
     """Load an adapter from the body: a GGUF file, or an archive of a PEFT folder."""
     service = _service(request)
     deadline = service.deadline()
-    data = await read_body(request, service.settings.max_adapter)
+    data = await read_buffer(request, service.settings.max_adapter)
     if not data:
         raise OptionError("the body is empty: it must be an adapter's bytes")
     work = partial(service.adapters.upload, name, data, scale)

@@ -89,7 +89,7 @@ class ServedAdapters:
             self._from[name] = file
         return info
 
-    def upload(self, name: str, data: bytes, scale: float | None) -> AdapterInfo:
+    def upload(self, name: str, data: bytes | bytearray, scale: float | None) -> AdapterInfo:
         """Load the bytes of an adapter. AdapterError for what is wrong with them: a client's."""
         check_name(name)
         try:
