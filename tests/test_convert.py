@@ -357,8 +357,8 @@ def test_a_real_vocabulary(tmp_path: Path, arch: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     checkpoints.save(tmp_path / "model.safetensors", {"x": np.ones(1, np.float32)}, "float32")
     kind = "gemma4" if arch == "gemma4" else "llama"
-    keys, notes = convert.vocabulary.read(reading.Checkpoint(tmp_path), kind, len(texts))
-    assert notes == []
+    keys, ends, notes = convert.vocabulary.read(reading.Checkpoint(tmp_path), kind, len(texts))
+    assert (ends, notes) == ([], [])
     made = gguf.Metadata("made", keys)
     assert (
         made.strings("tokenizer.ggml.tokens").raw()

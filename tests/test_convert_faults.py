@@ -288,7 +288,7 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
     for changed, words in (
         ({**places, "extra": first}, f"{first}: extra is missing in it"),
         ({n: p for n, p in places.items() if n != Q}, "does not say that it holds"),
-        ({**places, Q: first if places[Q] == second else second}, "does not say that it holds"),
+        ({**places, Q: first if places[Q] == second else second}, f"{Q} is missing in it"),
         ({**places, Q: "../elsewhere.safetensors"}, "is no name of a file beside it"),
         ({**places, Q: 3}, "is no name of a file"),
         ({}, "weight_map is missing"),
@@ -344,8 +344,6 @@ def of_model(**changes: Any) -> Edit:
         ("e2b", tokenizer(lambda f: f["tokenizer_config.json"].update(bos_token="<x>")), "<x>"),
         ("e2b", tokenizer(lambda f: f["generation_config.json"].update(eos_token_id=[9999])),
          "9999, which is no token"),
-        ("e2b", tokenizer(lambda f: f["generation_config.json"].update(eos_token_id=[1, 5, 6, 7])),
-         "no place for 4"),
         ("e2b", tokenizer(lambda f: f["generation_config.json"].update(suppress_tokens="x")),
          "'x'"),
     ],

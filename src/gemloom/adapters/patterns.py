@@ -15,7 +15,7 @@ from dataclasses import dataclass
 MAX_PATTERN = 200  # characters
 MAX_REGEXES = 64  # of one field; plain names are not counted
 _MAX_STATES = 500
-_MAX_WORK = 4_000_000  # states visited for all names of an adapter: some seconds
+_MAX_WORK = 2_000_000  # states visited for all names of an adapter: a second
 _PLAIN = re.compile(r"[\w.-]+")
 _TOKEN = re.compile(
     r"\\[dwDW]|\\[^\w\s]|\[\^?(?:\\[dw.-]|\w-\w|[\w.])+\]|\{\d{1,2}(?:,\d{0,2})?\}|\(\?:|.",

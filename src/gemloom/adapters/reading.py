@@ -6,6 +6,7 @@ What it is, GGUF or PEFT, is told by the bytes, not by a name. Whether it fits a
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ def read(adapter: Any) -> Lora:
     if archive.is_archive(head):
         inside = archive.members(blob.name, blob.view(0, blob.size), _FILES)
         return _peft(blob.name, {n: Blob(n, [data]) for n, data in inside.items()})
-    if len(blob.parts) == 2 and head.lstrip().startswith(b"{"):
+    if len(blob.parts) == 2 and head.removeprefix(BOM_UTF8).lstrip().startswith(b"{"):
         config, weights = (Blob(blob.name, [part]) for part in blob.parts)
         return _peft(blob.name, {CONFIG: config, WEIGHTS: weights})
     _check_alone(blob.name, head)

@@ -91,10 +91,22 @@ class Checkpoint:
         self.tensors: dict[str, Stored] = {}
         for path in self.files:
             for tensor in header(path):
+                if self._elsewhere(tensor):
+                    continue
                 if tensor.name in self.tensors:
                     raise FormatError(f"{path}: {tensor.name} is in another file too")
                 self.tensors[tensor.name] = tensor
         self._check_index()
+
+    @property
+    def unlisted(self) -> frozenset[str]:
+        """Tensors that lie in the parts, but not in their index."""
+        return frozenset(self.tensors.keys() - self._index.keys() if self._index else ())
+
+    def _elsewhere(self, tensor: Stored) -> bool:
+        """Whether the index has another part's tensor of that name, so that this is a leftover."""
+        part = self._index.get(tensor.name) if self._index else None
+        return part is not None and part != tensor.path.name
 
     def json(self, name: str) -> Json:
         """A JSON object of the folder. SourceError if it is missing, ConfigError if it is none."""
@@ -117,7 +129,7 @@ class Checkpoint:
         """A file of the folder as text, or None where there is none."""
         path = self.folder / name
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -127,7 +139,7 @@ class Checkpoint:
 
     def _files(self) -> list[Path]:
         if (self.folder / _SINGLE).exists():
-            self._index: Json | None = None
+            self._index: dict[str, str] | None = None
             return [self.folder / _SINGLE]
         index = self.optional_json(_INDEX)
         if index is None:
@@ -146,12 +158,9 @@ class Checkpoint:
     def _check_index(self) -> None:
         if self._index is None:
             return
-        for name in sorted(self._index.keys() | self.tensors.keys()):
-            stored, wanted = self.tensors.get(name), self._index.get(name)
-            if stored is None:
-                raise FormatError(f"{self.folder / str(wanted)}: {name} is missing in it")
-            if wanted != stored.path.name:
-                raise FormatError(f"{stored.path}: {_INDEX} does not say that it holds {name}")
+        if missing := self._index.keys() - self.tensors.keys():
+            name = min(missing)
+            raise FormatError(f"{self.folder / self._index[name]}: {name} is missing in it")
 
 
 def _weight_map(path: Path, index: Json) -> dict[str, str]:

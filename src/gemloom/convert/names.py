@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import re
 
-# Of a text model alone; of the text part of one that also sees and hears, new form and old.
-_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
-_HEADS = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight")
-_OTHER_PARTS = {  # prefix -> what to call it
-    name + tower: part
-    for name in ("", "model.")
-    for tower, part in {
-        "vision_tower.": "vision", "vision_model.": "vision", "vision_embedder.": "vision",
-        "embed_vision.": "vision", "multi_modal_projector.": "vision",
-        "audio_tower.": "audio", "embed_audio.": "audio",
-    }.items()
-}  # fmt: skip
+from gemloom.tensor_names import inner, modality
 
 _TOP = {
     "embed_tokens.weight": "token_embd.weight",
@@ -55,22 +44,27 @@ _ASSISTANT = {
     "pre_projection.weight": "nextn.pre_projection.weight",
     "post_projection.weight": "nextn.post_projection.weight",
 }
+# What transformers computes when it makes a model, and some exporters save all the same.
+_BUFFER = re.compile(
+    r"(?:\w+_)?inv_freq|embed_scale|position_ids|causal_mask|(?:cos|sin)_cached|"
+    r"per_layer_(?:input|projection)_scale|scalar_root_size|attention_scaling"
+)
 _MASKED = "masked_embedding."  # an assistant's clusters of tokens, which no GGUF reader uses
 
 
 def to_gguf(name: str) -> str | None:
-    """The GGUF name of a checkpoint's tensor, or None where it is none of a text model."""
-    if name in _HEADS:
+    """The GGUF name of a checkpoint's tensor, or None where it is none of a text model.
+
+    Classes and wrappers before it do not matter: exports of one model differ in them.
+    """
+    name = inner(name)
+    if name == "lm_head.weight":
         return "output.weight"
     if name in _ASSISTANT:
         return _ASSISTANT[name]
-    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
-    if prefix is None:
-        return None
-    inner = name.removeprefix(prefix)
-    match = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,3})\.(.+)", inner)
+    match = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,3})\.(.+)", name)
     if match is None:
-        return _TOP.get(inner)
+        return _TOP.get(name)
     short = _BLOCK.get(match[2])
     return f"blk.{match[1]}.{short}" if short else None
 
@@ -86,6 +80,9 @@ def to_hf(name: str) -> str:
 
 def left_out(name: str) -> str | None:
     """What a tensor belongs to that a text GGUF does not hold: vision, audio, ...; else None."""
+    name = inner(name)
     if name.startswith(_MASKED):
         return "ordered-embedding"
-    return next((part for prefix, part in _OTHER_PARTS.items() if name.startswith(prefix)), None)
+    if _BUFFER.fullmatch(name.rpartition(".")[2]):
+        return "buffer (computed from the config)"
+    return modality(name)

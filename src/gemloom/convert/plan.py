@@ -20,7 +20,7 @@ from gemloom.config import Config, from_gguf
 from gemloom.convert import names, settings, vocabulary
 from gemloom.convert.checkpoint import Checkpoint, Stored
 from gemloom.convert.settings import Settings
-from gemloom.errors import OptionError, TensorError
+from gemloom.errors import FormatError, OptionError, TensorError
 from gemloom.files.blob import Blob
 from gemloom.files.gguf import GGUF, Metadata, TensorInfo, Value
 from gemloom.files.writing import Planned
@@ -82,18 +82,19 @@ def plan(folder: str | os.PathLike[str], kind: Type | None = None) -> Plan:
     d = found.keys[f"{found.architecture}.embedding_length"]
     assert isinstance(d, int)
     _check_tensor(checkpoint, stored, "token_embd.weight", (d, found.n_vocab))
-    tokens, more = vocabulary.read(
+    tokens, ends, more = vocabulary.read(
         checkpoint, "llama" if found.architecture == "gemma3" else "gemma4", found.n_vocab
     )
     metadata = Metadata(f"{checkpoint.folder}", _general(checkpoint, found) | found.keys | tokens)
-    Tokenizer(metadata)
+    end_keys, lost = vocabulary.end_keys(ends, Tokenizer(metadata).eog)
+    metadata.update(end_keys)
     shapes, unused = _shapes(metadata, found, stored)
     _check(checkpoint, shapes, stored, unused)
     items = [_item(name, shape, stored, found, kind) for name, shape in shapes.items()]
     metadata["general.file_type"] = int(FILE_TYPES[_main_type(items)])
     if dropped := unused & stored.keys():
         notes.append(f"unused K/V tensors of sharing layers left out: {len(dropped)}")
-    notes += [*more, *_fallbacks(items, kind)]
+    notes += [*more, *lost, *_fallbacks(items, kind)]
     return Plan(checkpoint, metadata, tuple(items), tuple(notes))
 
 
@@ -103,11 +104,15 @@ def plan(folder: str | os.PathLike[str], kind: Type | None = None) -> Plan:
 def _by_gguf_name(checkpoint: Checkpoint, tied: bool) -> tuple[dict[str, Stored], list[str]]:
     """The text model's tensors under their GGUF names, and what else there was."""
     stored: dict[str, Stored] = {}
-    others = Counter[str]()
+    others, unlisted = Counter[str](), checkpoint.unlisted
     for tensor in checkpoint.tensors.values():
         name, part = names.to_gguf(tensor.name), names.left_out(tensor.name)
         if part is not None:
             others[part] += 1
+        elif name is None and tensor.name in unlisted:
+            others["unlisted (in no index)"] += 1
+        elif tensor.name in unlisted:
+            raise FormatError(f"{tensor.path}: the index does not say that it holds {tensor.name}")
         elif name is None:
             raise TensorError(f"{tensor.path}: the tensor {tensor.name[:120]} is unknown")
         elif name == "output.weight" and tied:

@@ -67,7 +67,7 @@ def read(config: Mapping[str, Any], name: str) -> Settings:
     if config.get("quantization_config"):
         raise ConfigError(f"{name}: a quantized checkpoint; take the one it was made from")
     architecture, defaults = _FAMILIES[kind]
-    text = config.get("text_config", config)
+    text = config if config.get("text_config") is None else config["text_config"]
     if not isinstance(text, dict):
         raise ConfigError(f"{name}: text_config is no object")
     source = _Config(name, text, defaults)

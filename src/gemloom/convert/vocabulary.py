@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -60,11 +60,14 @@ class _Vocabulary:
         return texts, [int(self.types.get(i, TokenType.UNUSED)) for i in ids]
 
 
-def read(checkpoint: Checkpoint, kind: str, size: int) -> tuple[dict[str, Value], list[str]]:
+def read(
+    checkpoint: Checkpoint, kind: str, size: int
+) -> tuple[dict[str, Value], list[int], list[str]]:
     """The tokenizer's keys, for a table of ``size`` rows, and what the user should know.
 
-    ``kind`` is "gemma4" or "llama". Raises TokenizerError for a vocabulary that is not of this
-    kind, SourceError for files that are missing.
+    Between the two: what ends an answer beside the eos token, for ``end_keys``. ``kind`` is
+    "gemma4" or "llama". Raises TokenizerError for a vocabulary that is not of this kind,
+    SourceError for files that are missing.
     """
     config = checkpoint.optional_json("tokenizer_config.json") or {}
     found = checkpoint.optional_json("tokenizer.json")
@@ -86,10 +89,16 @@ def read(checkpoint: Checkpoint, kind: str, size: int) -> tuple[dict[str, Value]
         text = error.object[max(0, error.start - 9) : error.start + 9]
         raise TokenizerError(f"{checkpoint.folder}: {text!r} is no Unicode text") from None
     keys |= _special_ids(vocabulary.name, config, texts)
-    keys |= _generation_keys(checkpoint, keys, size)
+    generation = checkpoint.optional_json("generation_config.json")
+    keys |= _suppressed(checkpoint, generation or {}, size)
+    ends = [
+        token
+        for token in _ends(checkpoint, generation, size)
+        if token != keys[_KEY + "eos_token_id"]
+    ]
     if vocabulary.beyond:
         notes.append(f"added tokens without an embedding left out: {vocabulary.beyond}")
-    return keys | template, notes
+    return keys | template, ends, notes
 
 
 # -- the vocabulary --------------------------------------------------------------------------
@@ -257,24 +266,36 @@ def _special_ids(name: str, config: Json, texts: list[str]) -> dict[str, Value]:
     return keys
 
 
-def _generation_keys(
-    checkpoint: Checkpoint, keys: Mapping[str, Value], size: int
-) -> dict[str, Value]:
-    """From generation_config.json: what else ends an answer, and what may never be in one."""
-    config = checkpoint.optional_json("generation_config.json") or {}
+def _suppressed(checkpoint: Checkpoint, generation: Json, size: int) -> dict[str, Value]:
+    """What may never be in an answer."""
     name = f"{checkpoint.folder / 'generation_config.json'}"
-    ends = [
-        token
-        for token in _ids(name, config, "eos_token_id", size)
-        if token != keys[_KEY + "eos_token_id"]
-    ]
+    found = _ids(name, generation, "suppress_tokens", size)
+    return {_KEY + "suppress_tokens": np.array(found, np.int32)} if found else {}
+
+
+def _ends(checkpoint: Checkpoint, generation: Json | None, size: int) -> list[int]:
+    """What ends an answer: generation_config.json says it, or where it does not config.json."""
+    name, config = "generation_config.json", generation or {}
+    if config.get("eos_token_id") is None:
+        name, config = "config.json", checkpoint.config
+        if config.get("eos_token_id") is None and isinstance(config.get("text_config"), dict):
+            config = config["text_config"]
+    return list(dict.fromkeys(_ids(f"{checkpoint.folder / name}", config, "eos_token_id", size)))
+
+
+def end_keys(ends: list[int], known: Collection[int]) -> tuple[dict[str, Value], list[str]]:
+    """Keys of what ends an answer beside eos, and what the user should know.
+
+    A GGUF has two. Where there are more ends, those go first that readers do not know by their
+    text (``known``, they do); what is left over is told.
+    """
     roles = (f"{_KEY}eot_token_id", f"{_KEY}eom_token_id")
     if len(ends) > len(roles):
-        raise TokenizerError(f"{name}: a GGUF has no place for {len(ends) + 1} eos_token_id")
-    found: dict[str, Value] = dict(zip(roles, ends, strict=False))
-    if suppressed := _ids(name, config, "suppress_tokens", size):
-        found[_KEY + "suppress_tokens"] = np.array(suppressed, np.int32)
-    return found
+        ends = sorted(ends, key=lambda token: token in known)
+    lost = [token for token in ends[len(roles) :] if token not in known]
+    shown = ", ".join(map(str, lost[:5]))
+    notes = [f"eos_token_id a GGUF has no place for, which will not end an answer: {shown}"]
+    return dict(zip(roles, ends, strict=False)), notes if lost else []
 
 
 def _ids(name: str, config: Json, key: str, size: int) -> list[int]:
