@@ -91,6 +91,11 @@ def test_one_list_tells_modalities(name: str, part: str | None) -> None:
     assert modality(name) == part
 
 
+def test_a_config_with_a_byte_order_mark() -> None:
+    config, weights = tiny_lora.peft_files(ADAPTER)
+    tiny_lora.assert_same(read((b"\xef\xbb\xbf" + config, weights)), ADAPTER)
+
+
 # -- a pair for each expert ------------------------------------------------------------------
 
 
