@@ -65,7 +65,7 @@ def made(file: GGUF, wanted: Wanted) -> bytes:
         return Path(folder, "m.gguf").read_bytes()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     width=st.sampled_from([32, 48, 64, 96, 160, 192, 256]),
     name=st.sampled_from(sorted(RECIPES)),
