@@ -43,6 +43,7 @@ PURE = [
     "config",
     "files.blob",
     "files.gguf",
+    "files.names",
     "files.sealed",
     "files.urls",
     "files.writing",

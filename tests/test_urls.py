@@ -26,10 +26,10 @@ import tiny
 from command_line import call, fine
 from conftest import prompt
 from gemloom.cli.opening import names_model
-from gemloom.cli.serving import _default_name
 from gemloom.errors import FormatError, GemloomError, SourceError
 from gemloom.files import gguf, sealed, source, urls
 from gemloom.files.blob import Blocks, Stream
+from gemloom.files.names import model_id
 from quantizing import in_type
 from shelf import Shelf
 from test_gguf import blob, cut, part, plain, small
@@ -399,7 +399,7 @@ def test_nothing_secret_is_shown(shelf: Shelf) -> None:
     with pytest.raises(SourceError) as caught:
         only.view(BLOCK, 100)
     shown += "".join(traceback.format_exception(caught.value))
-    assert _default_name("https://me:PASSWORD@host/a/m.gguf.sealed?sig=SIGNATURE") == "m"
+    assert model_id("https://me:PASSWORD@host/a/m.gguf.sealed?sig=SIGNATURE") == "m"
     for word in ("PASSWORD", "SIGNATURE", "FRAGMENT"):
         assert word not in shown
 

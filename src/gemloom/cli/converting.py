@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The folder of a Hugging Face checkpoint.")
+        str, typer.Argument(metavar="DIR", help="The folder of a Hugging Face checkpoint.")
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The GGUF to make.")],
     *,

@@ -83,7 +83,7 @@ def perplexity(
     from gemloom.quantization import perplexity as measure
 
     words, how = read_text(text), options.cut()
-    with options.open(model) as opened, progress(Path(model).name) as show:
+    with options.open(model) as opened, progress(Path(opened.name).name) as show:
 
         def done(count: int, of: int, so_far: "Perplexity") -> None:
             show(count, of, f"perplexity {_plain(so_far.perplexity)}")
@@ -151,9 +151,10 @@ def _facts(name: str) -> dict[str, Any]:
     """What a file takes: bytes of its tensors, and bits of each weight."""
     from math import prod
 
-    tensors = open_file(name).tensors.values()
+    file = open_file(name)
+    tensors = file.tensors.values()
     taken, weights = sum(t.nbytes for t in tensors), sum(prod(t.shape) for t in tensors)
-    return {"file": name, "bytes": taken, "bits_per_weight": 8 * taken / weights}
+    return {"file": file.name, "bytes": taken, "bits_per_weight": 8 * taken / weights}
 
 
 def _compare_all(
@@ -174,7 +175,7 @@ def _compare(
 ) -> "Comparison":
     from gemloom.quantization import perplexity as measure
 
-    with options.open(name) as model, progress(Path(name).name) as show:
+    with options.open(name) as model, progress(Path(model.name).name) as show:
 
         def done(count: int, of: int, so_far: "Comparison") -> None:
             show(count, of, f"KL {so_far.divergence.value:.5f}")

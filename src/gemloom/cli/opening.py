@@ -33,7 +33,7 @@ def default_model() -> str:
 
 def names_model(text: str) -> bool:
     """Whether a lone argument is meant as a model, not as a prompt."""
-    from gemloom.files.urls import is_url
+    from gemloom.files.names import is_url
 
     known = text.startswith("hf:") or text.endswith((".gguf", ".gguf.sealed")) or is_url(text)
     return known or text == default_model() or os.path.exists(text)
@@ -71,12 +71,14 @@ def adapter_file(text: str) -> tuple[str, float]:
 
 def load_adapters(model: "Model", given: list[str]) -> dict[str, float]:
     """Load PATH[@SCALE]s, and tell what they change. Gives the adapters a request is to name."""
+    from gemloom.files.names import shown
+
     scales = {}
     for number, text in enumerate(given, 1):
         path, scale = adapter_file(text)
-        with waiting(f"loading {path}"):
+        with waiting(f"loading {shown(path)}"):
             info = model.adapters.load(f"adapter-{number}", path, scale)
-        note(summary(path, info))
+        note(summary(shown(path), info))
         scales[info.name] = scale
     return scales
 

@@ -118,7 +118,7 @@ def _plain(source: str) -> "Blob":
 
     blobs = locate(source)
     if len(blobs) > 1:
-        raise OptionError(f"{source}: {len(blobs)} files of a split model; merge them first")
+        raise OptionError(f"{blobs[0].name}: {len(blobs)} files of a split model; merge them first")
     return blobs[0]
 
 

@@ -131,9 +131,10 @@ class ServerOptions:
 
         OptionError where there are no keys but should be some, or for a bad adapter.
         """
+        from gemloom.files.names import model_id
         from gemloom.server.service import Settings
 
-        names = self.name or [_default_name(source)]
+        names = self.name or [model_id(source)]
         keys = _keys(self.api_key or [], self.api_key_file)
         if self.adapter_upload and not keys:
             raise OptionError("--adapter-upload needs an --api-key")
@@ -206,30 +207,20 @@ def serve(
 def _adapters(given: list[str]) -> "dict[str, AdapterFile]":
     """NAME=PATH[@SCALE]s by name. OptionError for one that is not so, or a name given twice."""
     from gemloom.adapters.registry import check_name, check_scale
+    from gemloom.files.names import is_url, shown
     from gemloom.server.adapters import AdapterFile
 
     found = {}
     for text in given:
         name, equals, file = text.partition("=")
-        if not equals or not file:
-            raise OptionError(f"--adapter {text!r} is not NAME=PATH[@SCALE]")
+        if not equals or not file or is_url(name):
+            raise OptionError(f"--adapter {shown(text)!r} is not NAME=PATH[@SCALE]")
         check_name(name)
         if name in found:
             raise OptionError(f"--adapter: two adapters are named {name}")
         path, scale = adapter_file(file)
         found[name] = AdapterFile(path, check_scale(name, scale))
     return found
-
-
-def _default_name(source: str) -> str:
-    """The name of a file without folder and ending; other sources as they are called."""
-    if source.startswith("hf:"):
-        return source.removeprefix("hf:")
-    from gemloom.files.urls import (
-        shown,  # a URL's query may be secret, and this name is told to all
-    )
-
-    return Path(shown(source)).name.removesuffix(".sealed").removesuffix(".gguf")
 
 
 def _keys(given: list[str], file: Path | None) -> tuple[str, ...]:

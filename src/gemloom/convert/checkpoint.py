@@ -20,6 +20,7 @@ from typing import Any
 from gguf.constants import GGMLQuantizationType
 
 from gemloom.errors import ConfigError, FormatError, SourceError, TensorError
+from gemloom.files.names import shown
 
 PIECE = 16 << 20  # bytes that are read at once, but never less than a row
 _SIZES = {
@@ -83,8 +84,8 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise SourceError(
-                f"{self.folder}: is no folder; a Hugging Face checkpoint is one, with config.json, "
-                "tokenizer.json and safetensors files"
+                f"{shown(os.fspath(folder))}: is no folder; a Hugging Face checkpoint is one, "
+                "with config.json, tokenizer.json and safetensors files"
             )
         self.config = self.json("config.json")
         self.files = self._files()

@@ -3,15 +3,13 @@
 Not here: which of a repository's files is meant (``source.py``).
 """
 
-import re
 from collections.abc import Callable
 from errno import EACCES, ENOSPC, EROFS
 from pathlib import Path
 from typing import TypeVar
 
 from gemloom.errors import SourceError
-
-_SECRET = re.compile(r"Bearer .*|hf_\w+")
+from gemloom.files.names import cleaned
 
 _T = TypeVar("_T")
 
@@ -73,7 +71,7 @@ def _network_reason(error: BaseException) -> str:
         return f"the hub answered with HTTP status {status}; try again later"
     if isinstance(error, OSError) and error.errno in (ENOSPC, EACCES, EROFS):
         return f"{error.filename or 'the cache'}: {error.strerror}"
-    lines = _SECRET.sub("***", str(error)).strip().splitlines() or [""]
+    lines = cleaned(str(error)).strip().splitlines() or [""]
     return (
         f"no answer from the hub ({type(error).__name__}: {lines[0][:200]}); "
         "check the network, or set HF_HUB_OFFLINE=1 to use the cache alone"

@@ -23,6 +23,7 @@ from gemloom.files import builtin, hub, sealed, urls
 from gemloom.files.blob import Blob, Mapping, Origin, Stream
 from gemloom.files.builtin import DEFAULT_MODEL
 from gemloom.files.gguf import MAGIC
+from gemloom.files.names import cleaned, is_url, shown
 from gemloom.files.sealed import Key
 
 __all__ = ["DEFAULT_MODEL", "folder", "locate", "resolve"]
@@ -149,7 +150,7 @@ def _unsealed(blob: Blob, key: Key | None) -> Blob:
 def _named(name: str, forward: bool) -> list[Blob]:
     if name.startswith("hf:"):
         return _hub(name)
-    if urls.is_url(name):
+    if is_url(name):
         return _url(name, forward)
     if name == DEFAULT_MODEL:
         blob = Blob(name, [_map(os.fspath(path)) for path in builtin.part_paths()])
@@ -160,14 +161,14 @@ def _named(name: str, forward: bool) -> list[Blob]:
 
 def _url(url: str, forward: bool) -> list[Blob]:
     if url.startswith(("file://", "local://")):
-        return _files(url.split("://", 1)[1], forward)
-    _split_names(urls.shown(url))  # a complaint about the name is not to show what is secret in it
+        return _files(shown(url).split("://", 1)[1], forward)
+    _split_names(shown(url))  # a complaint about the name is not to show what is secret in it
     return [_at_url(name, forward) for name in _split_names(url)]
 
 
 def _at_url(url: str, forward: bool) -> Blob:
     found = urls.open_url(url)
-    return found if isinstance(found, Blob) else _in_order(urls.shown(url), found, forward)
+    return found if isinstance(found, Blob) else _in_order(shown(url), found, forward)
 
 
 def _in_order(name: str, parts: Iterable[memoryview], forward: bool) -> Blob:
@@ -293,7 +294,7 @@ def _buffer_name(source: object, buffer: memoryview) -> str:
 def _parts(sources: Sequence[Any], forward: bool) -> list[Blob]:
     if not sources:
         raise OptionError("a model source cannot be an empty list")
-    if all(isinstance(source, str) and urls.is_url(source) for source in sources):
+    if all(isinstance(source, str) and is_url(source) for source in sources):
         return _parts_at_urls(sources, forward)
     named = [_part(number, source) for number, source in enumerate(sources)]
     if len(named) > 1 and all(bytes(part[:4]) in _BEGINNINGS for _, part in named):
@@ -349,7 +350,7 @@ def _is_plain_file(file: Any) -> bool:
 def _file_name(file: object) -> str:
     name = getattr(file, "name", None)
     if isinstance(name, str | bytes) and name:
-        return os.fsdecode(name)
+        return shown(os.fsdecode(name))
     return f"<{type(file).__name__}>"
 
 
@@ -370,7 +371,8 @@ def _pieces(name: str, file: Any) -> Iterator[memoryview]:
         try:
             piece = file.read(_PIECE)
         except Exception as error:  # whatever the stream is made of may raise its own
-            raise SourceError(f"{name}: reading failed after {done:,} bytes: {error}") from error
+            reason = cleaned(str(error))  # it may quote a URL
+            raise SourceError(f"{name}: reading failed after {done:,} bytes: {reason}") from error
         if piece is None:
             raise SourceError(f"{name}: a non-blocking stream; make it blocking")
         if not isinstance(piece, bytes | bytearray | memoryview):
@@ -396,7 +398,7 @@ def _arriving(name: str, parts: Iterator[Any]) -> Iterator[memoryview]:
         except Exception as error:
             raise SourceError(
                 f"{name}: part {number:,} did not come, after {done:,} bytes: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {cleaned(str(error))}"
             ) from error
         if not _is_buffer(part):
             raise OptionError(f"{name}: part {number:,} is of {type(part).__name__}, not of bytes")
@@ -412,15 +414,15 @@ def _arriving(name: str, parts: Iterator[Any]) -> Iterator[memoryview]:
 def _hub(name: str) -> list[Blob]:
     match = _HUB.fullmatch(name)
     if match is None:
-        raise OptionError(f"{name}: write hf:owner/repo or hf:owner/repo:file.gguf")
+        raise OptionError(f"{shown(name)}: write hf:owner/repo or hf:owner/repo:file.gguf")
     repo, first = match["repo"], match["wanted"]
     if first is None or not first.endswith((".gguf", ".gguf.sealed")):
-        first = _choose(repo, hub.files(name, repo), wanted=first)
+        first = _choose(repo, hub.files(shown(name), repo), wanted=first)
     prefix = f"hf:{repo}:"
     blobs = []
     for part in _split_names(prefix + first):
-        path = hub.download(part, repo, part.removeprefix(prefix))
-        blobs.append(_file(part, path, forward=False))
+        path = hub.download(shown(part), repo, part.removeprefix(prefix))
+        blobs.append(_file(shown(part), path, forward=False))
     return blobs
 
 

@@ -3,7 +3,7 @@
 Any URL that fsspec knows: ``https://``, ``s3://``, ``memory://``, ``zip://in.gguf::https://...``.
 What a scheme needs beyond fsspec (s3fs, gcsfs, ...) is the user's to install; credentials and
 endpoints are where that library looks for them, or in fsspec's own configuration. A URL may hold
-secrets: it is shown without its user part and its query, and so are the texts of libraries' errors.
+secrets: it is shown as ``names.py`` says, and so are the texts of libraries' errors.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from typing import Any, TypeVar
 
 from gemloom.errors import FormatError, SourceError
 from gemloom.files.blob import Blocks
+from gemloom.files.names import cleaned, shown
 
 BLOCK = 4 << 20  # bytes of one read
 READERS = 8  # at once
 PATIENCE = (30.0, 60.0)  # seconds for a connection over HTTP, and for the next bytes of an answer
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try of a read
 _PIECE = 1 << 20
-_URL = re.compile(r"[a-z][a-z0-9+.-]+(::|://)\S*", re.IGNORECASE)
-_SECRET = re.compile(r"(?<=://)[^/\s]*@|[?#][^:\s]*")
 _STATUS = {
     401: "the server wants credentials (HTTP status 401)",
     403: "the server refuses it to these credentials (HTTP status 403)",
@@ -36,16 +35,6 @@ _FINAL = (  # errors that another try would only repeat
 )  # fmt: skip
 
 _T = TypeVar("_T")
-
-
-def is_url(name: str) -> bool:
-    """Whether a name is a URL: ``scheme://...``, or several chained with ``::``."""
-    return "://" in name and _URL.fullmatch(name) is not None
-
-
-def shown(url: str) -> str:
-    """A URL, or a text with some, without what may be secret in it: user, password, query."""
-    return _SECRET.sub("", url)
 
 
 def open_url(url: str) -> Blocks | Iterator[memoryview]:
@@ -171,6 +160,6 @@ def _reason(error: BaseException) -> str:
     ours = system is not error or isinstance(error, ConnectionError)  # others' texts say more
     if ours and isinstance(system, OSError) and system.errno:
         return os.strerror(system.errno)
-    lines = shown(str(error)).strip().splitlines() or ["no reason was given"]
+    lines = cleaned(str(error)).strip().splitlines() or ["no reason was given"]
     kind = "" if isinstance(error, ImportError | ValueError) else f"{type(error).__name__}: "
     return f"{kind}{lines[0][:200]}"
