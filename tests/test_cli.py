@@ -52,6 +52,7 @@ def test_every_sampling_option_arrives(model: Path, opened: gemloom.Model) -> No
     options: dict[str, Any] = {
         "temperature": 2.5, "top_k": 9, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3,
         "presence_penalty": 0.5, "frequency_penalty": -0.5, "seed": 7, "max_tokens": 20,
+        "repetition_limit": 500,
     }  # fmt: skip
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     given += ["--stop", "qq", "--stop", "zz", "--logit-bias", "270=3.5", "--logit-bias", "271=-9"]

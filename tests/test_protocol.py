@@ -115,7 +115,12 @@ def test_one_name_has_one_meaning() -> None:
 def test_sampling_is_what_was_given_and_no_more() -> None:
     assert chat().sampling() == {}
     given = {"temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "seed": 7, "stop": ["x"]}
-    given |= {"presence_penalty": 0.5, "frequency_penalty": 1, "repetition_penalty": 1.1}
+    given |= {
+        "presence_penalty": 0.5,
+        "frequency_penalty": 1,
+        "repetition_penalty": 1.1,
+        "repetition_limit": 9,
+    }
     asked = chat(**given, logit_bias={"5": -100}, max_tokens=9, logprobs=True, top_logprobs=3)
     assert asked.sampling() == given | {"logit_bias": {5: -100}, "max_tokens": 9, "logprobs": 3}
     assert chat(max_completion_tokens=5).sampling() == {"max_tokens": 5}

@@ -363,6 +363,7 @@ KINDS = {
     "seed": "an integer from 0 to 18446744073709551615",
     "logprobs": "an integer from 0 to 100",
     "max_tokens": "an integer from 1 to 2147483647",
+    "repetition_limit": "an integer from 0 to 2147483647",
 }
 WRONG = [math.nan, math.inf, -math.inf, -2.1, 10**400, -(10**400), True, "1", [1], 1j]
 BOUNDED = [*WRONG, -1, 1.0, 2**64]  # for integers

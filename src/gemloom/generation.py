@@ -46,7 +46,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Generated text. ``finish_reason`` is "stop" or "length", None where it was cancelled."""
+    """Generated text. ``finish_reason`` is "stop", "length" or "repetition", None if cancelled."""
 
     text: str
     tokens: list[int]
@@ -60,8 +60,8 @@ class ChatCompletion:
     """An assistant's answer; ``message`` can be appended to the conversation as it is.
 
     It has ``content``, and where there are some ``reasoning_content`` and ``tool_calls``, as
-    OpenAI's API has them. ``finish_reason`` is "stop", "length" or "tool_calls", None where it was
-    cancelled.
+    OpenAI's API has them. ``finish_reason`` is "stop", "length", "repetition" or "tool_calls",
+    None where it was cancelled.
     """
 
     message: dict[str, Any]

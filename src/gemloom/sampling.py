@@ -58,9 +58,11 @@ _INTEGERS = {
     "seed": (0, 2**64 - 1),
     "logprobs": (0, 100),
     "max_tokens": (1, _LARGEST_INT),
+    "repetition_limit": (0, _LARGEST_INT),
 }
 _OPTIONAL = ("seed", "logprobs", "max_tokens")
-_BIAS = (-100, 100)
+NEVER = -100  # the bias that bars a token
+_BIAS = (NEVER, 100)
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -139,6 +141,9 @@ class SamplingParams:
         to 100; None tells none.
     max_tokens: the answer ends after so many, from 1; None is as many as the context holds.
     stop: a string, or up to 64 of up to 1,000 characters: the answer ends before the first.
+    repetition_limit: the answer ends where its last tokens are one piece, repeated 64 times or more
+        and over this many tokens, from 0, which is off. What a grammar shaped does not count, and
+        it is off where ``logit_bias`` bars every token that ends an answer.
 
     Every field is checked: OptionError names the option, its range and the value given.
     """
@@ -155,6 +160,7 @@ class SamplingParams:
     logprobs: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    repetition_limit: int = 1_024
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {}

@@ -15,8 +15,9 @@ import numpy as np
 from gemloom.adapters.active import Active
 from gemloom.candidates import Candidates, sample, suffice
 from gemloom.errors import GemloomError
-from gemloom.sampling import Floats, History, SamplingParams, generator
+from gemloom.sampling import NEVER, Floats, History, SamplingParams, generator
 from gemloom.slots import Slot
+from gemloom.text.repetition import Repetition
 from gemloom.text.stopping import StopMatcher
 from gemloom.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -52,7 +53,7 @@ class Piece:
     token: int
     logprob: float | None = None  # natural
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (id, logprob), most likely first
-    finish_reason: str | None = None  # "stop" or "length" on the last piece
+    finish_reason: str | None = None  # "stop", "length" or "repetition" on the last piece
 
 
 class Held(Protocol):
@@ -133,6 +134,14 @@ class Sequence:
         self._tokenizer = tokenizer
         self._decoder, self._stops = StreamDecoder(tokenizer), StopMatcher(params.stop)
         self._history, self._rng = History(set(prompt)), generator(params.seed)
+        self._repetition = Repetition(self._repetition_limit, tokenizer.decode)
+
+    @property
+    def _repetition_limit(self) -> int:
+        """0, which is off, where every end is barred: that asks for all the tokens there are."""
+        bias, ends = self.params.logit_bias, self._tokenizer.eog
+        unending = ends and all(bias.get(token) == NEVER for token in ends)
+        return 0 if unending else self.params.repetition_limit
 
     def begin(self, slot: Slot, n_cached: int) -> None:
         """Take note of the slot it computes in, whose cells hold its first tokens already."""
@@ -169,6 +178,8 @@ class Sequence:
         start = perf_counter()
         allowed = self.constraint.mask() if self.constraint else None
         suppress = tuple(self._tokenizer.suppress)
+        if allowed is not None:
+            self._repetition.clear()  # a grammar may allow nothing else
         picked = sample(logits, self.params, self._history, self._rng, suppress, allowed)
         self.tokens.append(picked.token)
         self.n_generated += 1
@@ -190,8 +201,9 @@ class Sequence:
             return self._rest()
         text, stopped = self._stops.push(self._decoder.push(token))
         complete = self.constraint is not None and self.constraint.finished
-        if not stopped and (complete or self.n_generated == self._limit):
-            self.finish_reason = "length"
+        full, repeats = self.n_generated == self._limit, self._repetition.push(token)
+        if not stopped and (complete or full or repeats):
+            self.finish_reason = "repetition" if repeats and not full else "length"
             text += self._rest()
             stopped = complete or self._stops.matched is not None
         if stopped:

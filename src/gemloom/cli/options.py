@@ -246,6 +246,14 @@ class SamplingOptions:
         float | None,
         _option(panel=_SAMPLING, help="The same, for each time they are there.", default="0.0"),
     ] = None
+    repetition_limit: Annotated[
+        int | None,
+        _option(
+            panel=_SAMPLING,
+            help="End an answer that repeats one piece for so many tokens; 0: never.",
+            default="1024",
+        ),
+    ] = None
     logit_bias: Annotated[
         list[str] | None,
         _option(

@@ -120,9 +120,16 @@ def size(n: int) -> str:
     return f"{amount:,.1f} {_UNITS[unit]}" if unit else f"{n} B"
 
 
+_ENDED = {
+    "stop": "",
+    "length": "; limit reached",
+    "repetition": "; ended, as it repeats itself (--repetition-limit 0 lets it)",
+}
+
+
 def speed(usage: "Usage", end: str) -> str:
     """Tokens and tokens a second of a request, and how it ended if not by itself, on a line."""
-    ended = {"stop": "", "length": "; limit reached"}.get(end, f"; {end}")
+    ended = _ENDED.get(end, f"; {end}")
     cached = f" ({usage.cached_tokens:,} cached)" if usage.cached_tokens else ""
     prompt, answer = _rate(usage.prompt_tokens_per_second), _rate(usage.tokens_per_second)
     return (

@@ -55,6 +55,13 @@ def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> Json:
     return {"token": spelled(raw), "logprob": logprob, "bytes": list(raw)}
 
 
+def ended(reason: str | None) -> Json:
+    """How a choice ended. Clients know OpenAI's reasons alone; ``stop_reason`` has ours."""
+    if reason == "repetition":
+        return {"finish_reason": "length", "stop_reason": reason}
+    return {"finish_reason": reason}
+
+
 class ChatChoice:
     """One answer to a chat as it grows: its message, and what each piece adds to it."""
 
@@ -105,7 +112,7 @@ class ChatChoice:
             "index": self.index,
             "delta": delta,
             "logprobs": {"content": logprobs} if logprobs else None,
-            "finish_reason": None if delta else self.reason,
+            **ended(None if delta else self.reason),
         }
 
     def body(self) -> Json:
@@ -120,7 +127,7 @@ class ChatChoice:
             "index": self.index,
             "message": message,
             "logprobs": logprobs,
-            "finish_reason": self.reason,
+            **ended(self.reason),
         }
 
 
@@ -217,7 +224,7 @@ class CompletionChoice:
             "index": self.index,
             "text": text,
             "logprobs": logprobs,
-            "finish_reason": self._reason,
+            **ended(self._reason),
         }
 
     def body(self) -> Json:

@@ -28,7 +28,7 @@ MAX_ADAPTERS = 256  # named in one request
 
 _NUMBERS = (
     "temperature", "top_p", "top_k", "min_p",
-    "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "repetition_limit",
 )  # fmt: skip
 
 
@@ -145,6 +145,7 @@ class Sampling(Adapted):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    repetition_limit: int | None = None
     logit_bias: Biases | None = None
     seed: int | None = None
     stop: Annotated[str | Texts | None, BeforeValidator(_without_empty)] = None

@@ -228,11 +228,12 @@ class ResponseAnswer:
 
     def body(self, usages: Sequence[Usage]) -> Json:
         """The whole response."""
-        cut = self._reason == "length"
+        cut = self._was_cut()
         counts = usage_body(usages, usages, self._reasoning_tokens)
         self._response |= {
             "status": "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            **({"stop_reason": self._reason} if self._reason == "repetition" else {}),
             "usage": {
                 "input_tokens": counts["prompt_tokens"],
                 "input_tokens_details": counts["prompt_tokens_details"] | {"cache_write_tokens": 0},
@@ -242,6 +243,9 @@ class ResponseAnswer:
             },
         }
         return self._response
+
+    def _was_cut(self) -> bool:
+        return self._reason in ("length", "repetition")
 
     def failed(self, error: GemloomError) -> Json:
         """The event that ends a response which an error cut short."""
@@ -305,7 +309,7 @@ class ResponseAnswer:
             self._inside(done, text=content["text"], **more),
             self._inside("response.content_part.done", part=deepcopy(content)),
         ]
-        item["status"] = "incomplete" if self._reason == "length" else "completed"
+        item["status"] = "incomplete" if self._was_cut() else "completed"
         self._open = None
         return [*events, self._done(item)]
 
