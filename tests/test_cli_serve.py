@@ -29,7 +29,7 @@ def served(*args: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     try:
         assert process.stdout
         line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        found = re.search(r"http://(127\.0\.0\.1|0\.0\.0\.0):\d+", line)
         assert found, process.communicate()
         yield process, found[0]
     finally:
@@ -104,6 +104,22 @@ def test_on_the_loopback_only_its_names_are_answered(file: Path) -> None:
         assert client.get("/v1/models").status_code == 200
         assert client.get("/v1/models", headers={"Host": "localhost:1"}).status_code == 200
         assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [((), True), (("--api-key", "k"), False), (("--host", "127.0.0.1"), False)],
+)
+def test_a_server_for_all_without_a_key_says_so(
+    file: Path, options: tuple[str, ...], warned: bool
+) -> None:
+    with served(file, "--host", "0.0.0.0", *options) as (process, url):
+        assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    port = url.rpartition(":")[2]
+    told = f"other machines can reach http://0.0.0.0:{port}, and need no key: give --api-key\n"
+    assert error == (told if warned else "")
 
 
 def test_what_does_not_drain_in_time_is_told(file: Path) -> None:

@@ -186,6 +186,8 @@ def serve(
     settings = server.settings(source)
     listener = _listen(server.host, server.port)  # one in use is told before the model is loaded
     settings = replace(settings, hosts=_own_names(server.host, listener))
+    if not settings.hosts and not settings.api_keys:
+        note(f"other machines can reach {_address(listener)}, and need no key: give --api-key")
     with listener, open_model(source, load) as opened:
         from gemloom.files.source import is_pipe
         from gemloom.loading import load as load_again
@@ -265,10 +267,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _own_names(host: str, listener: socket.socket) -> tuple[str, ...]:
-    """What a server that only this machine reaches is called; of another one nobody knows."""
+    """The names of a server that only this machine reaches; none for any other."""
+    from gemloom.server.guard import LOOPBACK_NAMES
+
     if not ip_address(listener.getsockname()[0]).is_loopback:
         return ()
-    return tuple(dict.fromkeys(("localhost", "127.0.0.1", "::1", host.lower())))
+    return tuple(dict.fromkeys((*LOOPBACK_NAMES, host.lower())))
 
 
 def _run(app: "FastAPI", listener: socket.socket, settings: "Settings", drain: float) -> None:

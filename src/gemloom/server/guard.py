@@ -15,6 +15,8 @@ from starlette.requests import HTTPConnection, Request
 from gemloom.server.errors import BodyTooLargeError, ForbiddenError, KeyRefusedError, OverdueError
 
 BODY_SILENCE = 30.0  # seconds that a client may send nothing of a body it has begun
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+_FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")  # what proxies add, if they do
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::\d*)?", re.ASCII)  # and maybe a port
 
 
@@ -80,8 +82,18 @@ def check_host(request: HTTPConnection, names: Sequence[str]) -> None:
         )
 
 
+def site_name(origin: str) -> str | None:
+    """The name in an origin such as "https://chat.example:8443"; None where it has none."""
+    try:
+        return urlsplit(origin).hostname
+    except ValueError:
+        return None
+
+
 def is_local(request: HTTPConnection) -> bool:
-    """Whether the client is on this machine."""
+    """Whether the client is on this machine. One that a proxy speaks for may be anywhere."""
+    if any(name in request.headers for name in _FORWARDED):
+        return False
     try:
         return request.client is not None and ip_address(request.client.host).is_loopback
     except ValueError:

@@ -24,7 +24,15 @@ from gemloom.model import Model
 from gemloom.server.adapters import AdapterFile, ServedAdapters
 from gemloom.server.answers import Head, new_id
 from gemloom.server.errors import ForbiddenError, StoppedError, UnknownModelError
-from gemloom.server.guard import Keys, check_host, check_origin, is_local, read_body
+from gemloom.server.guard import (
+    LOOPBACK_NAMES,
+    Keys,
+    check_host,
+    check_origin,
+    is_local,
+    read_body,
+    site_name,
+)
 from gemloom.server.ignored import Ignored
 from gemloom.server.jobs import Job, Preparer, start
 from gemloom.server.metrics import Metrics
@@ -58,7 +66,7 @@ class Settings:
     aliases: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()  # none: whoever reaches it may use it
     hosts: tuple[str, ...] = ()  # names it may be asked by without a key; none: any
-    cors: tuple[str, ...] = ()  # origins whose pages may use it; "*" for all
+    cors: tuple[str, ...] = ()  # origins whose pages may use it, by their names too; "*" for all
     max_body: int = 32 << 20  # bytes
     timeout: float | None = 600.0  # seconds of one request; None: no limit
     beat: float = 10.0  # seconds until a silent stream sends a comment
@@ -87,6 +95,8 @@ class Service:
             Preparer(model),
         )
         self.adapters = ServedAdapters(model, settings.adapters)
+        let_in = [name for origin in settings.cors if (name := site_name(origin))]
+        self._hosts = (*settings.hosts, *let_in) if settings.hosts else ()
         self.created = int(time.time())
         self.under_way = 0  # HTTP requests but those for /health
         self._large = CapacityLimiter(1)
@@ -126,7 +136,7 @@ class Service:
         """KeyRefusedError or ForbiddenError for who may not use this server."""
         self.keys.check(request)
         if not self.keys:
-            check_host(request, self.settings.hosts)
+            check_host(request, self._hosts)
             check_origin(request, self.settings.cors)
 
     def admit_state(self, request: Request) -> None:
@@ -147,8 +157,17 @@ class Service:
             )
 
     def _admit_trusted(self, what: str, request: Request) -> None:
-        if not self.keys and not is_local(request):
+        """ForbiddenError for what changes the server, but from this machine or with a key.
+
+        A page that reaches this machine by its own name (DNS rebinding), or that ``--cors *`` lets
+        in, comes from this machine's browser and is still not to be trusted.
+        """
+        if self.keys:
+            return
+        if not is_local(request):
             raise ForbiddenError(f"{what} needs an API key, or a client on the server's machine")
+        check_host(request, self.settings.hosts or LOOPBACK_NAMES)
+        check_origin(request, [origin for origin in self.settings.cors if origin != "*"])
 
     def deadline(self) -> float | None:
         """When a request that has come now must have been answered, by the loop's clock."""
