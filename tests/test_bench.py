@@ -3,16 +3,16 @@
 No time is held against anything.
 """
 
-import io
 import json
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 import gemloom
 from conftest import Load
 from gemloom import bench
+from gemloom.cli.benching import tables
+from gemloom.cli.terminal import render
 from gemloom.errors import OptionError
 
 
@@ -84,11 +84,11 @@ def test_prompts_are_cold_and_depths_are_filled(
     assert sum(rows[:-3]) >= 50 and rows[-3:] == [1, 1, 1]
 
 
-def test_it_is_shown(model: gemloom.Model) -> None:
+def test_it_is_shown(model: gemloom.Model, capsys: pytest.CaptureFixture[str]) -> None:
     report = measured(model)
-    out = Console(file=io.StringIO(), width=200)
-    out.print(bench.render(report))
-    text = out.file.getvalue()  # type: ignore[attr-defined]
+    for part in tables(report):
+        render(part)
+    text = capsys.readouterr().out
     for expected in ("prompt 40", "decode 3 at 50", f"{report.timings[0].speed:.2f}", "kv_sliding"):
         assert expected in text
 

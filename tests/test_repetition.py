@@ -76,7 +76,7 @@ def text(words: str) -> list[int]:
 LEGITIMATE = {
     "a thousand zeros": "[" + "0, " * 1_000 + "0]",
     "a matrix of zeros": ("[" + "0, " * 31 + "0],\n") * 32,
-    "a line sixty times": "I will not talk.\n" * 63,
+    "a line sixty times": "I will not talk.\n" * 60,
     "a ruler": "-" * 4_000,
     "a table": "".join(f"| {row} | yes | yes | no |\n" for row in range(900)),
     "code": "".join(f"case {n}:\n    return true;\n" for n in range(900)),

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import count
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +25,6 @@ from gemloom.errors import OptionError
 from gemloom.generation import Run
 from gemloom.ggml.backends import cpu_features, devices, ggml_version
 from gemloom.model import Model
-
-if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
 
 MAX_REPETITIONS = 1_000
 PHASES = (
@@ -265,68 +261,8 @@ def _kernels(model: Model) -> list[str]:
     return [name for name, used in there.items() if used]
 
 
-# --- showing ------------------------------------------------------------------
-
-
-def render(report: Report) -> Group:
-    """The report for a terminal."""
-    from rich.console import Group
-
-    machine = report.machine
-    head = (
-        f"{report.model}: {report.architecture}, context {report.context:,}, "
-        f"{report.kv_type} K/V, chunks of {report.chunk}\n"
-        f"{machine.processor}, {machine.threads} threads, {' + '.join(machine.backends)}, "
-        f"kernels {', '.join(machine.kernels)}, ggml {machine.ggml}"
-    )
-    if machine.fallbacks:
-        lacking = ", ".join(f"{op} ({n})" for op, n in machine.fallbacks.items())
-        head += f"\nnot on the device, so on the CPU: {lacking}"
-    parts = [
-        _speed_table(report.timings),
-        _phase_table(report.timings),
-        _memory_table(report.memory),
-    ]
-    return Group(head, *parts)
-
-
-def _table(title: str, *columns: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    return table
-
-
 def label(timing: Timing) -> str:
     """What was measured, in a few words."""
     if timing.kind == "prompt":
         return f"prompt {timing.tokens:,}"
     return f"decode {timing.tokens:,} at {timing.depth:,}"
-
-
-def _speed_table(timings: Sequence[Timing]) -> Table:
-    table = _table("Speed", "test", "tokens/s", "min", "max", "outside ggml")
-    for timing in timings:
-        speed = _spread(timing.speeds)
-        table.add_row(
-            label(timing),
-            *(f"{speed[key]:.2f}" for key in ("median", "min", "max")),
-            f"{timing.python_share:.1%}",
-        )
-    return table
-
-
-def _phase_table(timings: Sequence[Timing]) -> Table:
-    table = _table("Milliseconds, of a whole prompt or of one decoded token", "test", *PHASES)
-    for timing in timings:
-        table.add_row(label(timing), *(f"{timing.phases[name]:.2f}" for name in PHASES))
-    return table
-
-
-def _memory_table(memory: dict[str, int]) -> Table:
-    table = _table("Memory", "kind", "MiB")
-    for name, size in memory.items():
-        table.add_row(name, f"{size / 2**20:,.1f}")
-    return table

@@ -141,7 +141,7 @@ class SamplingParams:
         to 100; None tells none.
     max_tokens: the answer ends after so many, from 1; None is as many as the context holds.
     stop: a string, or up to 64 of up to 1,000 characters: the answer ends before the first.
-    repetition_limit: the answer ends where its last tokens are one piece, repeated 64 times or more
+    repetition_limit: the answer ends where its last tokens are one piece, repeated 32 times or more
         and over this many tokens, from 0, which is off. What a grammar shaped does not count, and
         it is off where ``logit_bias`` bars every token that ends an answer.
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from gemloom.errors import OptionError, RequestError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
     from rich.table import Table
 
     from gemloom.generation import Usage
 
 _SPINNER_AFTER = 1.0  # seconds
 _BETWEEN = 2  # blanks behind a column of a table
+_FOLDED = 12  # letters of a line that a name is folded to, at least
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -72,20 +72,24 @@ def note(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(Text(one_line(text), style="dim"))
 
 
-def render(item: "RenderableType", *, aside: bool = False) -> None:
-    """Write a rich table to stdout, or ``aside`` to stderr; no colours if that is no terminal.
+def render(item: "Table", *, aside: bool = False) -> None:
+    """Write a table to stdout, or ``aside`` to stderr; no colours if that is no terminal.
 
-    rich itself ends the process where the reader has gone, so the text is written here.
+    Nothing of it is cut: names are folded, numbers are not, and where there is no room for all
+    beside each other each cell gets a line. rich itself ends the process where the reader has
+    gone, so the text is written here.
     """
     from rich.console import Console
 
     target = sys.stderr if aside else sys.stdout
     console = Console(file=target, highlight=False, markup=False, emoji=False)
-    # Where the headers do not fit, lines are too long: rich would drop the columns on the right.
-    columns = getattr(item, "columns", ())
-    least = sum((column.min_width or 1) + _BETWEEN for column in columns)
+    for column in item.columns:
+        longest = max((_unbroken(str(cell)) for cell in column.cells), default=0)
+        least = longest if column.justify == "right" else min(longest, _FOLDED)
+        column.min_width = max(column.min_width or 1, least)
+    widths = [(column.min_width or 1) + _BETWEEN for column in item.columns]
     with console.capture() as text:
-        console.print(item, width=max(console.width, least), crop=False)
+        console.print(item if sum(widths) <= console.width else _upright(item))
     lines = text.get().splitlines(keepends=True)
     if not console.is_terminal:  # blanks to the width of the table are of no use to programs
         lines = [f"{line.rstrip()}\n" for line in lines]
@@ -93,12 +97,33 @@ def render(item: "RenderableType", *, aside: bool = False) -> None:
     target.flush()
 
 
+def _unbroken(cell: str) -> int:
+    """Letters that a number takes where its error is put on a line of its own."""
+    number, mark, error = cell.partition(" ± ")
+    return max(len(number), len(mark + error) - 1)
+
+
+def _upright(item: "Table") -> "Table":
+    """The same table with a cell on each line, behind its header."""
+    made = table("", "")
+    made.show_header = False
+    made.caption, made.caption_justify = item.caption, item.caption_justify
+    headers = [" ".join(str(column.header).split()) for column in item.columns]
+    for cells in zip(*(column.cells for column in item.columns), strict=True):
+        made.add_row("", "")
+        for header, cell in zip(headers, map(str, cells), strict=True):
+            if cell:
+                made.add_row(header, cell)
+    return made
+
+
 def table(*columns: str) -> "Table":
-    """An empty table; a column whose name begins with > is aligned to the right."""
+    """An empty table; a column whose name begins with > has numbers, aligned to the right."""
     from rich.table import Table
 
     padding = (0, _BETWEEN, 0, 0)
-    made = Table(box=None, pad_edge=False, padding=padding, header_style="bold")
+    # Not without its last padding: rich then takes the last column to be wider than it is.
+    made = Table(box=None, padding=padding, header_style="bold")
     for name in columns:
         right, name = name.startswith(">"), name.lstrip(">")
         longest = max(map(len, name.split()), default=0)  # a header is broken between words only

@@ -14,7 +14,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 
-TIMES = 64
+TIMES = 32
 LONGEST = 256  # tokens
 PATIENCE = 4
 EVERY = 16  # tokens
