@@ -20,7 +20,11 @@ help:
 	@echo "make quality         what every type costs the real Gemma 3 270M (5 GB of disk, an hour)"
 
 demo: $(VENV)/.demo
-	$(VENV)/bin/gemloom run --temperature 0 --max-tokens 48 "The capital of France is"
+	$(VENV)/bin/gemloom run "The eight planets of the Solar System are Mercury," -n 14 --temperature 0
+	@echo
+	@echo "To try next:"
+	@echo "  $(VENV)/bin/gemloom chat hf:ggml-org/gemma-4-E2B-it-GGUF   # a model that answers; it is fetched once"
+	@echo "  $(VENV)/bin/gemloom serve                                  # OpenAI's API, and a chat page at http://127.0.0.1:8080"
 
 test: $(VENV)/.dev $(VENV)/.demo
 	$(VENV)/bin/python -m pytest $(TWO) -m "not slow"

@@ -24,6 +24,7 @@ from machine import describe
 from rich.table import Table
 from sides import OURS, run
 
+from gemloom.cli.picturing import write_names
 from gemloom.errors import GemloomError, OptionError, RequestError
 from gemloom.limits import usable_cores
 
@@ -130,7 +131,7 @@ def plot(path: Path, lengths: list[Point], models: list[Point]) -> None:
     """The same as four small plots."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
     axes = figure.subplots(2, 2).ravel()
     tokens = [point["tokens"] for point in lengths]
     seconds = [point["prompt_seconds"] for point in lengths]
@@ -143,15 +144,14 @@ def plot(path: Path, lengths: list[Point], models: list[Point]) -> None:
     _line(axes[1], tokens, decode, "positions filled", "ms a token", "Decoding")
     memory = [point["memory_mib"] for point in lengths]
     _line(axes[2], tokens, memory, "context", "MiB beyond the file", "Memory")
-    for point in models:
-        x, y = point["read_mib"], point["decode_ms"]
-        axes[3].plot([x], [y], "o", color="C0")
-        axes[3].annotate(str(point["model"]), (x, y), xytext=(5, 5), textcoords="offset points")
+    at = [(str(point["model"]), point["read_mib"], point["decode_ms"]) for point in models]
+    axes[3].plot([x for _, x, _ in at], [y for _, _, y in at], "o", color="C0")
     axes[3].set(xlabel="MiB read a token", ylabel="ms a token", title="Models decoding")
     axes[3].set_xlim(0, 1.3 * max(point["read_mib"] for point in models))
     for axis in axes[1:]:
         axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-    figure.savefig(path, dpi=120)
+    write_names(axes[3], at, size=10)
+    figure.savefig(path, dpi="figure")
 
 
 def _line(

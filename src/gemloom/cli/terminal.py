@@ -109,8 +109,10 @@ def _upright(item: "Table") -> "Table":
     made.show_header = False
     made.caption, made.caption_justify = item.caption, item.caption_justify
     headers = [" ".join(str(column.header).split()) for column in item.columns]
-    for cells in zip(*(column.cells for column in item.columns), strict=True):
-        made.add_row("", "")
+    apart = any("\n" in str(column.header) for column in item.columns)  # from what is above
+    for number, cells in enumerate(zip(*(column.cells for column in item.columns), strict=True)):
+        if number or apart:
+            made.add_row("", "")
         for header, cell in zip(headers, map(str, cells), strict=True):
             if cell:
                 made.add_row(header, cell)
