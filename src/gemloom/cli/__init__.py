@@ -37,7 +37,7 @@ from gemloom.cli.sealing import seal, unseal
 from gemloom.cli.serving import serve
 from gemloom.cli.terminal import fail
 from gemloom.cli.working import worker
-from gemloom.errors import EngineError, GemloomError, LostError, OptionError
+from gemloom.errors import ContextError, EngineError, GemloomError, LostError, OptionError
 
 _FAILED, _WRONG_USAGE = 1, 2
 _INTERRUPTED, _NO_READER, _TERMINATED = 128 + 2, 128 + 13, 128 + 15
@@ -129,6 +129,8 @@ def _status(error: KeyboardInterrupt) -> int:
 def _explain(error: Exception) -> str:
     if isinstance(error, EngineError) and error.__cause__:
         error = cast(Exception, error.__cause__)  # there is no model to be loaded again by hand
+    if isinstance(error, ContextError):
+        return f"{error}: shorten the prompt, or give a larger --context"
     if isinstance(error, LostError):
         return f"{error}; once it is back, run the command again"
     if isinstance(error, GemloomError):
@@ -136,7 +138,7 @@ def _explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.EBADF and sys.__stdout__ is None:
         return "stdout is closed, and what was to be printed is lost"
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return f"{error.filename or 'stdout'}: {error.strerror or error}"
     return f"internal error: {type(error).__name__}: {error} (gemloom --debug shows where)"
 
 
@@ -176,7 +178,7 @@ def _top(
 
     \b
     Examples:
-      gemloom run "The capital of France is" -n 20
+      gemloom run "The eight planets of the Solar System are Mercury," -n 14
       gemloom chat gemma-it.gguf
       gemloom serve gemma-it.gguf
       gemloom inspect gemma.gguf

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemloom.errors import OptionError
 
@@ -62,14 +62,15 @@ def picture(points: Sequence[Point]) -> "Figure":
     sizes = [point.nbytes / 1e6 for point in points]
     kl = [(max(p.divergence.value, _LOSSLESS), p.divergence.error) for p in points]
     other = [(100 * (1 - p.same_top.value), 100 * p.same_top.error) for p in points]
+    left.set_ylim(min(y for y, _ in kl) / 2, 2 * max(y + 1.96 * error for y, error in kl))
+    highest = max((loss + 1.96 * error for loss, error in other), default=0)
+    right.set_ylim(0, max(1.08 * highest, 1))
     for axes, losses in ((left, kl), (right, other)):
         axes.set(xlabel="size, MB")
         axes.grid(alpha=0.3)
-        axes.margins(x=0.12, y=0.08)  # room for the labels
+        axes.margins(x=0.12)  # room for the labels
         marks = [(x, y, 1.96 * error) for x, (y, error) in zip(sizes, losses, strict=True)]
         _plot(axes, marks)
-    highest = max((loss + 1.96 * error for loss, error in other), default=0)
-    right.set_ylim(0, max(1.08 * highest, 1))
     for axes, losses in ((left, kl), (right, other)):
         at = [(x, y) for x, (y, _) in zip(sizes, losses, strict=True)]
         first = set(_frontier(at))
@@ -106,7 +107,7 @@ def write_names(axes: "Axes", points: Sequence[tuple[str, float, float]], size: 
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
-    canvas = FigureCanvasAgg(axes.figure)
+    canvas: Any = FigureCanvasAgg(axes.get_figure(root=True))
     canvas.draw()  # from now on it is known where everything is
     taken = []
     for _, x, y in points:

@@ -45,7 +45,7 @@ def run(
 
     \b
     Examples:
-      gemloom run "The capital of France is" -n 20
+      gemloom run "The eight planets of the Solar System are Mercury," -n 14
       gemloom run gemma.gguf "Once upon a time" --temperature 0
       gemloom run hf:owner/repo:Q4_K_M --json < prompt.txt
       gemloom run gemma.gguf "Once upon a time" --adapter style.gguf@0.5
