@@ -89,7 +89,12 @@ def test_it_is_shown(model: gemloom.Model, capsys: pytest.CaptureFixture[str]) -
     for part in tables(report):
         render(part)
     text = capsys.readouterr().out
-    for expected in ("prompt 40", "decode 3 at 50", f"{report.timings[0].speed:,.2f}", "kv_sliding"):
+    for expected in (
+        "prompt 40",
+        "decode 3 at 50",
+        f"{report.timings[0].speed:,.2f}",
+        "kv_sliding",
+    ):
         assert expected in text
 
 
