@@ -54,11 +54,11 @@ def test_ctrl_c_is_heard_between_two_tensors(model: Path, monkeypatch: pytest.Mo
 def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """The vocabulary takes its time."""
 
-    def read(metadata: gguf.Metadata) -> Tokenizer:
+    def read(metadata: gguf.Metadata, rows: int) -> Tokenizer:
         time.sleep(seconds)
-        return Tokenizer(metadata)
+        return Tokenizer(metadata, rows)
 
-    monkeypatch.setattr("gemloom.model.Tokenizer", read)
+    monkeypatch.setattr("gemloom.model.read_tokenizer", read)
 
 
 @pytest.mark.parametrize("seen", [True, False])

@@ -318,6 +318,9 @@ TEMPLATES: dict[str, tuple[dict[str, Any], str | None]] = {
         {"tokenizer_config.json": {"chat_template": [
             {"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]}}, "D",
     ),
+    "named, none of them the default": (
+        {"tokenizer_config.json": {"chat_template": [{"name": "tool_use", "template": "T"}]}}, None,
+    ),
     "base model": ({}, None),
 }  # fmt: skip
 
@@ -331,7 +334,10 @@ def test_chat_template(tmp_path: Path, case: str) -> None:
     folder = checkpoints.write(tmp_path / "in", checkpoints.tensors(variant), files | changed)
     file, made = converted(folder)
     assert file.metadata.get("tokenizer.chat_template") == wanted
-    assert len(made.notes) == (case == "named")
+    assert file.metadata.get("tokenizer.chat_template.tool_use") == (
+        "T" if case.startswith("named") else None
+    )
+    assert not made.notes
 
 
 @pytest.mark.slow

@@ -316,6 +316,11 @@ def tokenizer(edit: Callable[[dict[str, Any]], Any]) -> Edit:
     return change
 
 
+def template(found: Any) -> Edit:
+    config = {"tokenizer_config.json": {"chat_template": found}}
+    return tokenizer(lambda files: files.update({"chat_template.jinja": "", **config}))
+
+
 def of_model(**changes: Any) -> Edit:
     return tokenizer(lambda files: files["tokenizer.json"]["model"].update(changes))
 
@@ -338,6 +343,10 @@ def of_model(**changes: Any) -> Edit:
         ("e2b", of_model(vocab={"\ud800": 300}), "no Unicode text"),
         ("e2b", tokenizer(lambda f: f.update({"chat_template.jinja": "", "tokenizer_config.json":
          {"chat_template": "a\ud800"}})), "no Unicode text"),
+        ("e2b", template("{% training %}"), "no valid Jinja: line 1"),
+        ("e2b", template("{{ nowhere() }}"), "no chat can be made by its chat template"),
+        ("e2b", template([{"name": "a b", "template": "x"}]), "'a b' is no name of a chat"),
+        ("e2b", template([{"name": "a", "template": 3}]), "the chat template is no text"),
         ("gemma3", of_model(merges=[["▁", "t"]]), "do not follow from the order"),
         ("e2b", tokenizer(lambda f: f["tokenizer.json"].update(added_tokens=[3])), "added_tokens"),
         ("e2b", tokenizer(lambda f: f["tokenizer.json"].update(added_tokens=[{}])), "no text"),

@@ -15,7 +15,7 @@ FOREIGN_ONLY_IN = {  # a library that only one place may know
     "ggml": "ggml",
     "ctypes": ("ggml", "kernels.library"),
     "tokenizers": "text.tokenizer",
-    "jinja2": "text.chat",
+    "jinja2": "text.template",
     "huggingface_hub": "files.hub",
     "fsspec": "files.urls",
     "aiohttp": "files.urls",
@@ -64,7 +64,9 @@ PURE = [
     "text.conversation",
     "text.router",
     "text.stopping",
+    "text.template",
     "text.tokenizer",
+    "text.vocabulary",
     "waiting",
 ]
 ARROWS = {  # module or package: all it may import of this package

@@ -302,7 +302,7 @@ def test_threads_share_a_tokenizer() -> None:
 
 
 def _double(keys: dict[str, Any]) -> None:
-    keys["tokenizer.ggml.tokens"][-1] = "<bos>"
+    keys["tokenizer.ggml.tokens"][-17:] = ["<bos>"] * 17
 
 
 def _drop_byte(keys: dict[str, Any]) -> None:
@@ -318,6 +318,17 @@ def _drop(key: str) -> Callable[[dict[str, Any]], None]:
     return lambda keys: keys.pop("tokenizer." + key)
 
 
+def _nameless(role: str) -> Callable[[dict[str, Any]], None]:
+    """Neither a key nor a token's name tells the role."""
+
+    def damage(keys: dict[str, Any]) -> None:
+        tokens = keys["tokenizer.ggml.tokens"]
+        tokens[tokens.index(f"<{role}>")] = f"<another {role}>"
+        del keys[f"tokenizer.ggml.{role}_token_id"]
+
+    return damage
+
+
 def _shorten(key: str) -> Callable[[dict[str, Any]], None]:
     return lambda keys: keys["tokenizer." + key].pop()
 
@@ -325,19 +336,23 @@ def _shorten(key: str) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("arch", "damage", "message"),
     [
-        ("gemma4", _set("ggml.model", "gpt2"), "kind 'gpt2' is neither"),
-        ("gemma4", _drop("ggml.model"), "tokenizer.ggml.model is missing"),
+        ("gemma3", _set("ggml.model", "t5"), "kind 't5' is not supported"),
+        ("gemma4", _set("ggml.model", 3), "model must be a string"),
+        ("gemma4", _drop("ggml.tokens"), "tokenizer.ggml.tokens is missing"),
         ("gemma4", _drop("ggml.merges"), "tokenizer.ggml.merges is missing"),
         ("gemma4", _set("ggml.merges", ["he llo", "nothere x"]), "merges do not fit"),
         ("gemma4", _set("ggml.merges", ["hello"]), "merges do not fit"),
         ("gemma4", _shorten("ggml.token_type"), r"\d+ tokens, but \d+ types"),
         ("gemma3", _shorten("ggml.scores"), r"\d+ tokens, but \d+ scores"),
         ("gemma3", _drop("ggml.scores"), "scores is missing"),
-        ("gemma4", _drop("ggml.bos_token_id"), "bos_token_id is missing"),
+        ("gemma4", _nameless("bos"), "bos_token_id is missing"),
+        ("gemma4", _nameless("eos"), "eos_token_id is missing"),
+        ("gemma4", _set("ggml.eos_token_id", -2), "eos_token_id is -2, but there are"),
+        ("gemma4", _set("ggml.eos_token_id", 1.5), "eos_token_id must be integers"),
+        ("gemma4", _set("ggml.eos_token_id", "one"), "eos_token_id must be integers"),
         ("gemma4", _set("ggml.bos_token_id", 10**6), "bos_token_id is 1,000,000, but there are"),
-        ("gemma4", _set("ggml.eos_token_id", -1), "eos_token_id must be a non-negative integer"),
-        ("gemma4", _set("ggml.suppress_tokens", [5, 10**6]), "suppress_tokens holds 1000000"),
-        ("gemma4", _double, "the token '<bos>' is there twice"),
+        ("gemma4", _set("ggml.suppress_tokens", [5, 10**6]), "suppress_tokens is 1,000,000, but"),
+        ("gemma4", _double, "the token '<bos>' is there twice, and 16 more"),
         ("gemma4", _drop_byte, "byte token <0x7F> is missing"),
         ("gemma3", _drop_byte, "byte token <0x7F> is missing"),
         ("gemma3", _set("ggml.add_space_prefix", True), "add_space_prefix is true"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import NoReturn
 
 import numpy as np
 
@@ -17,6 +18,17 @@ from gemloom.errors import ConfigError, TensorError
 from gemloom.files.gguf import GGUF, Metadata, StringArray
 
 MOST_LAYERS = 512  # of a model, the files of which are not to be trusted
+MOST = 2**24  # of any size
+LARGEST = 1e12  # of any number
+MOST_APART = 1 / 20  # of the tokens: how far rows of embeddings and tokens may differ
+# Of rope.freq_base where a file gives none: those of all released models.
+FULL_BASE, SLIDING_BASE = 1e6, 1e4
+EPS = float(np.float32(1e-6))  # as a file would have it
+_OTHER_NAMES = {  # by which Ollama, or older converters, know a key
+    "rope.freq_base": ("rope.global.freq_base",),
+    "rope.freq_base_swa": ("rope.local.freq_base",),
+    "rope.scaling.factor": ("rope.scale_linear",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,69 +117,97 @@ class _Keys:
 
     def __init__(self, metadata: Metadata, architecture: str) -> None:
         self.metadata, self.prefix = metadata, architecture
-        self.n_layer = self.count("block_count", MOST_LAYERS)
+        self.n_layer = self.count("block_count", limit=MOST_LAYERS)
+
+    def full(self, key: str) -> str:
+        """The key as the file has it: with its prefix, and under its other name if it has that."""
+        names = [f"{self.prefix}.{name}" for name in (key, *_OTHER_NAMES.get(key, ()))]
+        return next((name for name in names if name in self.metadata), names[0])
 
     def has(self, key: str) -> bool:
-        return f"{self.prefix}.{key}" in self.metadata
+        return self.full(key) in self.metadata
 
     def integer(self, key: str, default: int | None = None) -> int:
-        return self.metadata.integer(f"{self.prefix}.{key}", default)
+        """A size that may be 0."""
+        value = self.metadata.integer(self.full(key), default)
+        if value > MOST:
+            self.refuse(key, f"{value:,} is over {MOST:,}")
+        return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        return self.metadata.number(f"{self.prefix}.{key}", default)
-
-    def count(self, key: str, limit: int = 2**24) -> int:
+    def count(self, key: str, default: int | None = None, limit: int = MOST) -> int:
         """A size: from 1 to ``limit``."""
-        value = self.integer(key)
+        value = self.metadata.integer(self.full(key), default)
         if not 1 <= value <= limit:
             self.refuse(key, f"{value:,} is not between 1 and {limit:,}")
         return value
 
-    def positive(self, key: str, default: float | None = None) -> float:
-        value = self.number(key, default)
+    def positive(self, key: str, default: float | None = None, limit: float = LARGEST) -> float:
+        """A number above 0, and at most ``limit``."""
+        value = self.metadata.number(self.full(key), default)
         if value <= 0:
             self.refuse(key, f"{value} is not positive")
+        if value > limit:
+            self.refuse(key, f"{value} is over {limit:g}")
         return value
 
-    def per_layer(self, key: str) -> list[int]:
+    def per_layer(self, key: str, default: Sequence[int] = ()) -> list[int]:
         """One size a layer, from one number for all or an array."""
-        value = self.metadata.get(f"{self.prefix}.{key}")
-        if not isinstance(value, np.ndarray):
+        if default and not self.has(key):
+            return list(default)
+        value = self.metadata.get(self.full(key))
+        if not isinstance(value, np.ndarray) or value.size == 1:
             return [self.count(key)] * self.n_layer
-        if value.shape != (self.n_layer,) or value.dtype.kind not in "iu" or value.min() < 1:
+        values = self.metadata.integers(self.full(key))
+        if len(values) != self.n_layer or not all(1 <= value <= MOST for value in values):
             self.refuse(key, f"needs {self.n_layer} positive integers, one a layer")
-        return [int(n) for n in value]
+        return values
 
-    def pattern(self, key: str) -> list[bool]:
-        """Which layers slide, from an array of booleans, one a layer."""
-        value = self.metadata.array(f"{self.prefix}.{key}")
-        if value.shape != (self.n_layer,) or value.dtype != np.bool_:
+    def pattern(self, key: str, default: int | None = None) -> list[bool]:
+        """Which layers slide: an array of booleans, one a layer, or of 1 and 0.
+
+        A boolean is for all layers. One number n means that every nth layer is full; 0 means
+        that none is.
+        """
+        value = self.metadata.get(self.full(key), default)
+        if isinstance(value, bool):
+            return [value] * self.n_layer
+        if not isinstance(value, np.ndarray) or value.size == 1:
+            period = self.integer(key, default)
+            return [not period or i % period < period - 1 for i in range(self.n_layer)]
+        flags = self.metadata.integers(self.full(key))
+        if len(flags) != self.n_layer or not set(flags) <= {0, 1}:
             self.refuse(key, f"needs {self.n_layer} booleans, one a layer")
-        return [bool(flag) for flag in value]
+        return [bool(flag) for flag in flags]
 
-    def refuse(self, key: str, why: str) -> None:
-        raise ConfigError(f"{self.metadata.name}: {self.prefix}.{key}: {why}")
+    def refuse(self, key: str, why: str) -> NoReturn:
+        raise ConfigError(f"{self.metadata.name}: {self.full(key)}: {why}")
 
-    def same(self, key: str, other: str) -> int:
-        """A size that two keys must agree on."""
-        first, second = self.count(key), self.count(other)
+    def head_dim(self, kind: str = "", default: int | None = None) -> int:
+        """The size of a head, of K and V alike: two keys, which must agree if both are there."""
+        key, other = f"attention.key_length{kind}", f"attention.value_length{kind}"
+        first = self.count(key, self.count(other, default) if self.has(other) else default)
+        second = self.count(other, first)
         if first != second:
-            self.refuse(other, f"{second} differs from {self.prefix}.{key}, {first}")
+            self.refuse(other, f"{second} differs from {self.full(key)}, {first}")
         return first
 
 
 def _gemma4(file: GGUF, keys: _Keys) -> Config:
     sliding = keys.pattern("attention.sliding_window_pattern")
     owners = _kv_owners(keys, sliding)
-    n_head, n_kv = keys.count("attention.head_count"), keys.per_layer("attention.head_count_kv")
+    n_head = keys.per_layer("attention.head_count")
+    n_kv = keys.per_layer("attention.head_count_kv", n_head)
     n_ff = keys.per_layer("feed_forward_length")
-    full_dim = keys.same("attention.key_length", "attention.value_length")
-    swa_dim = keys.same("attention.key_length_swa", "attention.value_length_swa")
+    full_dim, swa_dim = keys.head_dim(default=_usual_dim(keys, n_head)), keys.head_dim("_swa")
     full_rope = Rope(
-        keys.count("rope.dimension_count"), keys.positive("rope.freq_base"), factors=True
+        keys.count("rope.dimension_count", full_dim),
+        keys.positive("rope.freq_base", FULL_BASE),
+        scale=_linear_scale(keys),
+        factors=True,
     )
     swa_rope = Rope(
-        keys.count("rope.dimension_count_swa"), keys.positive("rope.freq_base_swa", 10_000.0)
+        keys.count("rope.dimension_count_swa", swa_dim),
+        keys.positive("rope.freq_base_swa", SLIDING_BASE),
     )
     k_is_v = _k_is_v(file, sliding, owners)
     experts = _experts(keys)
@@ -176,7 +216,7 @@ def _gemma4(file: GGUF, keys: _Keys) -> Config:
             index=i,
             sliding=sliding[i],
             head_dim=swa_dim if sliding[i] else full_dim,
-            n_head=n_head,
+            n_head=n_head[i],
             n_kv=n_kv[i],
             n_ff=n_ff[i],
             rope=swa_rope if sliding[i] else full_rope,
@@ -187,24 +227,32 @@ def _gemma4(file: GGUF, keys: _Keys) -> Config:
         for i in range(keys.n_layer)
     )
     # The scale is folded into the weights of attn_q_norm and attn_k_norm.
-    return _config(file, keys, layers, 1.0, keys.integer("embedding_length_per_layer_input"))
+    return _config(
+        file, keys, layers,
+        window=keys.count("attention.sliding_window"),
+        attn_scale=1.0,
+        softcap=_softcap(keys, 30.0),
+    )  # fmt: skip
 
 
 def _gemma3(file: GGUF, keys: _Keys) -> Config:
+    # A file without a window has no sliding layer; with one, every sixth is full by architecture.
+    window = keys.integer("attention.sliding_window", 0)
     pattern = "attention.sliding_window_pattern"
-    # Every sixth layer is full by architecture; the files of this family carry no pattern.
-    sliding = keys.pattern(pattern) if keys.has(pattern) else _every_sixth_full(keys.n_layer)
-    n_head, n_kv = keys.count("attention.head_count"), keys.per_layer("attention.head_count_kv")
+    sliding = keys.pattern(pattern, 6) if window else [False] * keys.n_layer
+    n_head = keys.per_layer("attention.head_count")
+    n_kv = keys.per_layer("attention.head_count_kv", n_head)
     n_ff = keys.per_layer("feed_forward_length")
-    head_dim = keys.same("attention.key_length", "attention.value_length")
-    full_rope = Rope(head_dim, keys.positive("rope.freq_base"), scale=_linear_scale(keys))
-    swa_rope = Rope(head_dim, keys.positive("rope.freq_base_swa", 10_000.0))
+    head_dim = keys.head_dim(default=_usual_dim(keys, n_head))
+    n_dims = keys.count("rope.dimension_count", head_dim)
+    full_rope = Rope(n_dims, keys.positive("rope.freq_base", FULL_BASE), scale=_linear_scale(keys))
+    swa_rope = Rope(n_dims, keys.positive("rope.freq_base_swa", SLIDING_BASE))
     layers = tuple(
         LayerSpec(
             index=i,
             sliding=sliding[i],
             head_dim=head_dim,
-            n_head=n_head,
+            n_head=n_head[i],
             n_kv=n_kv[i],
             n_ff=n_ff[i],
             rope=swa_rope if sliding[i] else full_rope,
@@ -213,44 +261,75 @@ def _gemma3(file: GGUF, keys: _Keys) -> Config:
         for i in range(keys.n_layer)
     )
     # The 27B, the one with 62 layers, scales by width per head; no key says so.
-    scaled = keys.count("embedding_length") / n_head if keys.n_layer == 62 else head_dim
-    return _config(file, keys, layers, scaled**-0.5, 0)
+    scaled = keys.count("embedding_length") / n_head[0] if keys.n_layer == 62 else head_dim
+    return _config(
+        file, keys, layers,
+        window=max(window, 1),
+        attn_scale=scaled**-0.5,
+        softcap=_softcap(keys, 0.0),
+    )  # fmt: skip
 
 
 _BUILDERS: dict[str, Callable[[GGUF, _Keys], Config]] = {"gemma3": _gemma3, "gemma4": _gemma4}
 
 
 def _config(
-    file: GGUF, keys: _Keys, layers: tuple[LayerSpec, ...], attn_scale: float, n_per_layer: int
+    file: GGUF,
+    keys: _Keys,
+    layers: tuple[LayerSpec, ...],
+    *,
+    window: int,
+    attn_scale: float,
+    softcap: float | None,
 ) -> Config:
     """What is read in the same way for both architectures."""
     n_embd = keys.count("embedding_length")
-    softcap = "final_logit_softcapping"
+    per_layer = "embedding_length_per_layer_input"
     return Config(
         architecture=keys.prefix,
         n_embd=n_embd,
-        n_vocab=_n_vocab(file.metadata),
+        n_vocab=_n_vocab(file, keys),
         n_context=keys.count("context_length"),
-        window=keys.count("attention.sliding_window"),
-        eps=keys.positive("attention.layer_norm_rms_epsilon"),
+        window=window,
+        eps=keys.positive("attention.layer_norm_rms_epsilon", EPS, limit=1.0),
         embed_scale=sqrt(n_embd),
         attn_scale=attn_scale,
-        softcap=keys.positive(softcap) if keys.has(softcap) else None,
-        n_per_layer=n_per_layer,
+        softcap=softcap,
+        n_per_layer=keys.integer(per_layer) if keys.prefix == "gemma4" else 0,
         layers=layers,
     )
 
 
-def _every_sixth_full(n_layer: int) -> list[bool]:
-    return [i % 6 != 5 for i in range(n_layer)]
+def _usual_dim(keys: _Keys, n_head: Sequence[int]) -> int:
+    """The size of a head in a file that gives none."""
+    return keys.count("embedding_length") // n_head[0]
+
+
+def _softcap(keys: _Keys, default: float) -> float | None:
+    """The bound of the logits; 0 in a file means that there is none."""
+    key = "final_logit_softcapping"
+    value = keys.metadata.number(keys.full(key), default)
+    return keys.positive(key, default) if value else None
 
 
 def _linear_scale(keys: _Keys) -> float:
-    """1/factor of linear position scaling, which Gemma 3 has on full layers from 4B up."""
-    kind = keys.metadata.string(f"{keys.prefix}.rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
-        keys.refuse("rope.scaling.type", f"{kind!r} is not supported; none and linear are")
-    return 1.0 / keys.positive("rope.scaling.factor", 1.0) if kind == "linear" else 1.0
+    """1/factor of linear position scaling, which Gemma 3 has on full layers from 4B up.
+
+    A factor without a type is linear.
+    """
+    factor = "rope.scaling.factor"
+    if keys.prefix == "gemma3" and _says_nothing_of_rope(keys):
+        return 1 / 8 if keys.count("context_length") >= 131_072 else 1.0
+    key = "rope.scaling.type"
+    kind = keys.metadata.string(keys.full(key), "linear" if keys.has(factor) else "none")
+    if kind not in ("", "none", "default", "linear"):
+        keys.refuse(key, f"{kind!r} is not supported; none and linear are")
+    return 1.0 / keys.positive(factor, 1.0) if kind == "linear" else 1.0
+
+
+def _says_nothing_of_rope(keys: _Keys) -> bool:
+    """Whether a file leaves it all to the reader, as Ollama's of Gemma 3 4B, 12B and 27B do."""
+    return not any(key.startswith(f"{keys.prefix}.rope.") for key in keys.metadata)
 
 
 def _kv_owners(keys: _Keys, sliding: Sequence[bool]) -> list[int]:
@@ -290,12 +369,21 @@ def _experts(keys: _Keys) -> Experts | None:
     return Experts(count, used, keys.count("expert_feed_forward_length"))
 
 
-def _n_vocab(metadata: Metadata) -> int:
-    tokens = metadata.strings("tokenizer.ggml.tokens")
-    assert isinstance(tokens, StringArray)
-    if not len(tokens):
-        raise ConfigError(f"{metadata.name}: tokenizer.ggml.tokens is empty")
-    return len(tokens)
+def _n_vocab(file: GGUF, keys: _Keys) -> int:
+    """Rows of the embedding table: a vocabulary may have a few more tokens, or fewer, or none."""
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    count = len(tokens) if isinstance(tokens, StringArray) else 0
+    table = file.tensors.get("token_embd.weight")
+    if table is not None and len(table.shape) > 1:
+        rows = table.shape[1]
+        if count and abs(rows - count) > count * MOST_APART:
+            raise TensorError(
+                f"{file.name}: the tensor token_embd.weight has {rows:,} rows for {count:,} tokens"
+            )
+        return rows
+    if not count and not keys.has("vocab_size"):
+        raise ConfigError(f"{file.name}: tokenizer.ggml.tokens is empty or missing")
+    return count or keys.count("vocab_size")
 
 
 def _check(name: str, config: Config) -> None:

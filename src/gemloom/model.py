@@ -46,9 +46,9 @@ from gemloom.sequence import Sequence as Request
 from gemloom.slots import Slot
 from gemloom.text import conversation
 from gemloom.text.chat import Message, encode_chat, with_stop
+from gemloom.text.no_vocabulary import read_tokenizer
 from gemloom.text.prompts import integers, prompt_ids
 from gemloom.text.router import Plain, Router
-from gemloom.text.tokenizer import Tokenizer
 from gemloom.weights import Weights
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Model:
             n_layer = self.config.n_layer
             raise OptionError(f"slots {options.slots} are too many for {n_layer} layers")
         with speaking(options.devices), ThreadPoolExecutor(1) as aside, ExitStack() as stack:
-            tokenizer = aside.submit(Tokenizer, file.metadata)  # packing takes as long
+            tokenizer = aside.submit(read_tokenizer, file.metadata, self.config.n_vocab)
             own = fastest() if options.kernels == "auto" else None
             kind = architecture or ARCHITECTURES[self.config.architecture]
             layout = kind.layout(self.config, file.tensors)
@@ -141,8 +141,7 @@ class Model:
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
         """Text of ``ids``; ``special`` shows control tokens.
 
-        What is one the file's token types say. In files of Gemma 3 ``<start_of_image>`` is of the
-        same type as its HTML tags, user-defined, which is text here as it is in llama.cpp.
+        Gemma 3's ``<start_of_image>`` is none: files have it as text, and so has llama.cpp.
         """
         return self.tokenizer.decode(integers("ids", ids), special)
 

@@ -97,7 +97,7 @@ class Sequence:
     GemloomError if it failed or None if it was cancelled; it must neither block nor raise.
     ``held`` are its adapters, which whoever ends it releases. ``limit`` bounds the tokens it may
     generate, besides what its params say. ``boundaries`` are positions of the prompt at which
-    another one may part from it.
+    another one may part from it. RequestError for stop strings where there is no vocabulary.
 
     ``times`` are the seconds so far spent on picking tokens (sample) and on their text (text);
     ``started``, ``first`` and ``last`` when a slot was found, and when the first and the latest
@@ -115,6 +115,8 @@ class Sequence:
         constraint: Constraint | None = None,
         held: Held | None = None,
     ) -> None:
+        if params.stop:
+            tokenizer.needs_text("a stop string")
         self.tokens, self.n_prompt = list(prompt), len(prompt)
         self.params, self.sink, self.constraint = params, sink, constraint
         self.adapters = held.active if held else ()

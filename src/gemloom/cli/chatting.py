@@ -83,6 +83,7 @@ def chat(
     name, message = _model_and_message(first, second)
     utf8("--system", system or "")
     with open_model(name, load) as opened:
+        opened.tokenizer.needs_text("a chat")
         params["adapters"] = load_adapters(opened, adapters.adapter or [])
         conversation = Conversation(opened, params, system)
         if opened.tokenizer.chat_template is None:

@@ -105,7 +105,10 @@ def _print(facts: "Facts", as_json: bool, tables: "Callable[[Facts], Iterable[Ta
 
 
 def _print_template(model: str, as_json: bool) -> None:
-    text = open_file(model).metadata.string("tokenizer.chat_template")
+    from gemloom.text.template import named, usual
+
+    metadata = open_file(model).metadata
+    text = usual(named(metadata)) or metadata.string("tokenizer.chat_template")
     if as_json:
         print_json({"chat_template": text})
     else:

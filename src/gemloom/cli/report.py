@@ -12,11 +12,13 @@ import numpy as np
 from gemloom.cache import cell_bytes, slot_cells
 from gemloom.cli.terminal import one_line, size, table
 from gemloom.config import Config, from_gguf
+from gemloom.errors import WeightsError
 from gemloom.files.gguf import GGUF, Metadata, StringArray, TensorInfo
 from gemloom.fitting import estimate
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
 from gemloom.quantization.parts import PARTS, part
+from gemloom.text import template, vocabulary
 from gemloom.weights import planned_bytes
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ def describe(file: GGUF, options: Options, list_tensors: bool = False) -> Facts:
         "license": _text(metadata, "general.license.name") or _text(metadata, "general.license"),
         "config": asdict(config),
         "tokenizer": _tokenizer(metadata, config.n_vocab),
-        "chat_template": "tokenizer.chat_template" in metadata,
+        "chat_template": bool(template.named(metadata)),
+        "notes": _notes(metadata, config.n_vocab),
         "tensors": _tensors(file),
         "memory": plan(file, config, options),
     }
@@ -86,6 +89,20 @@ def plan(file: GGUF, config: Config, options: Options) -> Facts:
         "program": _PROGRAM,
         "total": _PROGRAM + taken.tokenizer + taken.copied + taken.compute + full + sliding,
     }
+
+
+def _notes(metadata: Metadata, rows: int) -> list[str]:
+    """What is wrong with the vocabulary or a template, or contradicts itself there."""
+    if vocabulary.is_absent(metadata):
+        return [f"{metadata.name} has no vocabulary: it takes and gives token ids only"]
+    try:
+        templates = template.named(metadata).values()
+        for source in templates:
+            template.check(source, metadata.name)
+        found = vocabulary.read(metadata, " ".join(templates))
+        return list(found.fitted(metadata.name, rows).notes)
+    except WeightsError as error:
+        return [str(error)]
 
 
 def _text(metadata: Metadata, key: str) -> str | None:
@@ -182,6 +199,8 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
     for name, token in tokenizer["special"].items():
         yield f"  {name}", f"{token['id']:,} {token['text'] or ''}"
     yield "chat template", "yes" if facts["chat_template"] else "no (a base model)"
+    for note in facts["notes"]:
+        yield "note", note
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -21,17 +21,13 @@ from gemloom.convert.checkpoint import Checkpoint, Json
 from gemloom.errors import TokenizerError
 from gemloom.files.gguf import StringArray, Value
 from gemloom.text import merges as ranks
-from gemloom.text.tokenizer import SPACE
+from gemloom.text.vocabulary import SPACE, VISIBLE
 
 _KEY = "tokenizer.ggml."
 Merges = list[tuple[str, str]]
 _UNRANKED = -1000.0  # the score of a token that no merge makes
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-# Special to transformers, but readers of an answer look for them in its text.
-_GEMMA4_VISIBLE = frozenset(
-    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>",
-     "<tool_response|>", '<|"|>')
-)  # fmt: skip
+_TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "mask": "mask"}
 _USUAL = {"bos": "<bos>", "eos": "<eos>", "unk": "<unk>", "pad": "<pad>"}
 
@@ -81,10 +77,10 @@ def read(
             "the model that this one was made from"
         )
     texts, types = vocabulary.columns()
-    template, notes = _template(checkpoint, config)
+    templates, notes = _template(checkpoint, config), []
     try:
         keys = _common_keys(texts, types) | _kind_keys(vocabulary.name, kind, texts, types, merges)
-        template.get("tokenizer.chat_template", "").encode()
+        "".join(templates.values()).encode()
     except UnicodeEncodeError as error:  # half of a pair of \u escapes
         text = error.object[max(0, error.start - 9) : error.start + 9]
         raise TokenizerError(f"{checkpoint.folder}: {text!r} is no Unicode text") from None
@@ -98,7 +94,7 @@ def read(
     ]
     if vocabulary.beyond:
         notes.append(f"added tokens without an embedding left out: {vocabulary.beyond}")
-    return keys | template, ends, notes
+    return keys | templates, ends, notes
 
 
 # -- the vocabulary --------------------------------------------------------------------------
@@ -138,7 +134,7 @@ def _put_added(vocabulary: _Vocabulary, added: Any, config: Json, kind: str) -> 
         if not isinstance(text, str):
             raise TokenizerError(f"{vocabulary.name}: an added token has no text")
         if kind == "gemma4":
-            control = (entry.get("special") or text in named) and text not in _GEMMA4_VISIBLE
+            control = (entry.get("special") or text in named) and text not in VISIBLE
         else:
             control = entry.get("special") or text in named or text.startswith("<unused")
             # Runs of spaces are looked for before the spaces of a text become U+2581.
@@ -310,22 +306,26 @@ def _ids(name: str, config: Json, key: str, size: int) -> list[int]:
 # -- the chat template -----------------------------------------------------------------------
 
 
-def _template(checkpoint: Checkpoint, config: Json) -> tuple[dict[str, str], list[str]]:
-    """The template from the first place that has one; a base model has none."""
-    notes: list[str] = []
+def _template(checkpoint: Checkpoint, config: Json) -> dict[str, str]:
+    """The keys of the templates from the first place that has some; a base model has none."""
     for found in _templates(checkpoint, config):
+        named = found
         if isinstance(found, list):  # of {"name": ..., "template": ...}
             named = {e.get("name"): e.get("template") for e in found if isinstance(e, dict)}
-            if others := sorted(str(name) for name in named if name != "default"):
-                notes.append(
-                    f"chat templates left out but for the default one: {', '.join(others)}"
-                )
-            found = named.get("default")
-        if found is not None and not isinstance(found, str):
+        elif not isinstance(found, dict):
+            named = {"default": found}
+        keys = {_template_key(checkpoint, name): text for name, text in named.items() if text}
+        if not all(isinstance(text, str) for text in keys.values()):
             raise TokenizerError(f"{checkpoint.folder}: the chat template is no text")
-        if found:
-            return {"tokenizer.chat_template": found}, notes
-    return {}, notes
+        if keys:
+            return keys
+    return {}
+
+
+def _template_key(checkpoint: Checkpoint, name: Any) -> str:
+    if not isinstance(name, str) or not _TEMPLATE_NAME.fullmatch(name):
+        raise TokenizerError(f"{checkpoint.folder}: {name!r} is no name of a chat template")
+    return "tokenizer.chat_template" + ("" if name == "default" else f".{name}")
 
 
 def _templates(checkpoint: Checkpoint, config: Json) -> Iterator[Any]:

@@ -145,54 +145,81 @@ class Metadata(dict[str, Value]):
         self.name, self.encoded = name, dict(encoded or {})
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A non-negative integer. ConfigError if absent with no default, or not one."""
-        value = self._scalar(key, default)
+        """A non-negative integer. ConfigError if absent with no default, or not one.
+
+        Makers of files disagree on types: a float of a whole number is an integer too, and so
+        is an array whose elements are all equal. ``number`` and ``boolean`` are as lenient.
+        """
+        value = _single(self._found(key, default))
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ConfigError(
                 f"{self.name}: {key} must be a non-negative integer, is {_shown(value)}"
             )
-        return int(value)
+        return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number. ConfigError if absent with no default, or not one."""
-        value = self._scalar(key, default)
+        value = _single(self._found(key, default))
         if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
             raise ConfigError(f"{self.name}: {key} must be a finite number, is {_shown(value)}")
         return float(value)
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
-        """True or false. ConfigError if absent with no default, or neither."""
-        value = self._scalar(key, default)
-        if not isinstance(value, bool):
+        """True or false, or 1 or 0. ConfigError if absent with no default, or neither."""
+        value = _single(self._found(key, default))
+        if isinstance(value, str | np.ndarray | StringArray) or value not in (0, 1):
             raise ConfigError(f"{self.name}: {key} must be true or false, is {_shown(value)}")
-        return value
+        return bool(value)
 
     def string(self, key: str, default: str | None = None) -> str:
         """A string. ConfigError if absent with no default, or not one."""
-        value = self._scalar(key, default)
+        value = self._found(key, default)
         if not isinstance(value, str):
             raise ConfigError(f"{self.name}: {key} must be a string, is {_shown(value)}")
         return value
 
     def strings(self, key: str) -> StringArray:
         """An array of strings. ConfigError if absent or not one."""
-        value = self._scalar(key, None)
+        value = self._found(key, None)
         if not isinstance(value, StringArray):
             raise ConfigError(f"{self.name}: {key} must be an array of strings, is {_shown(value)}")
         return value
 
     def array(self, key: str) -> np.ndarray[Any, Any]:
         """An array of numbers or booleans. ConfigError if absent or not one."""
-        value = self._scalar(key, None)
+        value = self._found(key, None)
         if not isinstance(value, np.ndarray):
             raise ConfigError(f"{self.name}: {key} must be an array of numbers, is {_shown(value)}")
         return value
 
-    def _scalar(self, key: str, default: Value | None) -> Value:
+    def integers(self, key: str) -> list[int]:
+        """An array of integers, negative ones too; a single number is an array of one.
+
+        ConfigError if absent, or where an element is no integer.
+        """
+        value = self._found(key, None)
+        if isinstance(value, str | StringArray):
+            raise ConfigError(f"{self.name}: {key} must be integers, is {_shown(value)}")
+        array = np.atleast_1d(np.asarray(value))
+        if array.dtype.kind == "f" and not (np.isfinite(array) & (array == np.trunc(array))).all():
+            raise ConfigError(f"{self.name}: {key} must be integers, but not all elements are")
+        return [int(element) for element in array.tolist()]
+
+    def _found(self, key: str, default: Value | None) -> Value:
         value = self.get(key, default)
         if value is None:
             raise ConfigError(f"{self.name}: the key {key} is missing")
         return value
+
+
+def _single(value: Value) -> Value:
+    """The value that all elements of an array have; anything else as it is."""
+    if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+        element: Value = value[0].item()
+        return element
+    return value
 
 
 def _shown(value: Value) -> str:

@@ -81,12 +81,14 @@ class Service:
     """One model and its settings, as the routes use them.
 
     With ``load``, which gives the model anew, it is loaded again when a device of it was lost and
-    is back. ``close()`` closes the model that is there then.
+    is back. ``close()`` closes the model that is there then. RequestError for a model without a
+    vocabulary.
     """
 
     def __init__(
         self, model: Model, settings: Settings, load: Callable[[], Model] | None = None
     ) -> None:
+        model.tokenizer.needs_text("a server")
         model.grammars.warm()  # before there are streams that would stand still meanwhile
         self.model, self.settings = model, settings
         self.keys, self.metrics, self.prepare = (

@@ -11,17 +11,12 @@ model's text to answers (``router.py``).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from gemloom.errors import ContextError, OptionError, RequestError, TokenizerError, quoted
+from gemloom.errors import ContextError, OptionError, RequestError, quoted
 from gemloom.text.prompts import within
+from gemloom.text.template import GIVEN, compiled_template, inputs, one_line
 from gemloom.text.tokenizer import Tokenizer
 
 # For a model without a template, a base model: lines that it goes on with.
@@ -35,7 +30,6 @@ PLAIN_TEMPLATE = """\
 PLAIN_STOP = "\nUser:"  # where it would go on with what the user says
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _ENDLESS = 1 << 62  # tokens
-_OURS = ("messages", "bos_token", "eos_token", "raise_exception", "strftime_now")
 _GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters: no text needs them
 # Templates cut earlier thoughts out of an answer by these two, so they must find them whole.
 _THOUGHT = ("<|channel>", "<channel|>")
@@ -91,7 +85,9 @@ def encode_chat(
     ContextError for a conversation that ``context`` tokens cannot hold: one with more characters
     than so many tokens have is not rendered.
     """
-    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    tokenizer.needs_text("a chat")
+    own = tokenizer.tool_template if variables.get("tools") else tokenizer.chat_template
+    template = own or PLAIN_TEMPLATE
     if variables.get("tools") and not _takes_tools(tokenizer):
         raise RequestError("this model knows no tools: they need Gemma 4")
     check(messages)
@@ -136,7 +132,7 @@ def _gather(value: Any, found: list[str]) -> None:
 
 def _takes_tools(tokenizer: Tokenizer) -> bool:
     """Whether tools mean something to a model: else a template drops them without a word."""
-    template = tokenizer.chat_template
+    template = tokenizer.tool_template
     return template is not None and (
         "tools" in template or tokenizer.id_of("<|tool_call>") is not None
     )
@@ -237,22 +233,19 @@ def _unguard_thought(content: Any, guard: str) -> Any:
 def _run(
     template: str, messages: Sequence[Message], bos: str, eos: str, variables: dict[str, Any]
 ) -> str:
-    if taken := sorted(variables.keys() & set(_OURS)):
+    if taken := sorted(variables.keys() & set(GIVEN)):
         raise OptionError(f"the template variable {taken[0]} cannot be set")
-    compiled = _compile(template)
+    compiled = compiled_template(template)
     knows_no_tool_role = "tool_responses" in template and "tool_call_id" not in template
     if "developer" not in template:
         messages = [_renamed(m) if m["role"] == "developer" else m for m in messages]
-    context = {"tools": None, "documents": None, **variables}
     try:
         if knows_no_tool_role:
             messages = _fold_results(messages)
-        return compiled.render(
-            context, messages=[_readable(m) for m in messages], bos_token=bos, eos_token=eos
-        )
+        readable = [_readable(message) for message in messages]
+        return compiled.render(inputs(readable, bos, eos, variables))
     except Exception as error:  # a template can fail in any way that an expression can
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise RequestError(f"chat template: {line}") from error
+        raise RequestError(f"chat template: {one_line(error)}") from error
 
 
 def _renamed(message: Message) -> Message:
@@ -292,36 +285,3 @@ def _text(message: Message) -> str:
 def _readable(message: Message) -> dict[str, Any]:
     content = message.get("content")
     return {**message, "content": _Parts(content)} if isinstance(content, list) else {**message}
-
-
-@lru_cache(maxsize=8)
-def _compile(template: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(template)
-    except TemplateSyntaxError as error:
-        raise TokenizerError(
-            f"the chat template is no valid Jinja: line {error.lineno}: {error.message}"
-        ) from error
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON with letters as they are; Jinja's own filter escapes for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)

@@ -74,6 +74,7 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int) -> None:
+        tokenizer.needs_text("a grammar")
         self._tokenizer, self._n_vocab = tokenizer, n_vocab
         self._lock = threading.Lock()
         self._engine: LLTokenizer | None = None

@@ -1,13 +1,13 @@
 """Text to token ids and back, with the vocabulary a GGUF file carries.
 
 The merging is done by ``tokenizers``; this file only reads the vocabulary into it. Not here:
-which text a conversation becomes (``chat.py``).
+what each token is (``vocabulary.py``), and which text a conversation becomes (``chat.py``).
 
-Two kinds, told apart by ``tokenizer.ggml.model`` alone:
+Two kinds, told apart by what is in a file, since makers disagree on the name of the kind:
 
-- ``gemma4`` (Gemma 4): vocabulary and merges are in the file.
-- ``llama`` (Gemma 3): vocabulary and scores. Merges follow from them: every way to cut a token
-  in two tokens is a merge, the best score first and the longest left part first within a token.
+- with merges (Gemma 4): these and the vocabulary are all there is.
+- with scores alone (Gemma 3): merges follow from them. Every way to cut a token in two tokens
+  is a merge, the best score first and the longest left part first within a token.
 
 Spaces are the character U+2581 in both vocabularies, so U+2581 in a text reads back as a space.
 There is no map of bytes to letters: what no token covers becomes byte tokens, ``<0x00>`` to
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -28,98 +27,94 @@ from tokenizers import Tokenizer as Pipeline
 
 from gemloom.errors import ConfigError, OptionError, TokenizerError
 from gemloom.files.gguf import Metadata
-from gemloom.text import merges
+from gemloom.text import merges, template, vocabulary
 from gemloom.text.merges import Merges
+from gemloom.text.vocabulary import BYTE, HIDDEN, KEY, NORMAL, SPACE, Vocabulary
 from gemloom.text.windows import in_windows
 
-SPACE = "▁"  # U+2581
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-_HIDDEN = (_UNKNOWN, _CONTROL, _UNUSED)
-_END_NAMES = ("<eos>", "<end_of_turn>", "<turn|>", "<|tool_response>")
-_TURN_NAMES = ("<|turn>", "<start_of_turn>")
-_KEY = "tokenizer.ggml."
+_END_NAMES = ("<eos>", "<end_of_turn>", "<turn|>", "<|tool_response>", "<|im_end|>")
+_TURN_NAMES = ("<|turn>", "<start_of_turn>", "<|im_start|>")
 
 
 class Tokenizer:
     """The vocabulary of one model file. Nothing changes after construction: share it by threads.
 
-    ``metadata`` is the file's; raises TokenizerError where it holds no whole Gemma vocabulary.
+    ``metadata`` is the file's; ``rows`` how many embeddings it has, if that is known. Raises
+    TokenizerError where there is no whole Gemma vocabulary, or a template that cannot work.
 
     Attributes: ``size`` (ids are 0 to size - 1), ``bos`` and ``eos`` (ids), ``eog`` (ids that end
     a generation), ``suppress`` (ids never to be sampled), ``turn`` (the id that begins a turn of a
-    chat, or None), ``chat_template`` (Jinja, or None), ``openers`` (the characters that special
-    tokens start with), ``longest`` (the most characters that one token has) and
-    ``hidden`` (ids that give no text).
+    chat, or None), ``chat_template`` (Jinja, or None), ``tool_template`` (the one for chats with
+    tools), ``openers`` (the characters that special tokens start with), ``longest`` (the most
+    characters that one token has), ``hidden`` (ids that give no text) and ``notes`` (where the file
+    contradicts itself, a line each).
     """
 
-    def __init__(self, metadata: Metadata) -> None:
+    chat_template: str | None
+    tool_template: str | None
+
+    def __init__(self, metadata: Metadata, rows: int | None = None) -> None:
         try:
-            self._read(metadata)
+            self._read(metadata, rows)
         except ConfigError as error:
             raise TokenizerError(str(error)) from None
         except UnicodeDecodeError as error:
             raise TokenizerError(
-                f"{metadata.name}: a token or merge is not UTF-8: {error.object[:40]!r}"
+                f"{metadata.name}: a merge is not UTF-8: {error.object[:40]!r}"
             ) from None
 
-    def _read(self, metadata: Metadata) -> None:
-        kind = _kind(metadata)
-        texts, types = _vocabulary(metadata)
+    def _read(self, metadata: Metadata, rows: int | None) -> None:
+        self._read_templates(metadata)
+        found = vocabulary.read(metadata, f"{self.chat_template} {self.tool_template}")
+        _check_bytes(metadata.name, found.ids(), found.types)
+        given = len(found.texts)
+        made: Sequence[tuple[str, str]] = _merges(metadata, found)
+        if rows is not None:
+            found = found.fitted(metadata.name, rows)
+            made = _possible(made, found) if rows < given else made
+        texts, types, self.notes = found.texts, found.types, found.notes
         self.size = len(texts)
-        ids = dict(zip(texts, range(self.size), strict=True))
-        self._special, self._literal = _markup(kind, texts, types)
-        self.hidden = frozenset(i for i, type_ in enumerate(types) if type_ in _HIDDEN)
-        byte_tokens = _byte_tokens(metadata.name, ids, types)
-        self._read_ends(metadata, ids, types)
-        self.suppress = self._read_suppress(metadata)
+        ids = found.ids()
+        self._special, self._literal = found.special(), found.literal()
+        self.hidden = frozenset(i for i, type_ in enumerate(types) if type_ in HIDDEN)
+        self._read_ends(metadata, texts, ids)
+        suppressed = vocabulary.ids(metadata, "suppress_tokens", self.size)
+        self.suppress = frozenset([*suppressed, *range(given, self.size)])
         self.turn = next((ids[name] for name in _TURN_NAMES if name in ids), None)
-        self.chat_template = (
-            metadata.string("tokenizer.chat_template")
-            if "tokenizer.chat_template" in metadata
-            else None
-        )
         self.openers = frozenset(text[0] for text in self._special)
         self._special_names = {text: ids[text] for text in self._special}
         self._special_lengths = sorted(set(map(len, self._special)), reverse=True)
-        made = _written(metadata, ids) if kind == "gemma4" else _derive(metadata, texts, types)
         self._bpe = _bpe(metadata.name, ids, made)
         self._bytes = [text.replace(SPACE, " ").encode() for text in texts]
-        for value, token in enumerate(byte_tokens):
-            self._bytes[token] = bytes([value])
+        for token in (i for i, type_ in enumerate(types) if type_ == BYTE):
+            self._bytes[token] = bytes.fromhex(texts[token][3:5])
         # Cutting at newlines bounds what is merged at once; right only if no token crosses one.
         self._cut = not any("\n" in text and text.strip("\n") for text in texts)
         self._plain = self._pipeline(())
         self._parsing = self._pipeline(self._special)
         self.longest = max(map(len, texts))
 
-    def _read_ends(self, metadata: Metadata, ids: dict[str, int], types: list[int]) -> None:
-        self.bos = self._id(metadata, "bos_token_id")
-        self.eos = self._id(metadata, "eos_token_id")
-        ends = {self.eos}
-        for key in ("eot_token_id", "eom_token_id"):
-            if _KEY + key in metadata:
-                ends.add(self._id(metadata, key))
-        for name in _END_NAMES:
-            token = ids.get(name)
-            if token is not None and types[token] in (_CONTROL, _USER_DEFINED):
-                ends.add(token)
-        self.eog = frozenset(ends)
+    def _read_templates(self, metadata: Metadata) -> None:
+        """The file's templates: the default, and one for tools if there is one."""
+        named = template.named(metadata)
+        for source in named.values():
+            template.check(source, metadata.name)
+        self.chat_template = template.usual(named)
+        self.tool_template = named.get("tool_use", self.chat_template)
 
-    def _read_suppress(self, metadata: Metadata) -> frozenset[int]:
-        key = _KEY + "suppress_tokens"
-        ids = metadata.array(key).tolist() if key in metadata else []
-        for token in ids:
-            if token not in range(self.size):
-                raise TokenizerError(f"{metadata.name}: {key} holds {token}, which is no token")
-        return frozenset(ids)
+    def _read_ends(self, metadata: Metadata, texts: list[str], ids: dict[str, int]) -> None:
+        self.bos = self._named(metadata, "bos", ids)
+        self.eos = self._named(metadata, "eos", ids)
+        ends = {self.eos, *vocabulary.end_ids(metadata, self.size)}
+        self.eog = frozenset(ends | {i for i, text in enumerate(texts) if text in _END_NAMES})
 
-    def _id(self, metadata: Metadata, key: str) -> int:
-        token = metadata.integer(_KEY + key)
-        if token >= self.size:
-            raise TokenizerError(
-                f"{metadata.name}: {_KEY}{key} is {token:,}, but there are {self.size:,} tokens"
-            )
-        return token
+    def _named(self, metadata: Metadata, role: str, ids: dict[str, int]) -> int:
+        """The token of a role: the one under its key, or else the one of that name."""
+        key = f"{role}_token_id"
+        found = vocabulary.ids(metadata, key, self.size) or [ids.get(f"<{role}>", -1)]
+        if found[0] < 0:
+            raise TokenizerError(f"{metadata.name}: the key {KEY}{key} is missing")
+        return found[0]
 
     def _pipeline(self, special: Iterable[str]) -> Pipeline:
         """A way through ``tokenizers``: special tokens are cut out before all else."""
@@ -129,6 +124,9 @@ class Tokenizer:
         pipeline.add_tokens([AddedToken(text, normalized=True) for text in self._literal])
         pipeline.add_special_tokens([AddedToken(text, normalized=False) for text in special])
         return pipeline
+
+    def needs_text(self, what: str) -> None:
+        """RequestError where a file has no vocabulary for ``what``; this one has."""
 
     def encode(self, text: str, special: bool = False, *, guard: str = "") -> list[int]:
         """The ids of ``text``; no BOS is added.
@@ -240,67 +238,50 @@ def _ids(pipeline: Pipeline, text: str) -> list[int]:
     return ids
 
 
-def _kind(metadata: Metadata) -> str:
-    kind = metadata.string(_KEY + "model")
-    if kind not in ("gemma4", "llama"):
-        raise TokenizerError(
-            f"{metadata.name}: the tokenizer kind {kind!r} is neither 'gemma4' nor 'llama'"
-        )
-    if metadata.boolean(_KEY + "add_space_prefix", False):
-        raise TokenizerError(
-            f"{metadata.name}: {_KEY}add_space_prefix is true: no Gemma vocabulary"
-        )
-    return kind
-
-
-def _vocabulary(metadata: Metadata) -> tuple[list[str], list[int]]:
-    """The token strings, with U+2581 for every space, and their types."""
-    texts = [raw.decode().replace(" ", SPACE) for raw in metadata.strings(_KEY + "tokens").raw()]
-    types = metadata.array(_KEY + "token_type").tolist()
-    if len(texts) != len(types):
-        raise TokenizerError(f"{metadata.name}: {len(texts):,} tokens, but {len(types):,} types")
-    if unknown := set(types) - set(range(_NORMAL, _BYTE + 1)):
-        raise TokenizerError(f"{metadata.name}: the token type {min(unknown)} is unknown")
-    if len(set(texts)) != len(texts):
-        twice = next(text for text, count in Counter(texts).items() if count > 1)
-        raise TokenizerError(f"{metadata.name}: the token {twice!r} is there twice")
-    if "" in texts:
-        raise TokenizerError(f"{metadata.name}: the token {texts.index('')} is empty")
-    return texts, types
-
-
-def _markup(kind: str, texts: list[str], types: list[int]) -> tuple[list[str], list[str]]:
-    """The strings that are tokens only where asked for, and those that always are."""
-    control, defined = (
-        [text for text, type_ in zip(texts, types, strict=True) if type_ in wanted]
-        for wanted in ((_CONTROL, _UNKNOWN), (_USER_DEFINED,))
-    )
-    return (control + defined, []) if kind == "gemma4" else (control, defined)
-
-
-def _byte_tokens(name: str, ids: dict[str, int], types: list[int]) -> list[int]:
-    tokens = [ids.get(f"<0x{value:02X}>", -1) for value in range(256)]
-    for value, token in enumerate(tokens):
-        if token < 0 or types[token] != _BYTE:
+def _check_bytes(name: str, ids: dict[str, int], types: list[int]) -> None:
+    for value in range(256):
+        token = ids.get(f"<0x{value:02X}>")
+        if token is None or types[token] != BYTE:
             raise TokenizerError(f"{name}: the byte token <0x{value:02X}> is missing")
-    return tokens
 
 
-def _written(metadata: Metadata, ids: dict[str, int]) -> Merges:
-    return merges.written(metadata.name, metadata.strings(_KEY + "merges").raw(), ids)
+def _merges(metadata: Metadata, found: Vocabulary) -> Merges:
+    """The file's merges, or those that its scores mean."""
+    key = KEY + "merges"
+    if not (key in metadata and len(metadata.strings(key))):
+        return _derive(metadata, found.texts, found.types)
+    places = found.ids()
+    if len(places) != len(found.texts):  # then ids leave gaps
+        places = {text: place for place, text in enumerate(places)}
+    return merges.written(metadata.name, metadata.strings(key).raw(), places)
+
+
+def _possible(made: Sequence[tuple[str, str]], found: Vocabulary) -> list[tuple[str, str]]:
+    """Those of tokens that are there."""
+    there = set(found.texts)
+    return [(a, b) for a, b in made if there.issuperset((a, b, a + b))]
 
 
 def _derive(metadata: Metadata, texts: list[str], types: list[int]) -> Merges:
-    scores = metadata.array(_KEY + "scores")
+    if KEY + "scores" not in metadata:
+        raise TokenizerError(
+            f"{metadata.name}: {KEY}scores is missing, and so is {KEY}merges: one is needed"
+        )
+    scores = metadata.array(KEY + "scores")
     if len(scores) != len(texts):
         raise TokenizerError(f"{metadata.name}: {len(texts):,} tokens, but {len(scores):,} scores")
-    if scores.dtype.kind != "f" or not np.isfinite(scores).all():
+    if scores.dtype.kind not in "fiu" or not np.isfinite(scores).all():
         raise TokenizerError(f"{metadata.name}: a score is not a finite number")
-    best_first = np.argsort(-scores, kind="stable").tolist()
-    return merges.by_rank(texts[i] for i in best_first if types[i] == _NORMAL)
+    normal = scores[np.asarray(types) == NORMAL]
+    if len(normal) > 1 and (normal == normal[0]).all():
+        raise TokenizerError(
+            f"{metadata.name}: {KEY}merges is missing, and {KEY}scores are all the same"
+        )
+    best_first = np.argsort(-scores.astype(np.float64), kind="stable").tolist()
+    return merges.by_rank(texts[i] for i in best_first if types[i] == NORMAL)
 
 
-def _bpe(name: str, ids: dict[str, int], made: Merges) -> models.BPE:
+def _bpe(name: str, ids: dict[str, int], made: Sequence[tuple[str, str]]) -> models.BPE:
     try:
         return models.BPE(ids, made, byte_fallback=True)
     except Exception as error:  # tokenizers raises no narrower type
