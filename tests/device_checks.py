@@ -150,7 +150,7 @@ class Checks:
 
     @staticmethod
     def _cells(model: gemloom.Model, count: int) -> list[bytes]:
-        return [bytes(part) for part in model._kv.export(0, count)]
+        return [bytes(part) for part in model._store.export(0, count)]
 
     def snapshots(self, variant: str, **options: Any) -> None:
         """Coming back to an earlier turn after the rings have wrapped."""
@@ -170,7 +170,7 @@ class Checks:
         keep, drop, n = 4, 20, 60
         model, host = self.model(variant, chunk=64, **options), self.host(variant, chunk=64)
         run(model, Chunk(0, 0, prompt(n)))
-        host._kv.restore(0, n, memoryview(b"".join(self._cells(model, n))))
+        host._store.restore(0, n, memoryview(b"".join(self._cells(model, n))))
         for opened in (model, host):
             call(opened, lambda opened=opened: opened._runner.shift(0, keep, drop, n))
         for got, wanted in zip(

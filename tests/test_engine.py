@@ -259,7 +259,7 @@ def test_what_escapes_from_the_loop_ends_everything_too(
     monkeypatch.setattr(engine, "_free", lambda: (free(), freed.set()))
     monkeypatch.setattr(engine, where, fail_once)
     if where == "_end_all":
-        monkeypatch.setattr(model._kv, "mark", None)  # which fails a step
+        monkeypatch.setattr(model._store, "mark", None)  # which fails a step
     for run in runs:
         with pytest.raises(EngineError, match="a bug"):
             list(run)
@@ -430,7 +430,7 @@ def test_a_request_that_cannot_be_admitted_ends(
     def fail(*request: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(model._engine, "_acquire", fail)
+    monkeypatch.setattr(model._cells, "acquire", fail)
     with pytest.raises(EngineError, match="MemoryError"):
         model.generate(prompt(5))
     with pytest.raises(EngineError):

@@ -185,7 +185,8 @@ def test_a_window_of_one_cell_more_is_no_rounding(monkeypatch: pytest.MonkeyPatc
     @contextmanager
     def wider(source: Any, device: str, kernels: str, job: Any) -> Iterator[gemloom.Model]:
         with loaded(source, device, kernels, job) as model:
-            model._kv.window += kernels == "auto"
+            shape = model._store.shape
+            model._store.shape = replace(shape, window=shape.window + (kernels == "auto"))
             yield model
 
     monkeypatch.setattr(gpu_parity, "_loaded", wider)

@@ -224,9 +224,9 @@ def test_context_shift_turns_every_key_back(load: Load, variant: str) -> None:
     keep, drop, n = 4, 20, 60
     model = load(variant, chunk=64)
     run(model, Chunk(0, 0, prompt(n)))
-    before = [np.frombuffer(part, np.float32).copy() for part in model._kv.export(0, n)]
+    before = [np.frombuffer(part, np.float32).copy() for part in model._store.export(0, n)]
     model._runner.shift(0, keep, drop, n)
-    after = [np.frombuffer(part, np.float32) for part in model._kv.export(0, n)]
+    after = [np.frombuffer(part, np.float32) for part in model._store.export(0, n)]
     specs = [spec for spec in model.config.layers if spec.owns_kv]
     for spec, k, v, new_k, new_v in zip(
         specs, before[::2], before[1::2], after[::2], after[1::2], strict=True

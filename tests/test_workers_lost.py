@@ -102,14 +102,14 @@ def test_what_was_read_of_a_lost_worker_is_no_result(
     """State is read from cells: of a worker that dies meanwhile they are all zeros."""
     model = load("e2b", device=[w.device for w in pair], threads=1)
     model.generate(prompt(5), max_tokens=3)
-    read = model._kv.export
+    read = model._store.export
 
     def dying(*args: Any) -> Any:
         pair[1].process.kill()
         pair[1].process.wait()
         return read(*args)
 
-    monkeypatch.setattr(model._kv, "export", dying)
+    monkeypatch.setattr(model._store, "export", dying)
     with pytest.raises((LostError, EngineError), match="was lost"):
         model.save_state()
 
@@ -117,14 +117,14 @@ def test_what_was_read_of_a_lost_worker_is_no_result(
 def test_a_worker_lost_while_loading(
     load: Load, pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = gemloom.model.KVCache
+    made = gemloom.model.KVStore
 
     def dying(*args: Any) -> Any:
         pair[1].process.kill()
         pair[1].process.wait()
         return made(*args)
 
-    monkeypatch.setattr(gemloom.model, "KVCache", dying)
+    monkeypatch.setattr(gemloom.model, "KVStore", dying)
     with nothing_left(), pytest.raises(LostError, match=f"worker {pair[1].device[4:]} was lost"):
         load("e2b", device=[w.device for w in pair], threads=1)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from math import sqrt
 from typing import NoReturn
 
@@ -50,12 +51,19 @@ class Experts:
     n_ff: int
 
 
-@dataclass(frozen=True, slots=True)
+class Kind(Enum):
+    """How far back a layer attends."""
+
+    FULL = "full"  # to every position before
+    SLIDING = "sliding"  # to the last Config.window positions, its own among them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
     """Everything the graph needs to know of one layer."""
 
     index: int
-    sliding: bool  # attends to the last Config.window positions only
+    kind: Kind
     head_dim: int
     n_head: int
     n_kv: int
@@ -64,6 +72,11 @@ class LayerSpec:
     kv_owner: int  # the layer whose K/V this one reads; its own index where it has its own
     has_v: bool = True  # False: V is made from the K projection
     experts: Experts | None = None
+
+    @property
+    def sliding(self) -> bool:
+        """Whether it attends to a window only."""
+        return self.kind is Kind.SLIDING
 
     @property
     def owns_kv(self) -> bool:
@@ -214,7 +227,7 @@ def _gemma4(file: GGUF, keys: _Keys) -> Config:
     layers = tuple(
         LayerSpec(
             index=i,
-            sliding=sliding[i],
+            kind=Kind.SLIDING if sliding[i] else Kind.FULL,
             head_dim=swa_dim if sliding[i] else full_dim,
             n_head=n_head[i],
             n_kv=n_kv[i],
@@ -250,7 +263,7 @@ def _gemma3(file: GGUF, keys: _Keys) -> Config:
     layers = tuple(
         LayerSpec(
             index=i,
-            sliding=sliding[i],
+            kind=Kind.SLIDING if sliding[i] else Kind.FULL,
             head_dim=head_dim,
             n_head=n_head[i],
             n_kv=n_kv[i],

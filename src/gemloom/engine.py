@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from gemloom.adapters.active import Marks, marks
-from gemloom.cache import KVCache
+from gemloom.adapters.active import marks
 from gemloom.candidates import Candidates
+from gemloom.cells import Cells
 from gemloom.errors import (
     ClosedError,
     DeviceError,
@@ -38,7 +38,7 @@ from gemloom.sampling import Floats
 from gemloom.scheduler import plan
 from gemloom.sequence import Chunk, Sequence
 from gemloom.signals import undisturbed
-from gemloom.slots import Slot, Slots
+from gemloom.slots import Slot
 from gemloom.waiting import Waiting, Wanted
 
 T = TypeVar("T")
@@ -73,22 +73,13 @@ class Engine:
     def __init__(
         self,
         runner: Runner,
-        kv: KVCache,
+        cells: Cells,
         options: Options,
         context: int,
         free: abc.Callable[[], Any],
     ) -> None:
-        self._runner, self._kv, self._options, self._context = runner, kv, options, context
-        cells = kv.cells
-        budget = options.snapshots << 20 if cells.sliding < cells.full else 0
-        if 0 < budget < kv.window_bytes:
-            _log.warning(
-                "a snapshot takes %d MiB, more than the %d allowed: edited chats are computed anew",
-                kv.window_bytes >> 20,
-                options.snapshots,
-            )
-            budget = 0
-        self.slots = Slots(options.slots, kv.window, cells.sliding, budget)
+        self._runner, self._options, self._context = runner, options, context
+        self.cells = cells
         self._running: dict[int, Sequence] = {}  # by the index of their slot
         self._calls: deque[tuple[abc.Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
@@ -114,7 +105,7 @@ class Engine:
     def _queue(self, wanted: Wanted, after: Sequence | None = None) -> None:
         with self._wake:
             self._check()
-            most = self._options.queue + len(self.slots.free)
+            most = self._options.queue + len(self.cells.free)
             if after is None and len(self._waiting.ready()) >= most:
                 raise QueueFullError(
                     f"{self._options.queue} requests are waiting already; try again later"
@@ -172,20 +163,14 @@ class Engine:
 
     def release(self, slot: Slot, *, forget: bool = False) -> None:
         """Give back a slot that ``hold`` gave, after the step under way. Never waits."""
-        self.post(partial(self._release, slot, forget))
-
-    def _release(self, slot: Slot, forget: bool) -> None:
-        if forget:
-            self.slots.cut(slot, 0)
-        self.slots.release(slot)
+        self.post(partial(self.cells.release, slot, forget=forget))
 
     def stats(self) -> Stats:
         """Numbers of this moment."""
-        busy = sum(slot.busy for slot in self.slots.all)
         return Stats(
-            len(self._running), len(self._waiting), len(self.slots.all), busy,
+            len(self._running), len(self._waiting), len(self.cells.all), self.cells.busy,
             self._counts["prompt"], self._counts["cached"], self._counts["generated"],
-            self._counts["steps"], self.slots.snapshot_bytes, self._failure or None, self._lost,
+            self._counts["steps"], self.cells.snapshot_bytes, self._failure or None, self._lost,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -246,7 +231,7 @@ class Engine:
 
     def _can_admit(self) -> bool:
         """Whether a request waits that a step would take out of the queue."""
-        return self._waiting.any_cancelled() or bool(self.slots.free and self._waiting.ready())
+        return self._waiting.any_cancelled() or bool(self.cells.free and self._waiting.ready())
 
     def step(self) -> None:
         """Compute one batch: a row of each request that decodes, a part of each other's prompt."""
@@ -313,7 +298,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Give free slots to those that have waited longest."""
-        while self.slots.free and (ready := self._waiting.ready()):
+        while self.cells.free and (ready := self._waiting.ready()):
             first = ready[0]  # it stays there for _end_all, should this fail
             if isinstance(first, Sequence):
                 self._begin(first)
@@ -323,47 +308,35 @@ class Engine:
 
     def _give_slot(self, future: Future[Slot]) -> None:
         try:
-            future.set_result(self._acquire([], frozenset()))
+            future.set_result(self.cells.acquire())
         except BaseException as error:
             future.set_exception(error)
             raise
 
     def _begin(self, sequence: Sequence) -> None:
-        slot = self._acquire(sequence.tokens, marks(sequence.adapters))
+        slot = self.cells.acquire(sequence.tokens, marks(sequence.adapters))
         self._running[slot.index] = sequence
         sequence.begin(slot, len(slot.tokens))
         self._counts["prompt"] += sequence.n_prompt
         self._counts["cached"] += sequence.n_cached
 
-    def _acquire(self, tokens: abc.Sequence[int], at_work: Marks) -> Slot:
-        """A free slot whose cells hold as many of the first ``tokens`` as can be found."""
-        slot, prefix = self.slots.acquire(tokens, at_work)
-        self._kv.clear(slot.index, prefix.length if slot is prefix.slot else 0)
-        window = prefix.window
-        if slot is not prefix.slot and prefix.length:
-            self._kv.copy_full(prefix.slot.index, slot.index, prefix.length)
-            window = window or self._kv.window_before(prefix.slot.index, prefix.length)
-        if window:
-            self._kv.restore_window(slot.index, prefix.length, window)
-        return slot
-
     def _make_room(self) -> None:
         """Where a slot is full, drop the older half of what comes after the first ``keep``."""
-        keep = self._options.keep
+        keep, shape = self._options.keep, self.cells.shape
         for sequence in list(self._running.values()):
             n, slot = sequence.n_done, sequence.slot
             if keep is None or n < self._context or slot is None:
                 continue
             drop = (n - keep) // 2
-            if n > self._kv.cells.sliding:  # the ring has lost the kept tokens: none may be seen
-                drop = min(drop, n - keep - self._kv.window + 1)
+            if n > shape.cells.sliding:  # the ring has lost the kept tokens: none may be seen
+                drop = min(drop, n - keep - shape.window + 1)
             try:
                 self._runner.shift(slot.index, keep, drop, n)
             except OutOfMemoryError as error:
                 self._give_up(sequence, error)
                 continue
             sequence.forget(keep, drop)
-            self.slots.cut(slot, 0)  # cells such as no prompt would give
+            self.cells.cut(slot, 0)  # cells such as no prompt would give
 
     def _prepare(self, chunk: Chunk) -> None:
         sequence = self._running[chunk.slot]
@@ -396,13 +369,13 @@ class Engine:
     def _advance(self, sequence: Sequence, chunk: Chunk) -> None:
         """Take note that a chunk's K/V are in the cells, and keep what may be come back to."""
         sequence.n_done = chunk.end
-        slot = self.slots.all[chunk.slot]
         if sequence.shifted:
             return
-        self.slots.extend(slot, chunk.tokens)
+        slot = self.cells.all[chunk.slot]
+        self.cells.extend(slot, chunk.tokens)
         for at in sequence.boundaries:
-            if chunk.start < at <= chunk.end and self.slots.wants_snapshot(slot, at):
-                self.slots.keep(slot, at, self._kv.window_before(slot.index, at))
+            if chunk.start < at <= chunk.end:
+                self.cells.snapshot(slot, at)
 
     def _emit(self, sequence: Sequence, logits: Floats | Candidates) -> None:
         """Pick the next token of a request and send it."""
@@ -418,7 +391,7 @@ class Engine:
             self._waiting.remove(sequence)
         else:
             del self._running[sequence.slot.index]
-            self.slots.release(sequence.slot)
+            self.cells.release(sequence.slot)
         sequence.release()
         self._waiting.follow(sequence)
 
@@ -462,8 +435,7 @@ class Engine:
         """End a request with ``error``, in whatever state what it holds is."""
         try:
             if sequence.slot:
-                self.slots.cut(sequence.slot, 0)
-                self.slots.release(sequence.slot)
+                self.cells.release(sequence.slot, forget=True)
             sequence.release()
         except Exception:
             _log.exception("what a request held could not be given back")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from gemloom import limits
-from gemloom.cache import KV_TYPES, layer_cell_bytes, slot_cells
 from gemloom.config import Config, LayerSpec, from_gguf
 from gemloom.errors import OptionError
 from gemloom.files.gguf import GGUF
@@ -20,6 +19,7 @@ from gemloom.ggml.probing import Probe
 from gemloom.ggml.rpc import speaking
 from gemloom.homes import Homes, Own
 from gemloom.kernels.library import Library, fastest
+from gemloom.kv_shape import KV_TYPES, layer_cell_bytes, slot_cells
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
 from gemloom.placement import (
@@ -134,7 +134,7 @@ def _with_cells(
     cells, kind = slot_cells(config, choice.context, options.chunk), KV_TYPES[choice.kv_type]
     moves = tuple(
         probe.attends(
-            kind, (spec.head_dim, spec.n_head, spec.n_kv), cells.of(spec.sliding) * options.slots
+            kind, (spec.head_dim, spec.n_head, spec.n_kv), cells.of(spec.kind) * options.slots
         )
         for spec in config.layers
     )
@@ -171,7 +171,7 @@ def measure(
     duplicate = tensors["token_embd.weight"] if tied else 0
     cells = slot_cells(config, choice.context, options.chunk)
     each = (
-        options.slots * cells.of(spec.sliding) * layer_cell_bytes(spec, choice.kv_type)
+        options.slots * cells.of(spec.kind) * layer_cell_bytes(spec, choice.kv_type)
         for spec in config.layers
     )
     compute, inputs = compute_bytes(config, options, choice.context)
@@ -218,7 +218,7 @@ def compute_bytes(config: Config, options: Options, context: int) -> tuple[int, 
     cells, last = slot_cells(config, context, options.chunk), config.last_owner
     rows, few = min(options.chunk, cells.full), options.slots
     through = config.layers[: last + 1]  # these all rows go through, and all layers a few
-    kinds = {spec.sliding for spec in through[:-1]}  # the last one attends for those few
+    kinds = {spec.kind for spec in through[:-1]}  # the last one attends for those few
     masks = _HALF * (rows * sum(map(cells.of, kinds)) + few * (cells.full + cells.sliding))
     read = config.n_embd + config.n_per_layer * last  # of tables
     inputs = masks + _FLOAT * (rows * (read + _NUMBERS) + few * config.n_per_layer * config.n_layer)

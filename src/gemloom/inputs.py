@@ -15,9 +15,11 @@ import numpy as np
 from gemloom.adapters.active import Stretch, stretches
 from gemloom.adapters.delta import Delta
 from gemloom.adapters.loaded import Loaded
-from gemloom.cache import Extent, KVCache, Rows, Span
+from gemloom.config import Kind
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import F16, I32, I64, Graph
+from gemloom.kv import KV, Rows, Span
+from gemloom.kv_shape import Extent, KVShape
 from gemloom.sequence import Batch, Chunk
 
 
@@ -43,10 +45,10 @@ class Key:
     wanted_adapters: tuple[Stretch, ...] = ()  # on those wanted
 
 
-def key_of(kv: KVCache, batch: Batch, taps: Collection[str] = (), *, head: bool = True) -> Key:
+def key_of(shape: KVShape, batch: Batch, taps: Collection[str] = (), *, head: bool = True) -> Key:
     """The key of the graph that computes a batch."""
     parts = tuple(
-        Part(chunk.slot, len(chunk.tokens), len(chunk.wanted), kv.extent(chunk.end))
+        Part(chunk.slot, len(chunk.tokens), len(chunk.wanted), shape.extent(chunk.end))
         for chunk in batch
     )
     key = Key(parts, frozenset(taps), head)
@@ -74,8 +76,7 @@ def _all_rows(g: Graph, key: Key) -> Rows:
         tokens=g.input("tokens", I32, n),
         positions=g.input("positions", I32, n),
         spans=_spans(g, "", [(part, part.count) for part in key.parts]),
-        full_cells=g.input("full_cells", I64, n),
-        sliding_cells=g.input("sliding_cells", I64, n),
+        cells={kind: g.input(f"{kind.value}_cells", I64, n) for kind in Kind},
         deltas=_deltas(key.adapters),
     )
 
@@ -96,9 +97,11 @@ def _wanted_rows(g: Graph, key: Key) -> Rows | None:
 def _spans(g: Graph, prefix: str, counts: Sequence[tuple[Part, int]]) -> tuple[Span, ...]:
     spans, first = [], 0
     for i, (part, count) in enumerate(counts):
-        full = g.input(f"{prefix}full_mask.{i}", F16, part.cells.full, count)
-        sliding = g.input(f"{prefix}sliding_mask.{i}", F16, part.cells.sliding, count)
-        spans.append(Span(part.slot, first, count, part.cells, full, sliding))
+        masks = {
+            kind: g.input(f"{prefix}{kind.value}_mask.{i}", F16, part.cells.of(kind), count)
+            for kind in Kind
+        }
+        spans.append(Span(part.slot, first, count, part.cells, masks))
         first += count
     return tuple(spans)
 
@@ -120,9 +123,9 @@ def write(tensor: Tensor | None, arrays: Sequence[np.ndarray]) -> None:
 class Inputs:
     """Writes batches into graphs whose key is theirs."""
 
-    def __init__(self, kv: KVCache) -> None:
+    def __init__(self, kv: KV) -> None:
         self._kv = kv
-        self._foreseen: dict[tuple[int, int, bool], np.ndarray] = {}  # masks of single rows
+        self._foreseen: dict[tuple[int, Kind], np.ndarray] = {}  # masks of single causal rows
 
     def write(self, rows: Rows, wanted: Rows | None, batch: Batch, key: Key) -> None:
         """Fill all inputs; ``rows`` and ``wanted`` are what ``declare`` gave for the key."""
@@ -135,12 +138,11 @@ class Inputs:
     def foresee(self, batch: Batch) -> None:
         """Make the masks of the next step, if all decode on: none depends on the tokens."""
         self._foreseen = {
-            (chunk.end, chunk.end + 1, sliding): self._mask(
-                np.array([chunk.end]), chunk.end + 1, sliding
-            )
+            (chunk.end, kind): self._mask(at, at, chunk.end + 1, kind)
             for chunk in batch
             if chunk.wanted
-            for sliding in (False, True)
+            for at in (np.array([chunk.end]),)
+            for kind in Kind
         }
 
     def _write_rows(self, rows: Rows, batch: Batch) -> None:
@@ -148,8 +150,9 @@ class Inputs:
         write(rows.tokens, [np.asarray(chunk.tokens, np.int32) for chunk in batch])
         write(rows.positions, positions)
         slots = np.repeat([c.slot for c in batch], [len(c.tokens) for c in batch])
-        for sliding, cells in ((False, rows.full_cells), (True, rows.sliding_cells)):
-            write(cells, [self._kv.indices(slots, np.concatenate(positions), sliding)])
+        assert rows.cells is not None
+        for kind, cells in rows.cells.items():
+            write(cells, [self._kv.shape.indices(slots, np.concatenate(positions), kind)])
         self._write_masks(rows, batch, positions)
 
     def _write_wanted(self, rows: Rows, batch: Batch) -> None:
@@ -168,16 +171,23 @@ class Inputs:
         self, rows: Rows, chunks: Sequence[Chunk], positions: Sequence[np.ndarray]
     ) -> None:
         for span, chunk, at in zip(rows.spans, chunks, positions, strict=True):
-            for sliding in (False, True):
-                write(span.mask(sliding), [self._mask(at, chunk.end, sliding)])
+            for kind, mask in span.masks.items():
+                write(mask, [self._seen(chunk, at, kind)])
 
-    def _mask(self, at: np.ndarray, end: int, sliding: bool) -> np.ndarray:
-        """f16 [rows, cells]: what rows at these positions see of a slot that holds ``end``."""
-        foreseen = self._foreseen.get((int(at[0]), end, sliding)) if len(at) == 1 else None
-        if foreseen is not None:
-            return foreseen
-        cells = self._kv.extent(end).of(sliding)
-        return f16_mask(self._kv.visible(at, end, cells, sliding))
+    def _seen(self, chunk: Chunk, at: np.ndarray, kind: Kind) -> np.ndarray:
+        """f16 [rows, cells]: what the rows of a chunk at these positions see."""
+        until = chunk.until.get(kind)
+        if until is not None:
+            return self._mask(at, np.asarray(until)[at - chunk.start], chunk.end, kind)
+        last = len(at) == 1 and int(at[0]) == chunk.end - 1
+        foreseen = self._foreseen.get((int(at[0]), kind)) if last else None
+        return self._mask(at, at, chunk.end, kind) if foreseen is None else foreseen
+
+    def _mask(self, at: np.ndarray, until: np.ndarray, end: int, kind: Kind) -> np.ndarray:
+        """f16 [rows, cells]: rows at these positions of a slot that holds ``end``."""
+        shape = self._kv.shape
+        cells = shape.extent(end).of(kind)
+        return f16_mask(shape.visible(at, until, end, cells, kind))
 
 
 def _write_scales(rows: Rows, there: Sequence[Stretch]) -> None:

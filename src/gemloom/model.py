@@ -23,8 +23,8 @@ from gemloom import state
 from gemloom.adapters.active import marks
 from gemloom.adapters.info import Named
 from gemloom.adapters.registry import Adapters, Lease
-from gemloom.cache import KVCache
-from gemloom.config import Config, from_gguf
+from gemloom.cells import Cells
+from gemloom.config import Config, Kind, from_gguf
 from gemloom.engine import Engine, Stats
 from gemloom.errors import OptionError, RequestError
 from gemloom.files import gguf
@@ -35,6 +35,8 @@ from gemloom.ggml.memory import trim_memory
 from gemloom.ggml.rpc import speaking
 from gemloom.kernels.library import fastest
 from gemloom.kernels.packing import Progress
+from gemloom.kv import KV
+from gemloom.kv_store import KVStore
 from gemloom.models import ARCHITECTURES, Architecture, check_own
 from gemloom.options import Options
 from gemloom.placement import Placement
@@ -105,11 +107,12 @@ class Model:
                 planned(self.placement)
             self._weights = Weights(self._device, file, layout, options, self.placement, progress)
             stack.callback(self._weights.close)
-            self._kv = KVCache(
+            self._store = KVStore(
                 self._device, self.config, options.slots, options.chunk, self.placement
             )
-            stack.callback(self._kv.close)
-            self._runner = Runner(self._device, self.config, self._weights, self._kv, architecture)
+            stack.callback(self._store.close)
+            kv = KV(self._store)
+            self._runner = Runner(self._device, self.config, self._weights, kv, architecture)
             stack.callback(self._runner.close)
             self._runner.reserve()
             self.tokenizer = tokenizer.result()
@@ -122,7 +125,8 @@ class Model:
         """Have requests computed. ``free`` is closed with the engine, or if it does not start."""
         with ExitStack() as stack:
             stack.enter_context(free)
-            self._engine = Engine(self._runner, self._kv, self.options, self.context, free.close)
+            self._cells = Cells(self._store, self.options.snapshots << 20)
+            self._engine = Engine(self._runner, self._cells, self.options, self.context, free.close)
             stack.callback(self._engine.close)
             self.adapters = Adapters(
                 self._device, self.placement, self.config, shapes, self._engine,
@@ -378,8 +382,7 @@ class Model:
         self, slot: Slot, chunk: Chunk, taps: Sequence[str], head: bool
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         logits = self._runner.run([chunk], taps, head=head)
-        slot.marks = marks(chunk.adapters)
-        self._engine.slots.extend(slot, chunk.tokens)
+        self._cells.extend(slot, chunk.tokens, marks(chunk.adapters))
         return logits, self._runner.tapped() if taps else {}
 
     @contextmanager
@@ -418,8 +421,8 @@ class Model:
         return {
             "weights": self._weights.bytes,
             "per_layer_table": self._weights.per_layer_bytes,
-            "kv_full": self._kv.nbytes(sliding=False),
-            "kv_sliding": self._kv.nbytes(sliding=True),
+            "kv_full": self._store.nbytes(Kind.FULL),
+            "kv_sliding": self._store.nbytes(Kind.SLIDING),
             "adapters": self.adapters.nbytes,
             "compute": self._device.compute_bytes,
             "mapped": self._weights.bytes_mapped,
@@ -441,10 +444,9 @@ class Model:
         self._engine.call(self._reset)
 
     def _reset(self) -> None:
-        if any(slot.busy for slot in self._engine.slots.all):
+        if self._cells.busy:
             raise RequestError("requests are under way: a model is reset between them")
-        for slot in self._engine.slots.all:
-            self._engine.slots.cut(slot, 0)
+        self._cells.forget()
         self._runner.forget()
 
     # -- state -------------------------------------------------------------------------------
@@ -452,7 +454,7 @@ class Model:
     def save_state(self) -> bytes:
         """The tokens and K/V of the request that ended last. RequestError if none is held."""
         return self._engine.call(
-            lambda: state.save(self.fingerprint, self._kv, self._engine.slots.latest())
+            lambda: state.save(self.fingerprint, self._cells, self._cells.latest())
         )
 
     def load_state(self, data: bytes) -> int:
@@ -461,15 +463,10 @@ class Model:
         Returns how many tokens it has. StateError, and nothing changed, if it is damaged or of
         another model.
         """
-        tokens, intact, cells = state.parse(self.fingerprint, self._kv, data)
-
-        def restore() -> None:
-            self._kv.restore(slot.index, len(tokens), cells)
-            slot.tokens[:], slot.intact = tokens, intact
-
+        saved = state.parse(self.fingerprint, self._cells, data)
         with self._held_slot() as slot:
-            self._engine.call(restore)
-        return len(tokens)
+            self._engine.call(lambda: self._cells.restore(slot, saved))
+        return len(saved.tokens)
 
     # -- end ---------------------------------------------------------------------------------
 

@@ -18,12 +18,12 @@ from time import perf_counter
 import numpy as np
 
 from gemloom.adapters.active import Versioned
-from gemloom.cache import KVCache, Rows
 from gemloom.candidates import COUNT, Candidates, candidates
-from gemloom.config import Config
+from gemloom.config import Config, Kind
 from gemloom.ggml.device import Device, Tensor
 from gemloom.ggml.graph import F32, I32, I64, SUMS, Graph
 from gemloom.inputs import Inputs, Key, Part, declare, key_of, write
+from gemloom.kv import KV, Rows
 from gemloom.models import ARCHITECTURES, Architecture
 from gemloom.sampling import Floats, Ids
 from gemloom.sequence import Batch
@@ -80,7 +80,7 @@ class Runner:
         device: Device,
         config: Config,
         weights: Tensors,
-        kv: KVCache,
+        kv: KV,
         own: Architecture | None = None,
     ) -> None:
         self.config, self.kv = config, kv
@@ -103,18 +103,20 @@ class Runner:
         Those are a prompt's part alone, and parts of as many prompts as there are slots.
         OutOfMemoryError where there is none.
         """
-        count, slots = min(self.kv.chunk, self.kv.cells.full), self.kv.slots
+        shape = self.kv.shape
+        count, slots = min(shape.chunk, shape.cells.full), shape.slots
         each = -(-count // slots)
-        alone = (Part(0, count, 1, self.kv.cells),)
-        shared = tuple(Part(slot, each, 1, self.kv.cells) for slot in range(slots))
+        alone = (Part(0, count, 1, shape.cells),)
+        shared = tuple(Part(slot, each, 1, shape.cells) for slot in range(slots))
         for parts in dict.fromkeys((alone, shared)):
             with closing(self._build(Key(parts, rank=self.ranks)).graph) as graph:
                 graph.reserve()
 
     def survey(self) -> tuple[Counter[str], int]:
         """What devices lack of the largest prefill step, and of how many nodes."""
-        count = min(self.kv.chunk, self.kv.cells.full)
-        plan = self._build(Key((Part(0, count, 1, self.kv.cells),)))
+        shape = self.kv.shape
+        count = min(shape.chunk, shape.cells.full)
+        plan = self._build(Key((Part(0, count, 1, shape.cells),)))
         with closing(plan.graph):
             return plan.graph.survey()
 
@@ -124,7 +126,7 @@ class Runner:
         K/V of every row are in the cache afterwards. With ``taps``, ``tapped()`` has their values;
         with ``head`` False that is all there is, and the logits are not computed.
         """
-        plan = self._compute(batch, key_of(self.kv, batch, taps, head=head))
+        plan = self._compute(batch, key_of(self.kv.shape, batch, taps, head=head))
         if plan.logits is None:
             return np.empty((0, self.config.n_vocab), np.float32)
         return self._read(plan.logits)
@@ -134,7 +136,7 @@ class Runner:
 
         A row with a logit that is not finite is given whole.
         """
-        plan = self._compute(batch, replace(key_of(self.kv, batch), rank=True))
+        plan = self._compute(batch, replace(key_of(self.kv.shape, batch), rank=True))
         if plan.ranked is None:
             return []
         start = perf_counter()
@@ -174,7 +176,7 @@ class Runner:
         self._inputs.write(plan.rows, plan.wanted, batch, key)
         start = self._lap("input", start)
         for chunk in batch:
-            self.kv.mark(chunk.slot, chunk.end)
+            self.kv.store.mark(chunk.slot, chunk.end)
         waiting = start
 
         def meanwhile() -> None:
@@ -231,29 +233,29 @@ class Runner:
         self.forget()
         with closing(Graph(self._device, node_budget(self.config, 1))) as g:
             inputs = []
-            for sliding in (False, True):
-                first = max(keep + drop, count - self.kv.cells.sliding) if sliding else keep + drop
+            for kind in Kind:
+                first = max(keep + drop, count - self.kv.shape.cells.of(kind))
                 positions = np.arange(first, count, dtype=np.int32)
-                inputs += self._move(g, slot, positions, drop, sliding)
+                inputs += self._move(g, slot, positions, drop, kind)
             g.allocate()
             for tensor, values in inputs:
                 write(tensor, [values])
             g.compute()
 
     def _move(
-        self, g: Graph, slot: int, positions: np.ndarray, drop: int, sliding: bool
+        self, g: Graph, slot: int, positions: np.ndarray, drop: int, kind: Kind
     ) -> list[tuple[Tensor, np.ndarray]]:
         """Put the moves of one kind of layer into the graph; gives its inputs."""
-        n, kind = len(positions), "sliding" if sliding else "full"
-        source, to = g.input(f"{kind}_source", I32, n), g.input(f"{kind}_to", I64, n)
-        by = g.input(f"{kind}_by", I32, n)
+        n, shape = len(positions), self.kv.shape
+        source, to = g.input(f"{kind.value}_source", I32, n), g.input(f"{kind.value}_to", I64, n)
+        by = g.input(f"{kind.value}_by", I32, n)
         for spec in self.config.layers:
-            if spec.owns_kv and spec.sliding == sliding:
+            if spec.owns_kv and spec.kind is kind:
                 rotate = partial(self._model.rope, g, spec, by)
                 self.kv.move(g, spec, rotate, source, to)
         return [
-            (source, self.kv.indices(slot, positions, sliding)),
-            (to, self.kv.indices(slot, positions - drop, sliding)),
+            (source, shape.indices(slot, positions, kind)),
+            (to, shape.indices(slot, positions - drop, kind)),
             (by, np.full(n, -drop)),
         ]
 
@@ -267,7 +269,7 @@ class Runner:
 
     def names(self) -> list[str]:
         """Every name that can be tapped."""
-        part = Part(0, 1, 1, self.kv.extent(1))
+        part = Part(0, 1, 1, self.kv.shape.extent(1))
         plan = self._build(Key((part,)))
         plan.graph.close()
         return list(dict.fromkeys(plan.graph.names))

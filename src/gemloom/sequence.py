@@ -6,7 +6,7 @@ Nothing here touches a tensor: logits come in as numpy rows, or as candidates of
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from gemloom.adapters.active import Active
 from gemloom.candidates import Candidates, sample, suffice
+from gemloom.config import Kind
 from gemloom.errors import GemloomError
 from gemloom.sampling import NEVER, Floats, History, SamplingParams, generator
 from gemloom.slots import Slot
@@ -26,8 +27,10 @@ from gemloom.text.tokenizer import StreamDecoder, Tokenizer
 class Chunk:
     """Consecutive tokens of the sequence in ``slot``, the first at position ``start``.
 
-    ``wanted`` are the rows of this chunk whose logits somebody wants, ascending; ``adapters`` what
-    is at work in the sequence.
+    ``wanted`` are the rows of this chunk whose logits are wanted, ascending; ``adapters`` those at
+    work in the sequence. ``until`` has the last position that each row sees, for the kinds of
+    layer where that is not the row's own: the rows of an image see one another. No row may see
+    beyond the chunk's end.
     """
 
     slot: int
@@ -35,6 +38,7 @@ class Chunk:
     tokens: abc.Sequence[int]
     wanted: abc.Sequence[int] = ()
     adapters: tuple[Active, ...] = ()
+    until: abc.Mapping[Kind, abc.Sequence[int]] = field(default_factory=dict)
 
     @property
     def end(self) -> int:

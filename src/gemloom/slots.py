@@ -124,10 +124,18 @@ class Slots:
 
     # -- what a slot holds ---------------------------------------------------------------------
 
-    def extend(self, slot: Slot, tokens: Sequence[int]) -> None:
-        """Take note that the K/V of more tokens are in the cells."""
+    def extend(self, slot: Slot, tokens: Sequence[int], marks: Marks | None = None) -> None:
+        """Note that the K/V of more tokens are in the cells; ``marks`` as in ``acquire``."""
+        if marks is not None:
+            slot.marks = marks
         slot.tokens.extend(tokens)
         slot.intact = max(slot.intact, len(slot.tokens) - self._ring)
+
+    def hold(self, slot: Slot, tokens: Sequence[int], intact: int) -> None:
+        """Note that a slot's cells were replaced by those of ``tokens``."""
+        self.cut(slot, 0)
+        slot.tokens.extend(tokens)
+        slot.intact = intact
 
     def cut(self, slot: Slot, length: int) -> None:
         """Forget what comes after the first ``length`` tokens."""

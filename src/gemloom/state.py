@@ -13,7 +13,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from gemloom.cache import KVCache
+from gemloom.cells import Cells, Saved
 from gemloom.config import Config
 from gemloom.errors import StateError
 from gemloom.files.gguf import GGUF
@@ -34,7 +34,7 @@ def fingerprint(file: GGUF, config: Config, first_bytes: Mapping[str, bytes]) ->
     return digest.hexdigest()
 
 
-def save(model: str, kv: KVCache, slot: Slot) -> bytes:
+def save(model: str, cells: Cells, slot: Slot) -> bytes:
     """The state of a slot. ``model`` is its fingerprint.
 
     StateError for what was computed with adapters: their versions mean nothing elsewhere.
@@ -42,36 +42,33 @@ def save(model: str, kv: KVCache, slot: Slot) -> bytes:
     if slot.marks:
         names = ", ".join(sorted({name for _, name, _, _ in slot.marks}))
         raise StateError(f"the request that ended last had adapters ({names}): it cannot be saved")
-    held = {"tokens": len(slot.tokens), "intact": slot.intact}
-    header = json.dumps({**_header(model, kv), **held}).encode()
-    tokens = np.asarray(slot.tokens, "<i4").tobytes()
-    cells = [bytes(view) for view in kv.export(slot.index, len(slot.tokens))]
-    return b"".join([MAGIC, _LENGTH.pack(len(header)), header, tokens, *cells])
+    saved = cells.save(slot)
+    held = {"tokens": len(saved.tokens), "intact": saved.intact}
+    header = json.dumps({**_header(model, cells), **held}).encode()
+    tokens = np.asarray(saved.tokens, "<i4").tobytes()
+    return b"".join([MAGIC, _LENGTH.pack(len(header)), header, tokens, saved.cells])
 
 
-def parse(model: str, kv: KVCache, data: bytes) -> tuple[list[int], int, memoryview]:
-    """A slot's tokens, the oldest position its rings hold, and the cells.
-
-    StateError if the state is damaged or of another model.
-    """
+def parse(model: str, cells: Cells, data: bytes) -> Saved:
+    """What ``save`` wrote. StateError if it is damaged or of another model."""
     header, body = _split(data)
     count, intact = header.get("tokens"), header.get("intact")
-    wanted = _header(model, kv)
+    wanted, most = _header(model, cells), cells.shape.cells.full
     if other := [key for key in wanted if header.get(key) != wanted[key]]:
         raise StateError(
             f"the state does not fit this model as it is loaded: other {_MEANING[other[0]]}"
         )
-    if not isinstance(count, int) or not 0 <= count <= kv.cells.full:
-        raise StateError(f"the state has {count} tokens, a slot {kv.cells.full:,} cells")
+    if not isinstance(count, int) or not 0 <= count <= most:
+        raise StateError(f"the state has {count} tokens, a slot {most:,} cells")
     if not isinstance(intact, int) or not 0 <= intact <= count:
         raise StateError("the state is damaged: its header contradicts itself")
-    if len(body) != 4 * count + sum(kv.export_sizes(count)):
+    if len(body) != 4 * count + cells.saved_bytes(count):
         raise StateError("the state is damaged: its length is wrong")
-    return np.frombuffer(body[: 4 * count], "<i4").tolist(), intact, body[4 * count :]
+    return Saved(np.frombuffer(body[: 4 * count], "<i4").tolist(), intact, body[4 * count :])
 
 
-def _header(model: str, kv: KVCache) -> dict[str, object]:
-    return {"model": model, "kv_type": kv.kv_type, "ring": kv.cells.sliding}
+def _header(model: str, cells: Cells) -> dict[str, object]:
+    return {"model": model, "kv_type": cells.kv_type, "ring": cells.shape.cells.sliding}
 
 
 def _split(state: bytes) -> tuple[dict[str, object], memoryview]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from gemloom.cache import KVCache
 from gemloom.config import from_gguf
 from gemloom.files.gguf import GGUF
 from gemloom.ggml import backends
 from gemloom.ggml.device import Device
+from gemloom.kv import KV
+from gemloom.kv_store import KVStore
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
 from gemloom.placement import Choice, Placement
@@ -45,10 +46,10 @@ def _survey(file: GGUF, options: Options, name: str) -> Survey:
             closing(Device(name, options.threads, node_budget(config, options.slots)))
         )
         weights = stack.enter_context(closing(Sketch(device, file, layout, placement)))
-        kv = stack.enter_context(
+        store = stack.enter_context(
             closing(
-                KVCache(device, config, options.slots, options.chunk, placement, allocate=False)
+                KVStore(device, config, options.slots, options.chunk, placement, allocate=False)
             )
         )
-        lacking, nodes = Runner(device, config, weights, kv).survey()
+        lacking, nodes = Runner(device, config, weights, KV(store)).survey()
     return Survey(nodes, dict(lacking))

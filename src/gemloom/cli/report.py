@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemloom.cache import cell_bytes, slot_cells
 from gemloom.cli.terminal import one_line, size, table
-from gemloom.config import Config, from_gguf
+from gemloom.config import Config, Kind, from_gguf
 from gemloom.errors import WeightsError
 from gemloom.files.gguf import GGUF, Metadata, StringArray, TensorInfo
 from gemloom.fitting import estimate
+from gemloom.kv_shape import cell_bytes, slot_cells
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
 from gemloom.quantization.parts import PARTS, part
@@ -71,7 +71,7 @@ def plan(file: GGUF, config: Config, options: Options) -> Facts:
     context = options.context_for(config)
     cells, kv_type = slot_cells(config, context, options.chunk), options.kv_type or "f16"
     full, sliding = (
-        options.slots * cells.of(kind) * cell_bytes(config, kv_type, kind) for kind in (False, True)
+        options.slots * cells.of(kind) * cell_bytes(config, kv_type, kind) for kind in Kind
     )
     return {
         "context": context,

@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from gemloom.cache import KVCache, Rows
 from gemloom.config import Config, LayerSpec
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
+from gemloom.kv import KV, Rows
 from gemloom.linear import linear, table_rows
 from gemloom.weights import Tensors
 
@@ -82,7 +82,7 @@ class Decoder:
         return g.rope(x, positions, rope.n_dims, rope.base, rope.scale, factors)
 
     def attention(
-        self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, h: Tensor, kv: KVCache
+        self, g: Graph, spec: LayerSpec, w: Block, rows: Rows, h: Tensor, kv: KV
     ) -> Tensor:
         """The attention half of a layer: [D, T] -> [D, T]; K/V are in the cache already."""
         q = self.query(g, spec, w, rows, h)

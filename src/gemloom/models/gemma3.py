@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from gemloom.cache import KVCache, Rows
 from gemloom.config import Config, LayerSpec
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
+from gemloom.kv import KV, Rows
 from gemloom.models.decoder import (
     Block,
     Decoder,
@@ -27,7 +27,7 @@ from gemloom.weights import Layout
 class Gemma3(Decoder):
     """The text models from 270M to 27B."""
 
-    def forward(self, g: Graph, rows: Rows, wanted: Rows | None, kv: KVCache) -> Tensor | None:
+    def forward(self, g: Graph, rows: Rows, wanted: Rows | None, kv: KV) -> Tensor | None:
         """Logits [n_vocab, wanted rows]; None if no row's are wanted.
 
         K/V of all ``rows`` are written; in the last layer only the wanted rows go on.

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from math import sqrt
 
-from gemloom.cache import KVCache, Rows
 from gemloom.config import Config, LayerSpec
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
+from gemloom.kv import KV, Rows
 from gemloom.linear import expert_linear, linear, table_rows
 from gemloom.models.decoder import (
     Block,
@@ -31,7 +31,7 @@ from gemloom.weights import Layout
 class Gemma4(Decoder):
     """E2B, E4B, 12B, 26B-A4B, 31B and any other size with the same keys."""
 
-    def forward(self, g: Graph, rows: Rows, wanted: Rows | None, kv: KVCache) -> Tensor | None:
+    def forward(self, g: Graph, rows: Rows, wanted: Rows | None, kv: KV) -> Tensor | None:
         """Logits [n_vocab, wanted rows]; None if no row's are wanted.
 
         K/V of all ``rows`` are written. Once the last layer with K/V of its own has done so, only
