@@ -90,14 +90,14 @@ def _speed(job: Job, chunk: int, decoding: bool) -> Job:
         if decoding:
             found |= _decoding(model, job)
         return found | {
-            "load": loaded, "memory": model.memory(), "ranks": model._runner.ranks,
+            "load": loaded, "memory": model.memory(), "ranks": model._program.ranks,
             "fallbacks": dict(lacking | Counter(model.fallbacks)), "backends": model.backends,
         }  # fmt: skip
 
 
 def _decoding(model: gemloom.Model, job: Job) -> Job:
     """``decode`` by name, and ``whole`` as that with all logits read, where that is other."""
-    runner, counts = model._runner, job["sequences"]
+    runner, counts = model._program, job["sequences"]
     each = {f"{n} at {depth}": (n, depth) for depth in job["depths"] for n in counts}
     found = {"decode": {name: _together(model, *one, job) for name, one in each.items()}}
     if runner.ranks:

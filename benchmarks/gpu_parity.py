@@ -19,13 +19,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import gemloom
+from gemloom import testing
 from gemloom.sequence import Chunk
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -131,7 +131,7 @@ def _logits(model: gemloom.Model, job: Job) -> tuple[np.ndarray, Counter[str]]:
 
 
 def _step(model: gemloom.Model, batch: list[Chunk]) -> np.ndarray:
-    return np.asarray(model._engine.call(partial(model._runner.run, batch)))
+    return testing.run(model, batch).logits
 
 
 def _greedy(model: gemloom.Model, job: Job) -> list[int]:

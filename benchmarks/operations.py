@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gemloom
+from gemloom import testing
 from gemloom.errors import GemloomError
 from gemloom.sequence import Chunk
 
@@ -99,7 +100,7 @@ def measure(options: argparse.Namespace) -> Table:
         def step(start: int, stop: int) -> Any:
             wanted = [stop - start - 1] if stop == len(ids) else []
             chunk = Chunk(0, start, ids[start:stop], wanted)
-            return model._engine.call(lambda: model._runner.run([chunk]))
+            return testing.run(model, [chunk]).logits
 
         for start in range(0, options.past, CHUNK):
             step(start, min(start + CHUNK, options.past))

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 import time
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy loads: it would fight with ggml
@@ -10,7 +9,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy loads: it wou
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from hypothesis import HealthCheck, settings
 
 import gemloom
 import tiny
+from gemloom.testing import paced
 
 # A job in the background starts with SIGINT ignored, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,6 +32,7 @@ settings.register_profile(
 )
 settings.load_profile("ours")
 
+__all__ = ["Load", "endless", "paced", "prompt", "until"]
 Load = Callable[..., gemloom.Model]
 QUICK = 10.0  # seconds: what takes longer gets the marker "slow"
 _overdue: list[str] = []
@@ -80,24 +81,6 @@ def until(met: Callable[[], Any], seconds: float = 60) -> None:
     while not met():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
-
-
-@contextmanager
-def paced(model: gemloom.Model, steps: int = 0) -> Iterator[threading.Semaphore]:
-    """The engine takes so many steps, and one for each ``release()`` of what this gives, until the
-    block ends: what happens in it does not depend on which thread is the quicker."""
-    allowed, step = threading.Semaphore(steps), model._engine.step
-
-    def when_allowed() -> None:
-        allowed.acquire()
-        step()
-
-    model._engine.step = when_allowed  # type: ignore[method-assign]
-    try:
-        yield allowed
-    finally:
-        del model._engine.step
-        allowed.release()  # to the step that waits
 
 
 def prompt(n: int, seed: int = 9, n_vocab: int = 300) -> list[int]:

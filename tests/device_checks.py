@@ -17,6 +17,7 @@ import numpy as np
 import gemloom
 import tiny
 from conftest import Load, endless, prompt
+from gemloom import testing
 from gemloom.sequence import Chunk
 from random_lora import random_lora
 
@@ -172,7 +173,7 @@ class Checks:
         run(model, Chunk(0, 0, prompt(n)))
         host._store.restore(0, n, memoryview(b"".join(self._cells(model, n))))
         for opened in (model, host):
-            call(opened, lambda opened=opened: opened._runner.shift(0, keep, drop, n))
+            call(opened, lambda opened=opened: opened._program.shift(0, keep, drop, n))
         for got, wanted in zip(
             self._cells(model, n - drop), self._cells(host, n - drop), strict=True
         ):
@@ -194,7 +195,7 @@ def run(model: gemloom.Model, *chunks: Chunk) -> np.ndarray:
     """One step a time where chunks are of one slot, else one step."""
     if len({chunk.slot for chunk in chunks}) < len(chunks):
         return [run(model, chunk) for chunk in chunks][-1]
-    return np.asarray(call(model, lambda: model._runner.run(chunks)))
+    return testing.run(model, chunks).logits
 
 
 def copied(model: gemloom.Model) -> tuple[list[str], set[str]]:
@@ -202,7 +203,7 @@ def copied(model: gemloom.Model) -> tuple[list[str], set[str]]:
 
     The latter by the scheduler, where a device cannot read the other's memory.
     """
-    plan = model._runner._plan
+    plan = model._program._last
     assert plan
     names, graph = set(), plan.graph._graph
     for i in range(ggml.ggml_graph_n_nodes(graph)):

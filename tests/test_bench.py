@@ -67,9 +67,9 @@ def test_prompts_are_cold_and_depths_are_filled(
 ) -> None:
     """Rows computed, not rows asked for: a second benchmark of the same finds nothing cached."""
     rows: list[int] = []
-    compute = model._runner.run
+    compute = model._program.run
     monkeypatch.setattr(
-        model._runner, "run", lambda b, *a: rows.append(len(b[0].tokens)) or compute(b, *a)
+        model._program, "run", lambda b, *a: rows.append(len(b[0].tokens)) or compute(b, *a)
     )
     cold = [16, 16, 8]
     for _ in range(2):

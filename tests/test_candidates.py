@@ -170,11 +170,11 @@ def test_the_soft_cap_keeps_to_the_margin(start: float, steps: np.ndarray, cap: 
 @pytest.fixture
 def ranking(load: Load, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Loads a model whose backend ranks logits, as a device does; ``read`` are the rows read."""
-    monkeypatch.setattr("gemloom.runner.COUNT", 80)  # fewer than the vocabulary
+    monkeypatch.setattr("gemloom.program.COUNT", 80)  # fewer than the vocabulary
 
     def of(variant: str, **options: Any) -> tuple[gemloom.Model, list[int]]:
         model, read = load(variant, threads=1, **options), []
-        runner = model._runner
+        runner = model._program
         whole = runner._read
         monkeypatch.setattr(
             runner, "_read", lambda logits, row=None: read.append(row) or whole(logits, row)
@@ -244,8 +244,8 @@ def test_a_device_ranks_as_the_host_does(load: Load) -> None:
     done = []
     for ranks in (True, False):
         if ranks:
-            assert model._runner.ranks
-        model._runner.ranks = ranks
+            assert model._program.ranks
+        model._program.ranks = ranks
         runs = [
             model.stream(prompt(9 + 5 * i, seed=i), seed=i, max_tokens=12, **kind)
             for i, kind in enumerate(KINDS)

@@ -150,7 +150,7 @@ def test_a_lost_worker_is_told_once(
         if next(steps) > 12:
             raise LostError(lost)
 
-    monkeypatch.setattr("gemloom.runner.Runner.check", check)
+    monkeypatch.setattr("gemloom.program.Program.check", check)
     args = [*(["hello"] if name == "run" else []), "--threads", "1", *endless(opened)]
     result = call(name, model, *args, input="hello\n")
     assert result.exit_code == 1

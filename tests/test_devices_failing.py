@@ -100,14 +100,14 @@ def test_no_memory_for_a_context_shift_ends_that_request(
     load: Load, own0: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load("e2b", device="own0", slots=2, context=64, keep=4, chunk=8)
-    shift = model._runner.shift
+    shift = model._program.shift
 
     def refused(slot: int, *args: Any) -> None:
         own0.most = 0 if slot == 0 else 1 << 60
         model._device._empty()
         shift(slot, *args)
 
-    monkeypatch.setattr(model._runner, "shift", refused)
+    monkeypatch.setattr(model._program, "shift", refused)
     runs = [model.stream(prompt(40), max_tokens=60, **endless(model)) for _ in range(2)]
     with pytest.raises(OutOfMemoryError):
         list(runs[0])

@@ -19,6 +19,7 @@ import gemloom
 import tiny
 from conftest import Load, prompt
 from device_checks import Bound, Checks, call, run
+from gemloom import testing
 from gemloom.cli.placing import plan_facts, plan_table
 from gemloom.files import gguf
 from gemloom.files.source import resolve
@@ -26,6 +27,7 @@ from gemloom.fitting import propose
 from gemloom.kernels.library import supported
 from gemloom.options import Options
 from gemloom.sequence import Chunk
+from gemloom.want import Want
 from random_lora import random_lora
 from workers import needs_rpc, worker
 
@@ -92,12 +94,7 @@ def test_the_layers_of_the_cpu_have_the_bits_they_have_there_alone(
 
 def tapped(model: gemloom.Model, names: list[str], chunk: Chunk) -> dict[str, np.ndarray]:
     """What a step gives under these names."""
-
-    def step() -> dict[str, np.ndarray]:
-        model._runner.run([chunk], names)
-        return model._runner.tapped()
-
-    return call(model, step)  # type: ignore[no-any-return]
+    return dict(testing.run(model, [chunk], Want(taps=frozenset(names))).tapped)
 
 
 @some
@@ -125,7 +122,7 @@ def test_ggmls_repacked_weights_stay_with_their_layers(load: Load, variant: str)
 
 def nodes(model: gemloom.Model) -> Iterator[tuple[str, int, str]]:
     """Of the graph that is kept: name, operation and backend of what computes each named node."""
-    graph, device = model._runner._plan.graph, model._device
+    graph, device = model._program._last.graph, model._device
     for i in range(ggml.ggml_graph_n_nodes(graph._graph)):
         node = ggml.ggml_graph_node(graph._graph, i)
         name = node.contents.name.decode()
@@ -232,7 +229,7 @@ def test_a_type_that_a_device_lacks(
     assert found["blk.0.attn_norm"] == [ggml.GGML_OP_MUL, 0]
     assert bool(model.memory()["packed"]) == ours
     assert set(model.fallbacks) <= {"mul_mat", "mul_mat_id"}
-    assert not model._runner.ranks  # the logits are on the CPU
+    assert not model._program.ranks  # the logits are on the CPU
 
 
 def test_the_plan_tells_which_these_are(monkeypatch: pytest.MonkeyPatch) -> None:

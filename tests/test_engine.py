@@ -31,9 +31,9 @@ def idle(model: gemloom.Model) -> None:
 
 def watch_batches(model: gemloom.Model, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     batches: list[Batch] = []
-    run = model._runner.run
+    run = model._program.run
     monkeypatch.setattr(
-        model._runner, "run", lambda batch, *a, **k: batches.append(batch) or run(batch, *a, **k)
+        model._program, "run", lambda batch, *a, **k: batches.append(batch) or run(batch, *a, **k)
     )
     return batches
 

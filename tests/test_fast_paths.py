@@ -11,6 +11,7 @@ from gguf.quants import dequantize
 import gemloom
 import tiny
 from conftest import Load, prompt
+from gemloom import testing
 from gemloom.kernels.library import supported
 from gemloom.sequence import Chunk
 from tiny import VARIANTS
@@ -35,7 +36,9 @@ def _rounded(name: str) -> tiny.Edit:
 
 
 def ragged(model: gemloom.Model) -> np.ndarray:
-    parts = [model._runner.run([Chunk(0, a, IDS[a:b], range(b - a))]) for a, b in pairwise(CUTS)]
+    parts = [
+        testing.run(model, [Chunk(0, a, IDS[a:b], range(b - a))]).logits for a, b in pairwise(CUTS)
+    ]
     return np.concatenate(parts)
 
 

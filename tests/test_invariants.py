@@ -12,6 +12,7 @@ import pytest
 import gemloom
 import tiny
 from conftest import Load, endless, prompt
+from gemloom import testing
 from gemloom.config import LayerSpec
 from gemloom.errors import (
     ClosedError,
@@ -42,7 +43,7 @@ def assert_same(ours: np.ndarray, reference: np.ndarray) -> None:
 
 
 def run(model: gemloom.Model, *chunks: Chunk) -> np.ndarray:
-    return model._runner.run(chunks)
+    return testing.run(model, chunks).logits
 
 
 def greedy(model: gemloom.Model) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def test_context_shift_turns_every_key_back(load: Load, variant: str) -> None:
     model = load(variant, chunk=64)
     run(model, Chunk(0, 0, prompt(n)))
     before = [np.frombuffer(part, np.float32).copy() for part in model._store.export(0, n)]
-    model._runner.shift(0, keep, drop, n)
+    model._program.shift(0, keep, drop, n)
     after = [np.frombuffer(part, np.float32) for part in model._store.export(0, n)]
     specs = [spec for spec in model.config.layers if spec.owns_kv]
     for spec, k, v, new_k, new_v in zip(

@@ -334,12 +334,12 @@ def test_a_fault_reaches_everyone(load: Load, monkeypatch: pytest.MonkeyPatch) -
     body = {"prompt": "a", "logit_bias": endless(model), "stream": True}
     failing = False
 
-    def run(*args: Any, real: Any = model._runner.run, **options: Any) -> Any:
+    def run(*args: Any, real: Any = model._program.run, **options: Any) -> Any:
         if failing:
             raise MemoryError("no memory left")
         return real(*args, **options)
 
-    monkeypatch.setattr(model._runner, "run", run)
+    monkeypatch.setattr(model._program, "run", run)
     with serving(model) as url, connect(url) as client:
         with (
             paced(model) as allowed,

@@ -8,6 +8,7 @@ import pytest
 import oracle
 import tiny
 from conftest import Load, prompt
+from gemloom import testing
 from gemloom.config import Kind
 from gemloom.sequence import Chunk
 from test_forward import assert_close
@@ -54,7 +55,7 @@ def test_rows_of_a_block_see_one_another(
     parts = [
         Chunk(0, a, IDS[a:b], range(b - a), until=until(kinds, a, b)) for a, b in pairwise(cuts)
     ]
-    ours = np.concatenate([model._runner.run([part]) for part in parts])
+    ours = np.concatenate([testing.run(model, [part]).logits for part in parts])
     assert_close(ours, reference)
     causal = model.logits(IDS)
     assert np.abs(ours - causal).mean() / causal.std() > 0.01  # the block does something
@@ -64,5 +65,7 @@ def test_own_positions_are_causal_attention(load: Load) -> None:
     """To the bit, and for a wanted row alone as well."""
     model, n = load("e2b"), len(IDS)
     own = dict.fromkeys(Kind, range(n))
-    plain = model._runner.run([Chunk(0, 0, IDS, [3, n - 1])])
-    assert np.array_equal(model._runner.run([Chunk(0, 0, IDS, [3, n - 1], until=own)]), plain)
+    plain = testing.run(model, [Chunk(0, 0, IDS, [3, n - 1])]).logits
+    assert np.array_equal(
+        testing.run(model, [Chunk(0, 0, IDS, [3, n - 1], until=own)]).logits, plain
+    )

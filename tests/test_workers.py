@@ -137,7 +137,7 @@ def test_signals_wait_while_doctor_asks_a_worker(
 def test_what_a_cpu_lacks_is_known_of_a_worker_too(load: Load, pair: tuple[Worker, Worker]) -> None:
     """ggml says that workers can do everything; they end at what they cannot."""
     model = load("e2b", device=pair[0].device, threads=1)
-    assert model._runner.ranks
+    assert model._program.ranks
     with closing(Graph(model._device, 8)) as g:
         x = g.input("x", F32, 256)
         for kind, can in ((GGMLQuantizationType.Q4_K, True), (GGMLQuantizationType.IQ2_XS, False)):
@@ -152,7 +152,7 @@ def test_a_device_of_which_nothing_is_known_gets_no_more_than_it_must(load: Load
         model = load("e2b", device=f"rpc:127.0.0.1:{fake.port}")
         assert set(model.placement.layers) == {0}
         assert not model._device.knows(0)
-        assert not model._runner.ranks
+        assert not model._program.ranks
 
 
 @needs_rpc

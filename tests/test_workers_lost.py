@@ -382,7 +382,7 @@ def test_other_failures_are_not_cured_by_loading_again(
         raise RuntimeError("boom")
 
     with serving(model, load=again) as url, http(url) as client:
-        monkeypatch.setattr(model._runner, "run", fail)
+        monkeypatch.setattr(model._program, "run", fail)
         assert client.post("/v1/completions", json=ASKED).status_code == 503
         assert not tried.wait(0.3)
         message = client.get("/health").json()["error"]["message"]

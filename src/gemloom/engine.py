@@ -33,13 +33,14 @@ from gemloom.errors import (
     QueueFullError,
 )
 from gemloom.options import Options
-from gemloom.runner import Runner
+from gemloom.program import Program
 from gemloom.sampling import Floats
 from gemloom.scheduler import plan
 from gemloom.sequence import Chunk, Sequence
 from gemloom.signals import undisturbed
 from gemloom.slots import Slot
 from gemloom.waiting import Waiting, Wanted
+from gemloom.want import Want
 
 T = TypeVar("T")
 _LAST_STEP = 0.5  # seconds that workers get to end the step under way when a model is closed
@@ -72,13 +73,13 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        program: Program,
         cells: Cells,
         options: Options,
         context: int,
         free: abc.Callable[[], Any],
     ) -> None:
-        self._runner, self._options, self._context = runner, options, context
+        self._program, self._options, self._context = program, options, context
         self.cells = cells
         self._running: dict[int, Sequence] = {}  # by the index of their slot
         self._calls: deque[tuple[abc.Callable[[], Any], Future[Any]]] = deque()
@@ -184,7 +185,7 @@ class Engine:
         if threading.current_thread() is not self._thread:  # a garbage collector runs anywhere
             self._thread.join(_LAST_STEP)
             if self._thread.is_alive():
-                self._runner.abandon()
+                self._program.abandon()
             self._thread.join()
 
     def _check(self) -> None:
@@ -224,7 +225,7 @@ class Engine:
     def _loss(self) -> BaseException | None:
         """Why nothing that devices compute means anything, if that is so."""
         try:
-            self._runner.check()
+            self._program.check()
         except BaseException as error:
             return error
         return None
@@ -239,7 +240,7 @@ class Engine:
         self._end_cancelled()
         if self._failure:
             return
-        self._runner.check()
+        self._program.check()
         self._admit()
         self._make_room()
         batch = plan(self._turn(), self._options.chunk, self._options.budget)
@@ -259,9 +260,8 @@ class Engine:
     def _compute(self, batch: abc.Sequence[Chunk]) -> abc.Iterable[Floats | Candidates]:
         """The wanted rows of a batch; their largest logits where those may do for some request."""
         wanted = [self._running.get(chunk.slot) for chunk in batch if chunk.wanted]
-        if self._runner.ranks and any(sequence and sequence.few for sequence in wanted):
-            return self._runner.rank(batch)
-        return self._runner.run(batch)
+        few = self._program.ranks and any(sequence and sequence.few for sequence in wanted)
+        return self._program.run(batch, Want("largest" if few else "all")).rows
 
     def _turn(self) -> list[Sequence]:
         """The requests of the next step: all, or where they have too many adapters for a graph,
@@ -285,7 +285,7 @@ class Engine:
                 continue
             try:
                 result = function()
-                self._runner.check()  # or it may be made of nothing
+                self._program.check()  # or it may be made of nothing
                 future.set_result(result)
             except BaseException as error:
                 future.set_exception(error)
@@ -331,7 +331,7 @@ class Engine:
             if n > shape.cells.sliding:  # the ring has lost the kept tokens: none may be seen
                 drop = min(drop, n - keep - shape.window + 1)
             try:
-                self._runner.shift(slot.index, keep, drop, n)
+                self._program.shift(slot.index, keep, drop, n)
             except OutOfMemoryError as error:
                 self._give_up(sequence, error)
                 continue

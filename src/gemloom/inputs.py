@@ -1,12 +1,12 @@
 """What a batch puts into a graph: which inputs there are, and their values.
 
 The shapes are all that a graph depends on, so they are its key; the values are written for every
-step. Not here: what is computed of them (``models/``), and when (``runner.py``).
+step. Not here: what is computed of them (``models/``), and when (``program.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -21,6 +21,7 @@ from gemloom.ggml.graph import F16, I32, I64, Graph
 from gemloom.kv import KV, Rows, Span
 from gemloom.kv_shape import Extent, KVShape
 from gemloom.sequence import Batch, Chunk
+from gemloom.want import ALL, Want
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +39,18 @@ class Key:
     """All that a graph depends on."""
 
     parts: tuple[Part, ...]
-    taps: frozenset[str] = frozenset()
-    head: bool = True
-    rank: bool = False
+    want: Want = ALL
     adapters: tuple[Stretch, ...] = ()  # on all rows
     wanted_adapters: tuple[Stretch, ...] = ()  # on those wanted
 
 
-def key_of(shape: KVShape, batch: Batch, taps: Collection[str] = (), *, head: bool = True) -> Key:
+def key_of(shape: KVShape, batch: Batch, want: Want) -> Key:
     """The key of the graph that computes a batch."""
     parts = tuple(
         Part(chunk.slot, len(chunk.tokens), len(chunk.wanted), shape.extent(chunk.end))
         for chunk in batch
     )
-    key = Key(parts, frozenset(taps), head)
+    key = Key(parts, want)
     if not any(chunk.adapters for chunk in batch):
         return key
     at = [(np.arange(chunk.start, chunk.end), chunk.adapters) for chunk in batch]

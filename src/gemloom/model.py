@@ -40,7 +40,7 @@ from gemloom.kv_store import KVStore
 from gemloom.models import ARCHITECTURES, Architecture, check_own
 from gemloom.options import Options
 from gemloom.placement import Placement
-from gemloom.runner import Runner, node_budget
+from gemloom.program import Program, node_budget
 from gemloom.sampling import SamplingParams, check_vocabulary
 from gemloom.sampling import from_options as sampling_params
 from gemloom.sequence import Chunk, Constraint
@@ -51,6 +51,7 @@ from gemloom.text.chat import Message, encode_chat, with_stop
 from gemloom.text.no_vocabulary import read_tokenizer
 from gemloom.text.prompts import integers, prompt_ids
 from gemloom.text.router import Plain, Router
+from gemloom.want import ALL, Output, Want
 from gemloom.weights import Weights
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
 
 TAIL = 64  # tokens at the end of a prompt, where a thought would have been opened
 LOGITS_BYTES = 64 << 20  # of one step, where many rows' logits are wanted
-HIDDEN = "output_norm"  # the intermediate that goes into the head
 MAX_TAPS = 40  # more than a layer has
 MAX_NODES = 1 << 17  # of one graph; ggml's scheduler reserves some kilobytes for each
 
@@ -112,12 +112,12 @@ class Model:
             )
             stack.callback(self._store.close)
             kv = KV(self._store)
-            self._runner = Runner(self._device, self.config, self._weights, kv, architecture)
-            stack.callback(self._runner.close)
-            self._runner.reserve()
+            self._program = Program(self._device, self.config, self._weights, kv, architecture)
+            stack.callback(self._program.close)
+            self._program.reserve()
             self.tokenizer = tokenizer.result()
             self.fingerprint = state.fingerprint(file, self.config, self._weights.first_bytes)
-            self._runner.check()
+            self._program.check()
             self._start_engine(layout.required, stack.pop_all())
         trim_memory()  # the tokenizer was made from much that is not needed any more
 
@@ -125,12 +125,12 @@ class Model:
         """Have requests computed. ``free`` is closed with the engine, or if it does not start."""
         with ExitStack() as stack:
             stack.enter_context(free)
-            self._cells = Cells(self._store, self.options.snapshots << 20)
-            self._engine = Engine(self._runner, self._cells, self.options, self.context, free.close)
+            cells = self._cells = Cells(self._store, self.options.snapshots << 20)
+            self._engine = Engine(self._program, cells, self.options, self.context, free.close)
             stack.callback(self._engine.close)
             self.adapters = Adapters(
                 self._device, self.placement, self.config, shapes, self._engine,
-                self._runner.discard,
+                self._program.discard,
             )  # fmt: skip
             free.callback(self.adapters.close)
             self._close = weakref.finalize(self, self._engine.close)
@@ -310,9 +310,9 @@ class Model:
         ids = self._ids(ids)
         if not rows or rows[0] < 0 or rows[-1] >= len(ids):
             raise OptionError(f'rows must be "all", "last" or from 0 to {len(ids) - 1}')
-        for logits, _ in self._pass(ids, rows, adapters=adapters):
-            if len(logits):
-                yield logits
+        for output in self._pass(ids, rows, adapters=adapters):
+            if len(output.logits):
+                yield output.logits
 
     def trace(
         self, ids: Sequence[int], taps: Sequence[str], adapters: Named | None = None
@@ -327,21 +327,22 @@ class Model:
                 near = ", ".join(get_close_matches(str(tap), names, 3))
                 raise OptionError(f"no intermediate is named {tap!r}; near: {near or 'none'}")
         ids = self._ids(ids)
-        every = range(len(ids))
-        parts = [values for _, values in self._pass(ids, every, taps, adapters=adapters)]
+        want = Want(taps=frozenset(taps))
+        parts = [out.tapped for out in self._pass(ids, range(len(ids)), want, adapters=adapters)]
         return {tap: np.concatenate([part[tap] for part in parts]) for tap in taps}
 
     def tap_names(self) -> list[str]:
         """Every intermediate that ``trace`` can give, in the order they are computed."""
-        return self._engine.call(self._runner.names)
+        return self._engine.call(self._program.names)
 
     def embed(self, text: str | Sequence[int], adapters: Named | None = None) -> np.ndarray:
         """Mean of the last hidden states of a text or of ids, of length 1: float32 [n_embd]."""
         ids = self._ids(text)
         total = np.zeros(self.config.n_embd, np.float64)
-        every = range(len(ids))
-        for _, values in self._pass(ids, every, [HIDDEN], head=False, adapters=adapters):
-            total += values[HIDDEN].sum(axis=0)
+        want = Want("none", hidden=True)
+        for output in self._pass(ids, range(len(ids)), want, adapters=adapters):
+            assert output.hidden is not None
+            total += output.hidden.sum(axis=0)
         return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
 
     def input_squares(self, ids: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
@@ -351,24 +352,24 @@ class Model:
         ``IDS`` which of them each row met.
         """
         ids = self._ids(ids)
-        taps = [name + SUMS for name in self._weights.matrices]
-        for _, values in self._pass(ids, range(len(ids)), taps, head=False):
-            yield values
+        want = Want("none", taps=frozenset(name + SUMS for name in self._weights.matrices))
+        for output in self._pass(ids, range(len(ids)), want):
+            yield dict(output.tapped)
 
     def _pass(
         self,
         ids: Sequence[int],
         wanted: Sequence[int],
-        taps: Sequence[str] = (),
+        want: Want = ALL,
         *,
-        head: bool = True,
         adapters: Named | None = None,
-    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Run ids from nothing in a slot of its own: per step its wanted logits and its taps.
+    ) -> Iterator[Output]:
+        """Run ids from nothing in a slot of its own, and give what each step has of ``want``.
 
-        ``wanted`` ascends. With a ``head``, a step ends before its logits are over LOGITS_BYTES.
+        ``wanted`` are rows, ascending. A step ends before its logits are over LOGITS_BYTES.
         """
-        most = max(1, LOGITS_BYTES // 4 // self.config.n_vocab) if head else len(ids)
+        most = max(1, LOGITS_BYTES // 4 // self.config.n_vocab)
+        most = len(ids) if want.logits == "none" else most
         with self.adapters.lease(adapters, ids) as active, self._held_slot() as slot:
             while (start := len(slot.tokens)) < len(ids):
                 first, stop = bisect_left(wanted, start), start + self._engine.allowance
@@ -376,14 +377,12 @@ class Model:
                     stop = min(stop, wanted[first + most])
                 rows = [row - start for row in wanted[first : bisect_left(wanted, stop)]]
                 chunk = Chunk(slot.index, start, ids[start:stop], rows, active)
-                yield self._engine.call(partial(self._compute, slot, chunk, taps, head))
+                yield self._engine.call(partial(self._compute, slot, chunk, want))
 
-    def _compute(
-        self, slot: Slot, chunk: Chunk, taps: Sequence[str], head: bool
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        logits = self._runner.run([chunk], taps, head=head)
+    def _compute(self, slot: Slot, chunk: Chunk, want: Want) -> Output:
+        output = self._program.run([chunk], want)
         self._cells.extend(slot, chunk.tokens, marks(chunk.adapters))
-        return logits, self._runner.tapped() if taps else {}
+        return output
 
     @contextmanager
     def _held_slot(self) -> Iterator[Slot]:
@@ -398,8 +397,8 @@ class Model:
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds since it was loaded by phase of a step, as ``Runner.times``."""
-        return dict(self._runner.times)
+        """Seconds since it was loaded by phase of a step, as ``Program.times``."""
+        return dict(self._program.times)
 
     @property
     def backends(self) -> list[str]:
@@ -409,7 +408,7 @@ class Model:
     @property
     def fallbacks(self) -> dict[str, int]:
         """Operations of the last step that a device lacks, and how many ran on the CPU instead."""
-        return self._runner.fallbacks
+        return self._program.fallbacks
 
     @property
     def threads(self) -> int:
@@ -447,7 +446,7 @@ class Model:
         if self._cells.busy:
             raise RequestError("requests are under way: a model is reset between them")
         self._cells.forget()
-        self._runner.forget()
+        self._program.forget()
 
     # -- state -------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from gemloom.kv_store import KVStore
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
 from gemloom.placement import Choice, Placement
-from gemloom.runner import Runner, node_budget
+from gemloom.program import Program, node_budget
 from gemloom.weights import Sketch, check
 
 
@@ -51,5 +51,5 @@ def _survey(file: GGUF, options: Options, name: str) -> Survey:
                 KVStore(device, config, options.slots, options.chunk, placement, allocate=False)
             )
         )
-        lacking, nodes = Runner(device, config, weights, KV(store)).survey()
+        lacking, nodes = Program(device, config, weights, KV(store)).survey()
     return Survey(nodes, dict(lacking))

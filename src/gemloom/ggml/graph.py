@@ -55,12 +55,18 @@ class Graph:
         self._inputs: list[Tensor] = []
         self._constants: list[tuple[Tensor, np.ndarray[Any, Any]]] = []
         self.names: list[str] = []
+        self._built: bytes | None = None  # its memory before the scheduler changed it
         self._spreading = None if device.on_host else Spread(device, self._context, self._graph)
 
     @property
     def fallbacks(self) -> Counter[str]:
         """Nodes that a device lacks, by operation."""
         return self._spreading.fallbacks if self._spreading else Counter()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its descriptions, without what it computes in."""
+        return int(ggml.ggml_used_mem(self._context)) + len(self._built or b"")
 
     @property
     def place(self) -> int:
@@ -166,7 +172,20 @@ class Graph:
         self._device.current = None
         ggml.ggml_backend_sched_reset(self._device.scheduler)
         if self._spreading:
-            self._spreading.begin(self._inputs)
+            self._spreading.prepare(self._inputs)
+        self._restore()
+        if self._spreading:
+            self._spreading.pin()
+
+    def _restore(self) -> None:
+        """Make nodes and tensors what they were before the scheduler first got them.
+
+        It gives them addresses, and where it cuts a graph it changes what nodes read.
+        """
+        start = ggml.ggml_get_mem_buffer(self._context)
+        if self._built is None:
+            self._built = ctypes.string_at(start, ggml.ggml_used_mem(self._context))
+        ctypes.memmove(start, self._built, len(self._built))
 
     def survey(self) -> tuple[Counter[str], int]:
         """What devices lack of it, by operation, and of how many nodes; needs no memory."""

@@ -5,7 +5,6 @@ Not used where all is on the host.
 
 from __future__ import annotations
 
-import ctypes
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -24,35 +23,26 @@ class Spread:
     """
 
     def __init__(self, device: Device, context: Any, graph: Any) -> None:
-        self._device, self._context, self._graph = device, context, graph
+        self._device, self._graph = device, graph
         self.marks = Marks(context, 0)
         self.fallbacks: Counter[str] = Counter()
         self.uploads: list[Upload] = []
         self._pins: list[tuple[Any, int]] | None = None  # nodes and where they run
-        self._built: bytes | None = None  # its memory before the scheduler cut it
 
-    def begin(self, inputs: Sequence[Tensor]) -> None:
-        """Tell the scheduler, which knows nothing of it yet, where nodes run, and give inputs room.
-
-        Where it cuts a graph it changes what nodes read, so that is put back first.
-        """
+    def prepare(self, inputs: Sequence[Tensor]) -> None:
+        """Find out where nodes run, once, and give inputs room."""
         if self._pins is None:
             found, self.fallbacks = pins(self._device, self._graph, self.marks)
             self.uploads += uploads(self._device, self._graph, inputs, found)
             self._pins = found
         for upload in self.uploads:
             upload.settle()
-        self._restore()
-        for node, index in self._pins:
+
+    def pin(self) -> None:
+        """Tell the scheduler, which knows nothing of the graph yet, where nodes run."""
+        for node, index in self._pins or ():
             backend = self._device.backends[index]
             ggml.ggml_backend_sched_set_tensor_backend(self._device.scheduler, node, backend)
-
-    def _restore(self) -> None:
-        """Make nodes and tensors what they were when this was called first."""
-        start = ggml.ggml_get_mem_buffer(self._context)
-        if self._built is None:
-            self._built = ctypes.string_at(start, ggml.ggml_used_mem(self._context))
-        ctypes.memmove(start, self._built, len(self._built))
 
     def send(self) -> None:
         """Copy the inputs to the devices, as they are now."""

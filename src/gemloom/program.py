@@ -1,17 +1,16 @@
-"""The one impure step: a Batch becomes graph inputs, the graph runs, logits come back.
+"""One network on devices: a Batch becomes graph inputs, a graph runs, what is wanted comes back.
 
-A graph is built once for a shape of batch and kept while the next batches have the same
-(decode steps do, for hundreds of tokens); then a step only writes its inputs. Positions,
-cells and masks are inputs, so nothing about them is baked into a graph.
+A graph is built once for a shape of batch and kept for the next batches of that shape, as long as
+all kept graphs fit into GRAPH_BYTES. Then a step only writes its inputs. Positions, cells and
+masks are inputs, so nothing about them is baked into a graph.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Collection
+from collections import Counter, OrderedDict
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 
@@ -27,10 +26,13 @@ from gemloom.kv import KV, Rows
 from gemloom.models import ARCHITECTURES, Architecture
 from gemloom.sampling import Floats, Ids
 from gemloom.sequence import Batch
+from gemloom.want import ALL, Output, Want
 from gemloom.weights import Tensors
 
 OWN_NODES = 4  # times the usual number, for forward passes that nobody has counted
-_log = logging.getLogger("gemloom.runner")
+GRAPH_BYTES = 32 << 20  # of all graphs that are kept, besides the memory they compute in
+HIDDEN = "output_norm"  # the intermediate that goes into the head
+_log = logging.getLogger("gemloom.program")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +67,14 @@ def node_budget(config: Config, parts: int, taps: int = 0, adapters: int = 0) ->
     return config.n_layer * layer + 128 + 2 * taps + 2 * each
 
 
-class Runner:
-    """Runs batches on one model. Not thread-safe: one caller at a time. ``close()`` frees it.
+class Program:
+    """Runs batches on one network. Not thread-safe: one caller at a time. ``close()`` frees it.
 
     ``ranks`` says that the device that makes the logits can find the largest of them as well, so
-    that ``rank`` saves reading them all. ``times`` are the seconds since it was made by phase of
-    ``run``: build (and allocate), input, launch (handing the graph to devices, and what of it runs
-    on the CPU; nothing where all does), ahead (Python's work on the next step meanwhile), compute,
-    read. ``own`` is what the forward pass is made by, in place of the architecture's class.
+    that wanting the "largest" saves reading them all. ``times`` are the seconds since it was made
+    by phase of ``run``: build (and allocate), input, launch (handing the graph to devices, and
+    what of it runs on the CPU; nothing where all does), ahead (Python's work on the next step
+    meanwhile), compute, read. ``own`` is a forward pass in place of the architecture's class.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Runner:
         self._device = device
         self._model = (own or ARCHITECTURES[config.architecture])(config, weights)
         self._room = OWN_NODES if own else 1
-        self._plan: _Plan | None = None
+        self._plans: OrderedDict[Key, _Plan] = OrderedDict()  # the one used last at the end
         logits, count = weights.placement.logits, min(COUNT, config.n_vocab)
         self.ranks = _finds_largest(device, logits, config.n_vocab, count)
         self._inputs = Inputs(kv)
@@ -108,8 +110,9 @@ class Runner:
         each = -(-count // slots)
         alone = (Part(0, count, 1, shape.cells),)
         shared = tuple(Part(slot, each, 1, shape.cells) for slot in range(slots))
+        want = Want("largest") if self.ranks else ALL
         for parts in dict.fromkeys((alone, shared)):
-            with closing(self._build(Key(parts, rank=self.ranks)).graph) as graph:
+            with closing(self._build(Key(parts, want)).graph) as graph:
                 graph.reserve()
 
     def survey(self) -> tuple[Counter[str], int]:
@@ -120,28 +123,27 @@ class Runner:
         with closing(plan.graph):
             return plan.graph.survey()
 
-    def run(self, batch: Batch, taps: Collection[str] = (), *, head: bool = True) -> np.ndarray:
-        """Compute a batch; float32 [wanted rows of all chunks, n_vocab].
+    def run(self, batch: Batch, want: Want = ALL) -> Output:
+        """Compute a batch; K/V of every row are in the cells afterwards.
 
-        K/V of every row are in the cache afterwards. With ``taps``, ``tapped()`` has their values;
-        with ``head`` False that is all there is, and the logits are not computed.
+        Where the largest logits are wanted, a row with one that is not finite is given whole.
         """
-        plan = self._compute(batch, key_of(self.kv.shape, batch, taps, head=head))
-        if plan.logits is None:
-            return np.empty((0, self.config.n_vocab), np.float32)
-        return self._read(plan.logits)
+        key = key_of(self.kv.shape, batch, want)
+        plan = self._compute(batch, key)
+        rows: list[Floats | Candidates] | np.ndarray
+        if plan.ranked:
+            rows = self._ranked_rows(plan, plan.ranked)
+        elif plan.logits:
+            rows = self._read(plan.logits)
+        else:
+            rows = np.empty((0, self.config.n_vocab), np.float32)
+        tapped = self._tapped(plan)
+        return Output(rows=rows, hidden=tapped.get(HIDDEN), tapped=tapped)
 
-    def rank(self, batch: Batch) -> list[Floats | Candidates]:
-        """As ``run``, but of each row only its largest logits are read, until somebody wants all.
-
-        A row with a logit that is not finite is given whole.
-        """
-        plan = self._compute(batch, replace(key_of(self.kv.shape, batch), rank=True))
-        if plan.ranked is None:
-            return []
+    def _ranked_rows(self, plan: _Plan, ranked: _Ranked) -> list[Floats | Candidates]:
         start = perf_counter()
-        ids, values = plan.ranked.ids.numpy(), plan.ranked.values.numpy()[..., 0]
-        sound = np.isfinite(plan.ranked.sums.numpy()[:, 0])
+        ids, values = ranked.ids.numpy(), ranked.values.numpy()[..., 0]
+        sound = np.isfinite(ranked.sums.numpy()[:, 0])
         self.check()
         values = self._model.softcap(values)
         self.check()
@@ -166,12 +168,7 @@ class Runner:
     def _compute(self, batch: Batch, key: Key) -> _Plan:
         """Run the graph of ``key``, built if need be, on a batch."""
         start = perf_counter()
-        if self._plan is None or self._plan.key != key:
-            self.forget()
-            self._plan = self._allocated(key)
-            self._warn()
-        plan = self._plan
-        plan.graph.allocate()
+        plan = self._allocated(key)
         start = self._lap("build", start)
         self._inputs.write(plan.rows, plan.wanted, batch, key)
         start = self._lap("input", start)
@@ -190,13 +187,32 @@ class Runner:
         return plan
 
     def _allocated(self, key: Key) -> _Plan:
-        plan = self._build(key)
-        try:
-            plan.graph.allocate()
-        except BaseException:
-            plan.graph.close()
-            raise
+        """The graph of ``key``, built unless it is kept, with memory to compute in."""
+        if key not in self._plans:
+            plan = self._build(key)
+            try:
+                plan.graph.allocate()
+            except BaseException:
+                plan.graph.close()
+                raise
+            self._plans[key] = plan
+            self._warn(plan)
+        plan = self._plans[key]
+        self._plans.move_to_end(key)
+        plan.graph.allocate()
+        while len(self._plans) > 1 and self.graph_bytes > GRAPH_BYTES:
+            self._plans.popitem(last=False)[1].graph.close()
         return plan
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory of the graphs that are kept, besides what they compute in."""
+        return sum(plan.graph.nbytes for plan in self._plans.values())
+
+    @property
+    def _last(self) -> _Plan | None:
+        """The graph that was used last."""
+        return next(reversed(self._plans.values()), None)
 
     def check(self) -> None:
         """LostError where a device went away: what was read from it then is no result."""
@@ -206,16 +222,19 @@ class Runner:
         """Have no step wait for a worker any more; from any thread, and for good."""
         self._device.abandon()
 
-    def _warn(self) -> None:
+    def _warn(self, plan: _Plan) -> None:
         """Say once of each operation that it is slower than it might be."""
-        if new := sorted(set(self.fallbacks) - self._warned):
+        if new := sorted(set(self._fallbacks(plan)) - self._warned):
             self._warned.update(new)
             _log.warning("not on the device, so on the CPU: %s", ", ".join(new))
 
     @property
     def fallbacks(self) -> dict[str, int]:
-        """Operations of the graph that is kept which its devices lack, and how many each."""
-        lacking = Counter(self._plan.graph.fallbacks if self._plan else ())
+        """Operations of the last step which its devices lack, and how many each."""
+        return self._fallbacks(self._last)
+
+    def _fallbacks(self, plan: _Plan | None) -> dict[str, int]:
+        lacking = Counter(plan.graph.fallbacks if plan else ())
         return dict(lacking + Counter(attention=self._attention_on_host))
 
     def _lap(self, phase: str, start: float) -> float:
@@ -230,7 +249,6 @@ class Runner:
         What follows moves down by as much: K is rotated back, each layer with its own dimensions,
         base and factors.
         """
-        self.forget()
         with closing(Graph(self._device, node_budget(self.config, 1))) as g:
             inputs = []
             for kind in Kind:
@@ -259,12 +277,13 @@ class Runner:
             (by, np.full(n, -drop)),
         ]
 
-    def tapped(self) -> dict[str, np.ndarray]:
-        """Values of the last batch's taps; slowest dimension, the rows, first."""
-        assert self._plan
-        values = {name: tensor.numpy() for name, tensor in self._plan.graph.tapped.items()}
+    def _tapped(self, plan: _Plan) -> dict[str, np.ndarray]:
+        """Values of a step's taps; slowest dimension, the rows, first."""
+        values = {name: tensor.numpy() for name, tensor in plan.graph.tapped.items()}
         if "logits" in values:
             self._model.softcap(values["logits"])
+        if values:
+            self.check()
         return values
 
     def names(self) -> list[str]:
@@ -275,33 +294,34 @@ class Runner:
         return list(dict.fromkeys(plan.graph.names))
 
     def discard(self, adapter: Versioned) -> None:
-        """Drop the graph that is kept if it has this adapter's tensors."""
-        if self._plan and any(s.adapter is adapter for s in self._plan.key.adapters):
-            self.forget()
+        """Drop the graphs that have this adapter's tensors."""
+        for key in [key for key in self._plans if any(s.adapter is adapter for s in key.adapters)]:
+            self._plans.pop(key).graph.close()
 
     def close(self) -> None:
-        """Free the graph that is kept."""
+        """Free the graphs that are kept."""
         self.forget()
 
     def forget(self) -> None:
-        """Drop the graph that is kept: the next step builds its own."""
-        if self._plan:
-            self._plan.graph.close()
-            self._plan = None
+        """Drop the graphs that are kept: the next step builds its own."""
+        while self._plans:
+            self._plans.popitem()[1].graph.close()
 
     # -- building ----------------------------------------------------------------------------
 
     def _build(self, key: Key) -> _Plan:
-        extra = sum(3 if tap.endswith(SUMS) else 1 for tap in key.taps)
+        taps = key.want.taps | ({HIDDEN} if key.want.hidden else set())
+        extra = sum(3 if tap.endswith(SUMS) else 1 for tap in taps)
         budget = node_budget(self.config, len(key.parts), extra, len(key.adapters)) * self._room
         if self._device.grow(budget):
             self.reserve()
-        g = Graph(self._device, budget, key.taps)
+        g = Graph(self._device, budget, taps)
         try:
             rows, wanted = declare(g, key)
             logits = self._model.forward(g, rows, wanted, self.kv)
-            logits = g.output(logits) if logits and key.head else None
-            ranked = self._ranked(g, logits) if logits and key.rank else None
+            logits = g.output(logits) if logits and key.want.logits != "none" else None
+            largest = logits and key.want.logits == "largest"
+            ranked = self._ranked(g, logits) if logits and largest else None
             return _Plan(key, g, rows, wanted, logits, ranked)
         except BaseException:
             g.close()
