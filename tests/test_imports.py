@@ -172,6 +172,7 @@ ARROWS = {  # module or package: all it may import of this package
         "adapters",
         "candidates",
         "config",
+        "errors",
         "ggml",
         "inputs",
         "kv",

@@ -10,6 +10,7 @@ import cpu_devices
 import gemloom
 from conftest import Load, prompt
 from gemloom import testing
+from gemloom.errors import OptionError
 from gemloom.sequence import Chunk
 from gemloom.want import Want
 from random_lora import random_lora
@@ -82,6 +83,28 @@ def test_an_unloaded_adapter_takes_its_graphs_along(load: Load) -> None:
     model.generate(IDS, max_tokens=2)
     assert all(not key.adapters for key in model._program._plans)
     assert 0 < len(model._program._plans) < 2 * with_adapter + 1
+
+
+@pytest.mark.parametrize("variant", ["e2b", "26b"])
+def test_a_graph_gets_room_for_its_nodes(
+    load: Load, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few were tried first: the same logits, and no step fails for the next size."""
+    wanted = logits(load(variant, slots=3, chunk=64))
+    monkeypatch.setattr("gemloom.program.FEW_NODES", 16)
+    model = load(variant, slots=3, chunk=64)
+    assert model._program._nodes > 16
+    for ours, reference in zip(logits(model), wanted, strict=True):
+        assert np.array_equal(ours, reference)
+    names = model.tap_names()
+    assert set(model.trace(IDS, names)) == set(names)  # many more nodes than any step before
+
+
+def test_a_graph_of_too_many_nodes_is_refused(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemloom.program.FEW_NODES", 16)
+    monkeypatch.setattr("gemloom.program.MOST_NODES", 64)
+    with pytest.raises(OptionError, match="a step of 1 slots takes over 64 operations"):
+        load("e2b")
 
 
 def test_hidden_states_are_what_goes_into_the_head(load: Load) -> None:

@@ -52,8 +52,7 @@ class Estimate:
 
 
 def place(
-    file: GGUF, config: Config, layout: Layout, options: Options, max_nodes: int,
-    own: Library | None,
+    file: GGUF, config: Config, layout: Layout, options: Options, own: Library | None
 ) -> tuple[Device, Placement]:  # fmt: skip
     """Open the devices that are asked for, and plan what goes where; the CPU alone where none does.
 
@@ -63,7 +62,7 @@ def place(
     check(file, layout)
     names = ("cpu",) if options.gpu_layers == 0 else options.devices
     while True:
-        device = Device(names, options.threads, max_nodes, own)
+        device = Device(names, options.threads, kernels=own)
         try:
             placement = fit(file, config, layout, options, device)
         except BaseException:
@@ -80,7 +79,7 @@ def propose(file: GGUF, options: Options) -> Placement:
     config = from_gguf(file)
     layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
     with speaking(options.devices):
-        device, placement = place(file, config, layout, options, 64, None)
+        device, placement = place(file, config, layout, options, None)
         device.close()
     return placement
 

@@ -40,7 +40,7 @@ from gemloom.kv_store import KVStore
 from gemloom.models import ARCHITECTURES, Architecture, check_own
 from gemloom.options import Options
 from gemloom.placement import Placement
-from gemloom.program import Program, node_budget
+from gemloom.program import Program
 from gemloom.sampling import SamplingParams, check_vocabulary
 from gemloom.sampling import from_options as sampling_params
 from gemloom.sequence import Chunk, Constraint
@@ -59,8 +59,6 @@ if TYPE_CHECKING:
 
 TAIL = 64  # tokens at the end of a prompt, where a thought would have been opened
 LOGITS_BYTES = 64 << 20  # of one step, where many rows' logits are wanted
-MAX_TAPS = 40  # more than a layer has
-MAX_NODES = 1 << 17  # of one graph; ggml's scheduler reserves some kilobytes for each
 
 
 class Model:
@@ -91,16 +89,12 @@ class Model:
         options.context_for(self.config)  # told before any device is opened
         if architecture is not None:
             check_own(self.config, architecture)
-        budget = node_budget(self.config, options.slots, MAX_TAPS * self.config.n_layer)
-        if budget > MAX_NODES:
-            n_layer = self.config.n_layer
-            raise OptionError(f"slots {options.slots} are too many for {n_layer} layers")
         with speaking(options.devices), ThreadPoolExecutor(1) as aside, ExitStack() as stack:
             tokenizer = aside.submit(read_tokenizer, file.metadata, self.config.n_vocab)
             own = fastest() if options.kernels == "auto" else None
             kind = architecture or ARCHITECTURES[self.config.architecture]
             layout = kind.layout(self.config, file.tensors)
-            self._device, self.placement = place(file, self.config, layout, options, budget, own)
+            self._device, self.placement = place(file, self.config, layout, options, own)
             stack.callback(self._device.close)
             self.context, self.kv_type = astuple(self.placement.choice)
             if planned:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -19,8 +19,9 @@ import numpy as np
 from gemloom.adapters.active import Versioned
 from gemloom.candidates import COUNT, Candidates, candidates
 from gemloom.config import Config, Kind
+from gemloom.errors import OptionError
 from gemloom.ggml.device import Device, Tensor
-from gemloom.ggml.graph import F32, I32, I64, SUMS, Graph
+from gemloom.ggml.graph import F32, I32, I64, Graph, GraphFullError
 from gemloom.inputs import Inputs, Key, Part, declare, key_of, write
 from gemloom.kv import KV, Rows
 from gemloom.models import ARCHITECTURES, Architecture
@@ -29,7 +30,7 @@ from gemloom.sequence import Batch
 from gemloom.want import ALL, Output, Want
 from gemloom.weights import Tensors
 
-OWN_NODES = 4  # times the usual number, for forward passes that nobody has counted
+FEW_NODES, MOST_NODES = 1 << 12, 1 << 17  # of one graph: tried first, and not exceeded
 GRAPH_BYTES = 32 << 20  # of all graphs that are kept, besides the memory they compute in
 HIDDEN = "output_norm"  # the intermediate that goes into the head
 _log = logging.getLogger("gemloom.program")
@@ -56,17 +57,6 @@ class _Plan:
     ranked: _Ranked | None
 
 
-def node_budget(config: Config, parts: int, taps: int = 0, adapters: int = 0) -> int:
-    """More nodes than the graph of a batch of so many chunks can have.
-
-    ``adapters`` counts the stretches of rows that have one.
-    """
-    used = max(spec.experts.used if spec.experts else 0 for spec in config.layers)
-    each = 120 * adapters  # of 14 matrices at most: 8 nodes, and two factors and a scale
-    layer = 90 + 12 * parts + 2 * used + each
-    return config.n_layer * layer + 128 + 2 * taps + 2 * each
-
-
 class Program:
     """Runs batches on one network. Not thread-safe: one caller at a time. ``close()`` frees it.
 
@@ -88,7 +78,8 @@ class Program:
         self.config, self.kv = config, kv
         self._device = device
         self._model = (own or ARCHITECTURES[config.architecture])(config, weights)
-        self._room = OWN_NODES if own else 1
+        self._reserved = False
+        self._nodes = FEW_NODES  # what the largest graph so far needed, rounded up
         self._plans: OrderedDict[Key, _Plan] = OrderedDict()  # the one used last at the end
         logits, count = weights.placement.logits, min(COUNT, config.n_vocab)
         self.ranks = _finds_largest(device, logits, config.n_vocab, count)
@@ -114,6 +105,7 @@ class Program:
         for parts in dict.fromkeys((alone, shared)):
             with closing(self._build(Key(parts, want)).graph) as graph:
                 graph.reserve()
+        self._reserved = True
 
     def survey(self) -> tuple[Counter[str], int]:
         """What devices lack of the largest prefill step, and of how many nodes."""
@@ -249,7 +241,7 @@ class Program:
         What follows moves down by as much: K is rotated back, each layer with its own dimensions,
         base and factors.
         """
-        with closing(Graph(self._device, node_budget(self.config, 1))) as g:
+        with closing(Graph(self._device, self._nodes)) as g:
             inputs = []
             for kind in Kind:
                 first = max(keep + drop, count - self.kv.shape.cells.of(kind))
@@ -310,12 +302,25 @@ class Program:
     # -- building ----------------------------------------------------------------------------
 
     def _build(self, key: Key) -> _Plan:
+        """A graph with room for as many nodes as it turns out to need.
+
+        OptionError where those are more than any graph may have.
+        """
+        while True:
+            if self._device.grow(self._nodes) and self._reserved:
+                self.reserve()
+            with suppress(GraphFullError):
+                return self._filled(key)
+            if self._nodes == MOST_NODES:
+                raise OptionError(
+                    f"a step of {len(key.parts)} slots takes over {MOST_NODES:,} operations; "
+                    "load the model with fewer"
+                )
+            self._nodes *= 2
+
+    def _filled(self, key: Key) -> _Plan:
         taps = key.want.taps | ({HIDDEN} if key.want.hidden else set())
-        extra = sum(3 if tap.endswith(SUMS) else 1 for tap in taps)
-        budget = node_budget(self.config, len(key.parts), extra, len(key.adapters)) * self._room
-        if self._device.grow(budget):
-            self.reserve()
-        g = Graph(self._device, budget, taps)
+        g = Graph(self._device, self._nodes, taps)
         try:
             rows, wanted = declare(g, key)
             logits = self._model.forward(g, rows, wanted, self.kv)

@@ -14,7 +14,7 @@ from gemloom.kv_store import KVStore
 from gemloom.models import ARCHITECTURES
 from gemloom.options import Options
 from gemloom.placement import Choice, Placement
-from gemloom.program import Program, node_budget
+from gemloom.program import Program
 from gemloom.weights import Sketch, check
 
 
@@ -42,9 +42,7 @@ def _survey(file: GGUF, options: Options, name: str) -> Survey:
     here, tied = (0,) * config.n_layer, layout.head == "token_embd.weight"
     placement = Placement(here, 0, 1, choice, (), tied, here)
     with ExitStack() as stack:
-        device = stack.enter_context(
-            closing(Device(name, options.threads, node_budget(config, options.slots)))
-        )
+        device = stack.enter_context(closing(Device(name, options.threads)))
         weights = stack.enter_context(closing(Sketch(device, file, layout, placement)))
         store = stack.enter_context(
             closing(

@@ -31,13 +31,18 @@ T = TypeVar("T")
 _ALL_THREADS = -1  # GGML_N_TASKS_MAX
 
 
+class GraphFullError(Exception):
+    """A graph has more nodes than it was made for; ggml would end the process."""
+
+
 class Graph:
     """One forward pass, built once and computed as often as its shapes fit.
 
     ``taps`` are names of intermediates to keep; after ``compute()`` they are in ``tapped``. Where
     one is a weight's name and SUMS, that is the sum over rows of the squares of what the weight is
     multiplied with: [k, 1]; for experts [k, n_expert], and under IDS which of them each row met.
-    Free with ``close()``.
+    At most ``max_nodes`` tensors can be made: GraphFullError comes from the method that would make
+    one more. Free with ``close()``.
     """
 
     def __init__(self, device: Device, max_nodes: int, taps: Collection[str] = ()) -> None:
@@ -45,8 +50,9 @@ class Graph:
         self._device = device
         size = (max_nodes + 64) * ggml.ggml_tensor_overhead()
         size += ggml.ggml_graph_overhead_custom(max_nodes, False)
-        self._context = ggml.ggml_init(ggml.ggml_init_params(size, None, True))
-        self._graph = ggml.ggml_new_graph_custom(self._context, max_nodes, False)
+        self._memory = ggml.ggml_init(ggml.ggml_init_params(size, None, True))
+        self._graph = ggml.ggml_new_graph_custom(self._memory, max_nodes, False)
+        self._left = max_nodes  # tensors that can still be made
         self._taps = frozenset(taps)
         self.tapped: dict[str, Tensor] = {}
         self.threads = device.threads
@@ -56,7 +62,7 @@ class Graph:
         self._constants: list[tuple[Tensor, np.ndarray[Any, Any]]] = []
         self.names: list[str] = []
         self._built: bytes | None = None  # its memory before the scheduler changed it
-        self._spreading = None if device.on_host else Spread(device, self._context, self._graph)
+        self._spreading = None if device.on_host else Spread(device, self._memory, self._graph)
 
     @property
     def fallbacks(self) -> Counter[str]:
@@ -64,9 +70,17 @@ class Graph:
         return self._spreading.fallbacks if self._spreading else Counter()
 
     @property
+    def _context(self) -> Any:
+        """ggml's memory, for one more tensor."""
+        self._left -= 1
+        if self._left < 0:
+            raise GraphFullError
+        return self._memory
+
+    @property
     def nbytes(self) -> int:
         """Memory of its descriptions, without what it computes in."""
-        return int(ggml.ggml_used_mem(self._context)) + len(self._built or b"")
+        return int(ggml.ggml_used_mem(self._memory)) + len(self._built or b"")
 
     @property
     def place(self) -> int:
@@ -182,9 +196,9 @@ class Graph:
 
         It gives them addresses, and where it cuts a graph it changes what nodes read.
         """
-        start = ggml.ggml_get_mem_buffer(self._context)
+        start = ggml.ggml_get_mem_buffer(self._memory)
         if self._built is None:
-            self._built = ctypes.string_at(start, ggml.ggml_used_mem(self._context))
+            self._built = ctypes.string_at(start, ggml.ggml_used_mem(self._memory))
         ctypes.memmove(start, self._built, len(self._built))
 
     def survey(self) -> tuple[Counter[str], int]:
@@ -217,9 +231,9 @@ class Graph:
         """Free the graph and its tensors."""
         if self._device.current is self:
             self._device.current = None
-        if self._context:
-            ggml.ggml_free(self._context)
-            self._context = None
+        if self._memory:
+            ggml.ggml_free(self._memory)
+            self._memory = None
             if self._spreading:
                 self._spreading.close()
 
@@ -416,6 +430,7 @@ class Graph:
     def top_k(self, x: Tensor, k: int) -> Tensor:
         """x [n, m] -> i32 [k, m]: where the k largest are, the largest first."""
         assert k <= x.shape[0], (x, k)
+        self._left -= 1  # it makes two
         result = ggml.ggml_argsort_top_k(self._context, x.pointer, k)
         return Tensor(result, I32, (k, *x.shape[1:]), contiguous_strides(I32, x.shape))
 
