@@ -67,4 +67,4 @@ def endless(model: gemloom.Model) -> dict[str, float]:
 
 def cancelled(model: gemloom.Model) -> bool:
     """Whether all that runs ends before the next step."""
-    return all(sequence.cancelled for sequence in model._engine._running.values())
+    return all(sequence.cancelled for sequence in model._engine._steps.running.values())

@@ -90,7 +90,7 @@ def test_only_wanted_rows_go_on(load: Load, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_more_adapters_than_a_graph_holds(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take turns; nobody waits for another's end."""
-    monkeypatch.setattr("gemloom.engine.MOST_STRETCHES", 2)
+    monkeypatch.setattr("gemloom.step.MOST_STRETCHES", 2)
     model = with_adapters(load, "a", "b", "c", slots=4, chunk=16)
     batches = watch_batches(model, monkeypatch)
     asked = [(prompt(20, seed=i), on) for i, on in enumerate([{"a": 1}, {"b": 1}, {"c": 1}, {}])]

@@ -16,7 +16,7 @@ import pytest
 
 import gemloom
 from conftest import Load, endless, paced, prompt, until
-from gemloom.errors import EngineError, GemloomError, QueueFullError
+from gemloom.errors import EngineError, GemloomError, OutOfMemoryError, QueueFullError
 from gemloom.ggml.graph import Graph
 from gemloom.sequence import Batch
 from tiny import VARIANTS
@@ -301,6 +301,28 @@ def test_what_fails_in_one_request_ends_it_alone(load: Load) -> None:
             model.generate(prompt(5), constraint=Broken(mask))
     alone = load().generate(prompt(8), max_tokens=40, seed=1, **endless(model)).tokens
     assert well.completion().tokens == alone
+    assert model.generate(prompt(5), max_tokens=2).tokens
+    idle(model)
+
+
+def test_no_memory_beside_a_grammar_that_fails_ends_two_requests_and_no_engine(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(slots=2)
+    run = model._program.run
+
+    def full(*args: Any) -> Any:
+        monkeypatch.setattr(model._program, "run", run)
+        raise OutOfMemoryError("no memory on cpu")
+
+    with paced(model):
+        fails = model.stream(prompt(5), constraint=Broken(BrokenPipeError("no mask")))
+        well = model.stream(prompt(6), max_tokens=4)
+        monkeypatch.setattr(model._program, "run", full)
+    with pytest.raises(GemloomError, match="no mask"):
+        fails.completion()
+    with pytest.raises(OutOfMemoryError, match="no memory on cpu"):
+        well.completion()
     assert model.generate(prompt(5), max_tokens=2).tokens
     idle(model)
 

@@ -13,15 +13,12 @@ import logging
 import os
 import threading
 from collections import abc, deque
-from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from gemloom.adapters.active import marks
-from gemloom.candidates import Candidates
 from gemloom.cells import Cells
 from gemloom.errors import (
     ClosedError,
@@ -29,26 +26,22 @@ from gemloom.errors import (
     EngineError,
     GemloomError,
     LostError,
-    OutOfMemoryError,
     QueueFullError,
 )
 from gemloom.options import Options
 from gemloom.program import Program
-from gemloom.sampling import Floats
-from gemloom.scheduler import plan
-from gemloom.sequence import Chunk, Sequence
+from gemloom.sequence import Sequence
 from gemloom.signals import undisturbed
 from gemloom.slots import Slot
+from gemloom.step import Steps
 from gemloom.waiting import Waiting, Wanted
-from gemloom.want import Want
 
 T = TypeVar("T")
 _LAST_STEP = 0.5  # seconds that workers get to end the step under way when a model is closed
-MOST_STRETCHES = 32  # of rows with an adapter in one step: each adds thousands of nodes
 _log = logging.getLogger("gemloom.engine")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """What the engine has to do, and what it has done since the model was loaded."""
 
@@ -79,16 +72,15 @@ class Engine:
         context: int,
         free: abc.Callable[[], Any],
     ) -> None:
-        self._program, self._options, self._context = program, options, context
+        self._program, self._options = program, options
         self.cells = cells
-        self._running: dict[int, Sequence] = {}  # by the index of their slot
         self._calls: deque[tuple[abc.Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._waiting = Waiting(self._wake)
+        self._steps = Steps(program, cells, options, context, self._waiting)
         self._free = free
         self._closing, self._failure, self._lost = False, "", False
         self._cause: BaseException | None = None  # of the failure
-        self._counts = dict.fromkeys(("prompt", "cached", "generated", "steps"), 0)
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="gemloom-engine", daemon=True)
         self._thread.start()
@@ -160,7 +152,7 @@ class Engine:
     @property
     def allowance(self) -> int:
         """Rows that a ``call`` may compute at once: fewer where requests wait for their turn."""
-        return self._options.budget if self._running else self._options.chunk
+        return self._options.budget if self._steps.running else self._options.chunk
 
     def release(self, slot: Slot, *, forget: bool = False) -> None:
         """Give back a slot that ``hold`` gave, after the step under way. Never waits."""
@@ -168,11 +160,20 @@ class Engine:
 
     def stats(self) -> Stats:
         """Numbers of this moment."""
+        counts = self._steps.counts
         return Stats(
-            len(self._running), len(self._waiting), len(self.cells.all), self.cells.busy,
-            self._counts["prompt"], self._counts["cached"], self._counts["generated"],
-            self._counts["steps"], self.cells.snapshot_bytes, self._failure or None, self._lost,
-        )  # fmt: skip
+            running=len(self._steps.running),
+            waiting=len(self._waiting),
+            slots=len(self.cells.all),
+            slots_busy=self.cells.busy,
+            prompt_tokens=counts["prompt"],
+            cached_tokens=counts["cached"],
+            generated_tokens=counts["generated"],
+            steps=counts["steps"],
+            snapshot_bytes=self.cells.snapshot_bytes,
+            error=self._failure or None,
+            lost=self._lost,
+        )
 
     def close(self) -> None:
         """End all requests with ClosedError and free the model; a second call does nothing.
@@ -216,7 +217,7 @@ class Engine:
     def _wait(self) -> bool:
         """Sleep until there is something to do; False to end."""
         with self._wake:
-            while not (self._closing or self._calls or self._running or self._can_admit()):
+            while not (self._closing or self._calls or self._steps.running or self._can_admit()):
                 self._wake.wait(1.0)  # a finalizer that runs in here wakes nobody
                 if not self._failure and self._loss():  # to be told before somebody asks
                     break
@@ -235,48 +236,13 @@ class Engine:
         return self._waiting.any_cancelled() or bool(self.cells.free and self._waiting.ready())
 
     def step(self) -> None:
-        """Compute one batch: a row of each request that decodes, a part of each other's prompt."""
+        """What the thread does again and again, until there is nothing to do."""
         self._answer_calls()
         self._end_cancelled()
         if self._failure:
             return
         self._program.check()
-        self._admit()
-        self._make_room()
-        batch = plan(self._turn(), self._options.chunk, self._options.budget)
-        if not batch:
-            return
-        for chunk in batch:
-            self._prepare(chunk)
-        try:
-            rows = self._compute(batch)
-        except OutOfMemoryError as error:  # before anything was computed: others can go on
-            for chunk in batch:
-                self._give_up(self._running[chunk.slot], error)
-            return
-        self._counts["steps"] += 1
-        self._deliver(batch, rows)
-
-    def _compute(self, batch: abc.Sequence[Chunk]) -> abc.Iterable[Floats | Candidates]:
-        """The wanted rows of a batch; their largest logits where those may do for some request."""
-        wanted = [self._running.get(chunk.slot) for chunk in batch if chunk.wanted]
-        few = self._program.ranks and any(sequence and sequence.few for sequence in wanted)
-        return self._program.run(batch, Want("largest" if few else "all")).rows
-
-    def _turn(self) -> list[Sequence]:
-        """The requests of the next step: all, or where they have too many adapters for a graph,
-        those that have waited longest."""
-        chosen, sets = [], set[tuple[int, ...]]()
-        for sequence in self._running.values():
-            wider = sets | {tuple(active.adapter.version for active in sequence.adapters)}
-            if sum(map(len, wider)) <= MOST_STRETCHES:
-                chosen.append(sequence)
-                sets = wider
-        if len(chosen) < len(self._running):
-            for sequence in chosen:  # behind the others, for the next time
-                index = next(i for i, there in self._running.items() if there is sequence)
-                self._running[index] = self._running.pop(index)
-        return chosen
+        self._steps.step()
 
     def _answer_calls(self) -> None:
         for _ in range(len(self._calls)):  # those that come meanwhile wait for a step
@@ -291,113 +257,10 @@ class Engine:
                 future.set_exception(error)
 
     def _end_cancelled(self) -> None:
-        for sequence in [*self._running.values(), *self._waiting.all()]:
+        for sequence in [*self._steps.running.values(), *self._waiting.all()]:
             if isinstance(sequence, Sequence) and sequence.cancelled:
-                self._end(sequence)
+                self._steps.end(sequence)
                 sequence.sink(None)
-
-    def _admit(self) -> None:
-        """Give free slots to those that have waited longest."""
-        while self.cells.free and (ready := self._waiting.ready()):
-            first = ready[0]  # it stays there for _end_all, should this fail
-            if isinstance(first, Sequence):
-                self._begin(first)
-            elif first.set_running_or_notify_cancel():
-                self._give_slot(first)
-            self._waiting.remove(first)
-
-    def _give_slot(self, future: Future[Slot]) -> None:
-        try:
-            future.set_result(self.cells.acquire())
-        except BaseException as error:
-            future.set_exception(error)
-            raise
-
-    def _begin(self, sequence: Sequence) -> None:
-        slot = self.cells.acquire(sequence.tokens, marks(sequence.adapters))
-        self._running[slot.index] = sequence
-        sequence.begin(slot, len(slot.tokens))
-        self._counts["prompt"] += sequence.n_prompt
-        self._counts["cached"] += sequence.n_cached
-
-    def _make_room(self) -> None:
-        """Where a slot is full, drop the older half of what comes after the first ``keep``."""
-        keep, shape = self._options.keep, self.cells.shape
-        for sequence in list(self._running.values()):
-            n, slot = sequence.n_done, sequence.slot
-            if keep is None or n < self._context or slot is None:
-                continue
-            drop = (n - keep) // 2
-            if n > shape.cells.sliding:  # the ring has lost the kept tokens: none may be seen
-                drop = min(drop, n - keep - shape.window + 1)
-            try:
-                self._program.shift(slot.index, keep, drop, n)
-            except OutOfMemoryError as error:
-                self._give_up(sequence, error)
-                continue
-            sequence.forget(keep, drop)
-            self.cells.cut(slot, 0)  # cells such as no prompt would give
-
-    def _prepare(self, chunk: Chunk) -> None:
-        sequence = self._running[chunk.slot]
-        if chunk.wanted and sequence.constraint:
-            with self._alone(sequence):
-                sequence.constraint.prepare()
-
-    @contextmanager
-    def _alone(self, sequence: Sequence) -> Iterator[None]:
-        """What goes wrong in here ends this request and no other."""
-        try:
-            yield
-        except BaseException as error:
-            self._give_up(sequence, _typed(error))
-
-    def _deliver(
-        self, batch: abc.Sequence[Chunk], logits: abc.Iterable[Floats | Candidates]
-    ) -> None:
-        rows = iter(logits)
-        for chunk in batch:
-            row = next(rows) if chunk.wanted else None
-            sequence = self._running.get(chunk.slot)
-            if sequence is None:  # its grammar failed
-                continue
-            self._advance(sequence, chunk)
-            if row is not None:
-                with self._alone(sequence):
-                    self._emit(sequence, row)
-
-    def _advance(self, sequence: Sequence, chunk: Chunk) -> None:
-        """Take note that a chunk's K/V are in the cells, and keep what may be come back to."""
-        sequence.n_done = chunk.end
-        if sequence.shifted:
-            return
-        slot = self.cells.all[chunk.slot]
-        self.cells.extend(slot, chunk.tokens)
-        for at in sequence.boundaries:
-            if chunk.start < at <= chunk.end:
-                self.cells.snapshot(slot, at)
-
-    def _emit(self, sequence: Sequence, logits: Floats | Candidates) -> None:
-        """Pick the next token of a request and send it."""
-        piece = sequence.accept(logits)
-        self._counts["generated"] += 1
-        if piece.finish_reason:
-            self._end(sequence)
-        sequence.sink(piece)
-
-    def _end(self, sequence: Sequence) -> None:
-        """Take a request out of the queue, or give its slot back, and let its adapters go."""
-        if sequence.slot is None:
-            self._waiting.remove(sequence)
-        else:
-            del self._running[sequence.slot.index]
-            self.cells.release(sequence.slot)
-        sequence.release()
-        self._waiting.follow(sequence)
-
-    def _give_up(self, sequence: Sequence, error: GemloomError) -> None:
-        self._end(sequence)
-        sequence.sink(error)
 
     def _fail(self, error: BaseException) -> None:
         lost = self._loss()  # whatever failed, that is why
@@ -418,9 +281,9 @@ class Engine:
     def _end_all(self, error: GemloomError) -> None:
         """End every request, and whoever waits for a call, with ``error``."""
         with self._wake:
-            there = [*self._running.values(), *self._waiting.all()]
+            there = [*self._steps.running.values(), *self._waiting.all()]
             futures = [w for w in there if isinstance(w, Future)] + [f for _, f in self._calls]
-            self._running.clear()
+            self._steps.running.clear()
             self._waiting.clear()
             self._calls.clear()
         for sequence in there:
@@ -440,11 +303,3 @@ class Engine:
         except Exception:
             _log.exception("what a request held could not be given back")
         sequence.sink(error)
-
-
-def _typed(error: BaseException) -> GemloomError:
-    """The error itself, or one that says what kind it was."""
-    if isinstance(error, GemloomError):
-        return error
-    _log.error("a request failed", exc_info=error)
-    return GemloomError(f"the request failed: {type(error).__name__}: {error}")

@@ -15,9 +15,9 @@ def plan(running: abc.Sequence[Sequence], chunk: int, budget: int) -> list[Chunk
     least, so none waits for another's end. Chunks come in the order of their slots, so that a
     graph that is kept serves the same requests again, those with the same adapters side by side.
     """
-    decoding = [sequence for sequence in running if sequence.pending == 1]
+    decoding = [sequence for sequence in running if sequence.decoding]
     prefilling = sorted(
-        (sequence for sequence in running if sequence.pending > 1), key=lambda s: s.pending
+        (sequence for sequence in running if not sequence.decoding), key=lambda s: s.pending
     )
     left = (min(chunk, budget) if decoding else chunk) - len(decoding)
     chunks = [sequence.next_chunk(1) for sequence in decoding]

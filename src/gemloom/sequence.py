@@ -159,6 +159,11 @@ class Sequence:
         """Tokens whose K/V are not in the cells yet."""
         return len(self.tokens) - self.n_done
 
+    @property
+    def decoding(self) -> bool:
+        """Whether only its newest token is left to compute."""
+        return self.pending == 1
+
     def next_chunk(self, size: int) -> Chunk:
         """At most ``size`` of the tokens not yet computed; logits for the last one only."""
         assert self.slot
