@@ -36,6 +36,9 @@ class Bound:
         assert error.mean() < self.mean and error.max() < self.most, (error.mean(), error.max())
 
 
+BOUND = Bound(0.0004, 0.004)  # one graph or several round alike, but for other batches
+
+
 @dataclass(frozen=True)
 class Checks:
     """The checks on one device; ``options`` are those of every model on it.

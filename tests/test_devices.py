@@ -13,7 +13,7 @@ import cpu_devices
 import gemloom
 import tiny
 from conftest import Load, prompt
-from device_checks import Bound, Checks, copied, run
+from device_checks import BOUND, Checks, copied, run
 from gemloom import bench
 from gemloom.cli.benching import tables
 from gemloom.errors import DeviceError, OptionError
@@ -29,7 +29,6 @@ from gemloom.surveying import survey
 from random_lora import random_lora
 
 PLAIN = {"kernels": "plain", "threads": 1}
-BOUND = Bound(0.0004, 0.004)  # one graph or several round alike, but for other batches
 PART = {"gpu_layers": 5}
 
 

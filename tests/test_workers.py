@@ -19,7 +19,7 @@ from gguf.constants import GGMLQuantizationType
 import tiny
 from command_line import ENVIRONMENT, call, fine, write
 from conftest import Load, endless, prompt
-from device_checks import copied, run
+from device_checks import BOUND, copied, run
 from fake_worker import FakeWorker
 from gemloom import fitting
 from gemloom.errors import DeviceError
@@ -70,7 +70,8 @@ def test_together_with_this_machine_and_with_adapters(
         model.adapters.load("style", random_lora(alone, 3))
     want = alone.logits(ids, adapters={"style": 0.7})
     assert np.abs(want - alone.logits(ids)).max() > 0.1
-    assert np.abs(want - spread.logits(ids, adapters={"style": 0.7})).max() < 1e-4 * want.std()
+    # An adapter's product is another operation on a device, so sums differ in their last bits.
+    BOUND.close(spread.logits(ids, adapters={"style": 0.7}), want)
 
 
 @needs_rpc

@@ -44,7 +44,7 @@ def describe(file: GGUF, options: Options, list_tensors: bool = False) -> Facts:
         "file": file.name,
         "name": _text(metadata, "general.name"),
         "license": _text(metadata, "general.license.name") or _text(metadata, "general.license"),
-        "config": asdict(config),
+        "config": _config(config),
         "tokenizer": _tokenizer(metadata, config.n_vocab),
         "chat_template": bool(template.named(metadata)),
         "notes": _notes(metadata, config.n_vocab),
@@ -103,6 +103,15 @@ def _notes(metadata: Metadata, rows: int) -> list[str]:
         return list(found.fitted(metadata.name, rows).notes)
     except WeightsError as error:
         return [str(error)]
+
+
+def _config(config: Config) -> Facts:
+    facts = asdict(config)
+    facts["layers"] = [
+        {"index": layer["index"], "sliding": layer.pop("kind") is Kind.SLIDING} | layer
+        for layer in facts["layers"]
+    ]
+    return facts
 
 
 def _text(metadata: Metadata, key: str) -> str | None:
