@@ -21,7 +21,8 @@ from gemloom.candidates import COUNT, Candidates, candidates
 from gemloom.config import Config, Kind
 from gemloom.errors import OptionError
 from gemloom.ggml.device import Device, Tensor
-from gemloom.ggml.graph import F32, I32, I64, Graph, GraphFullError
+from gemloom.ggml.executable import GraphFullError
+from gemloom.ggml.graph import F32, I32, I64, Graph
 from gemloom.inputs import Inputs, Key, Part, declare, key_of, write
 from gemloom.kv import KV, Rows
 from gemloom.models import ARCHITECTURES, Architecture
