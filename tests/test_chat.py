@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import tiny_vocab
 from gemloom.errors import ContextError, OptionError, RequestError, TokenizerError
-from gemloom.text.chat import PLAIN_STOP, encode_chat, render, with_stop
+from gemloom.text.chat import encode_chat, render
 from gemloom.text.tokenizer import Tokenizer
 from vocabularies import gemma4, gemma4_metadata, metadata, small
 
@@ -223,17 +223,6 @@ def test_a_base_model_gets_lines_to_go_on_with() -> None:
         encode_chat(tokenizer, messages, tools=[TOOL])
     with pytest.raises(RequestError, match="tool calls need a model that has markup"):
         encode_chat(tokenizer, [user("a"), assistant(None, tool_calls=[{"function": {}}])])
-
-
-def test_what_a_base_model_says_ends_where_the_user_would_speak() -> None:
-    base, taught = with_template("gemma4", None), with_template("gemma4", "x")
-    assert with_stop(base, {})["stop"] == [PLAIN_STOP]
-    assert with_stop(base, {"stop": "a"})["stop"] == ["a", PLAIN_STOP]
-    assert with_stop(base, {"stop": ("a", "b"), "seed": 1}) == {
-        "stop": ["a", "b", PLAIN_STOP], "seed": 1,
-    }  # fmt: skip
-    assert with_stop(base, {"stop": 3}) == {"stop": 3}
-    assert with_stop(taught, {"stop": "a"}) == {"stop": "a"}
 
 
 def test_a_template_that_knows_no_developer_gets_a_system_message() -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemloom.errors import GemloomError, OptionError, RequestError
-from gemloom.text.constraint import Grammars, ThinkingBudget, both
+from gemloom.text.bounds import ThinkingBudget, both
+from gemloom.text.constraint import Grammars
 from grammar_walks import EXTRA, grammars, one, specials, text, walk
 from vocabularies import gemma3, gemma4, small
 

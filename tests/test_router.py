@@ -16,6 +16,7 @@ from gemloom.text.tokenizer import StreamDecoder
 from vocabularies import small
 
 QUOTE = '<|"|>'
+STRAY = ("<tool_call|>", "<|tool_response>", "<tool_response|>", QUOTE)
 MARKERS = ("<|channel>", "<|channel>thought", "<|channel>thought\n", "<channel|>", "\n<channel|>")
 CALL = '<|tool_call>call:look_up{word:<|"|>lip<|"|>,exact:true}<tool_call|>'
 LOOK_UP = ToolCall("look_up", '{"word":"lip","exact":true}')
@@ -75,6 +76,10 @@ TURNS: list[tuple[str, list[Part]]] = [
     (f"<|channel>thought\na{CALL}b", [Reasoning("a"), LOOK_UP, Reasoning("b")]),
     (call("{}", "my-server.tool_2"), [ToolCall("my-server.tool_2", "{}")]),
     ("<|tool_call>:f{}<tool_call|>", [ToolCall("f", "{}")]),
+    (f"{CALL}<tool_call|>b", [LOOK_UP, Content("b")]),
+    ('a<|tool_response>b<tool_response|><|"|>c', [Content("abc")]),
+    ('<|channel>thought\na<tool_call|>b<|"|>\n<channel|>c', [Reasoning("ab"), Content("c")]),
+    ("Hi<|tool_call>call:f{a:1}", [Content("Hi")]),
 ]
 
 
@@ -111,7 +116,7 @@ def test_arguments(written: str, value: Any) -> None:
     assert arguments_of(call(written)) == value
 
 
-MALFORMED = [
+UNFINISHED = [
     "<|tool_call>",
     "<|tool_call>call",
     "<|tool_call>call:f",
@@ -119,6 +124,8 @@ MALFORMED = [
     '<|tool_call>call:f{a:<|"|>it ends <channel|> here',
     "<|tool_call>call:f{a:1}",
     "<|tool_call>call:f{a:1} <tool_call",
+]
+MALFORMED = [
     "<|tool_call> is the marker of a call",
     *map(
         call,
@@ -136,24 +143,45 @@ MALFORMED = [
 ]  # fmt: skip
 
 
+MARKUP = re.compile(
+    r"<\|channel>(thought\n?)?|\n?<channel\|>|<\|tool_call>|<tool_call\|>|<\|tool_response>"
+    r'|<tool_response\|>|<\|"\|>'
+)
+
+
+def words(text: str) -> str:
+    """What stays of a malformed call."""
+    return MARKUP.sub("", text)
+
+
 @pytest.mark.parametrize("text", MALFORMED, ids=short)
-def test_a_malformed_call_is_text_as_it_was_written(text: str) -> None:
-    assert routed(text) == [Content(text)]
-    assert routed(list(f"a {text}")) == [Content(f"a {text}")]
-    assert routed(f"<|channel>thought\n{text}") == [Reasoning(text)]
+def test_of_a_malformed_call_the_words_stay(text: str) -> None:
+    shown = [Content(words(text))] if words(text) else []
+    assert routed(text) == shown
+    assert routed(list(f"a {text}")) == [Content(f"a {words(text)}")]
+    assert routed(f"<|channel>thought\n{text}") == ([Reasoning(words(text))] if shown else [])
+
+
+@pytest.mark.parametrize("text", UNFINISHED, ids=short)
+def test_a_call_that_never_ends_is_dropped(text: str) -> None:
+    assert routed(text) == []
+    assert routed(list(f"a {text}")) == [Content("a ")]
+    assert routed(f"<|channel>thought\na{text}") == [Reasoning("a")]
 
 
 @pytest.mark.parametrize(
     "text", [text for text in MALFORMED if text.endswith("<tool_call|>")], ids=short
 )
 def test_what_follows_a_malformed_call_is_read(text: str) -> None:
-    assert routed(text + CALL) == [Content(text), LOOK_UP]
-    assert routed(f"{text}<|channel>thought\na<channel|>") == [Content(text), Reasoning("a")]
+    shown = [Content(words(text))] if words(text) else []
+    assert routed(text + CALL) == [*shown, LOOK_UP]
+    assert routed(f"{text}<|channel>thought\na<channel|>") == [*shown, Reasoning("a")]
 
 
 def test_a_call_begun_in_another_is_the_one_that_counts() -> None:
     for begun in ("<|tool_call>", "<|tool_call>call:f{a:", "<|tool_call>call:f{}", "<|tool_call>c"):
-        assert routed(begun + CALL) == [Content(begun), LOOK_UP]
+        shown = [Content(words(begun))] if words(begun) else []
+        assert routed(begun + CALL) == [*shown, LOOK_UP]
 
 
 @pytest.mark.parametrize(
@@ -166,10 +194,10 @@ def test_a_call_begun_in_another_is_the_one_that_counts() -> None:
         (["<|channel>thought\na\n\n", "<channel|>b"], [[Reasoning("a\n")], [Content("b")]]),
         (["a\n", "<chan", "t"], [[Content("a\n")], [], [Content("<chant")]]),
         ([CALL[:-1], ">b"], [[], [LOOK_UP, Content("b")]]),
-        (['<|tool_call>call:f{a:1"'], [[Content('<|tool_call>call:f{a:1"')]]),
-        (["<|tool_call> o"], [[Content("<|tool_call> o")]]),
-        (["<|tool_call>call:f{a b,"], [[Content("<|tool_call>call:f{a b,")]]),
-        (['<|tool_call>call:f{<|"|>b<|"|>,'], [[Content('<|tool_call>call:f{<|"|>b<|"|>,')]]),
+        (['<|tool_call>call:f{a:1"'], [[Content('call:f{a:1"')]]),
+        (["<|tool_call> o"], [[Content(" o")]]),
+        (["<|tool_call>call:f{a b,"], [[Content("call:f{a b,")]]),
+        (['<|tool_call>call:f{<|"|>b<|"|>,'], [[Content("call:f{b,")]]),
     ],
 )  # fmt: skip
 def test_what_comes_out_when(pieces: list[str], parts: list[list[Part]]) -> None:
@@ -184,7 +212,7 @@ def test_nesting_has_a_bound_and_stays_readable_below_it() -> None:
         for _ in range(99):
             value = value["a"] if isinstance(value, dict) else value[0]
         for deep in (call(f"{{a:{opening}{inner}{closing}}}"), call("{a:" + opening * 5_000)):
-            assert routed(deep) == [Content(deep)]
+            assert routed(deep) == [Content(words(deep))]
 
 
 def test_a_turn_of_tokens() -> None:
@@ -200,7 +228,7 @@ def test_a_turn_of_tokens() -> None:
 texts = st.lists(
     st.sampled_from(["<", "|>", "<|", "channel", "tool_call", "thought", "\n", " ", "x", "{", "é"])
 ).map("".join)
-plain = texts.filter(lambda text: not re.search(r"<\|(channel|tool_call)>|<channel\|>", text))
+plain = texts.filter(lambda text: not MARKUP.search(text))
 
 keys = st.from_regex(r"[a-z$_][a-zA-Z0-9_. é-]{0,5}[a-z]", fullmatch=True)
 values = st.recursive(
@@ -267,7 +295,7 @@ PIECES = (
 soups = st.lists(st.sampled_from(PIECES), max_size=20)
 
 
-@pytest.mark.parametrize("text", [*(text for text, _ in TURNS), *MALFORMED], ids=short)
+@pytest.mark.parametrize("text", [*(text for text, _ in TURNS), *UNFINISHED, *MALFORMED], ids=short)
 def test_every_cut_in_two_gives_the_same(text: str) -> None:
     text = text[:200]
     whole = routed(text + CALL)
@@ -297,11 +325,13 @@ def shown(parts: Iterable[Part]) -> str:
 
 @settings(deadline=None, max_examples=300)
 @given(soups)
-def test_nothing_is_lost_but_markup(soup: list[str]) -> None:
+def test_nothing_is_lost_but_markup_and_a_call_without_end(soup: list[str]) -> None:
     numbered = [f"{piece}w{index}w" for index, piece in enumerate(soup)]
     parts = routed("".join(numbered))
-    words = re.findall(r"w\d+w", shown(parts))
-    assert words == [f"w{index}w" for index in range(len(soup))]
+    found = re.findall(r"w\d+w", shown(parts))
+    assert found == [f"w{index}w" for index in range(len(found))]
+    assert len(found) == len(soup) or "<|tool_call>" in "".join(soup[: len(found) + 1])
+    assert not any(MARKUP.search(part.text) for part in parts if not isinstance(part, ToolCall))
     for part in parts:
         if isinstance(part, ToolCall):
             assert isinstance(json.loads(part.arguments), dict)
@@ -315,12 +345,16 @@ def test_only_what_could_become_a_marker_is_held_back(soup: list[str], reasoning
         router.push(piece)
     held = shown(router.flush())
     beginnings = {marker[:end] for marker in (*MARKERS, "thought\n") for end in range(len(marker))}
-    may_be_call = re.match(r"<\|tool_call>\s*(c|ca|cal|call|(call)?:.*)?$", held, re.DOTALL)
-    assert may_be_call or held in beginnings | {"<|tool_call"[:end] for end in range(12)}
+    beginnings |= {marker[:end] for marker in STRAY for end in range(len(marker))}
+    assert held in beginnings | {"<|tool_call"[:end] for end in range(12)}
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(st.sampled_from([p for p in PIECES if "tool_call" not in p]), max_size=20))
+@given(
+    st.lists(
+        st.sampled_from([p for p in PIECES if "tool_call" not in p and p != QUOTE]), max_size=20
+    )
+)
 def test_thoughts_are_what_stands_between_their_markers(soup: list[str]) -> None:
     text, thinking = "".join(soup), False
     expected: list[Part] = []

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
 from types import TracebackType
@@ -22,8 +22,9 @@ import numpy as np
 from gemloom import state
 from gemloom.adapters.active import marks
 from gemloom.adapters.info import Named
-from gemloom.adapters.registry import Adapters, Lease
+from gemloom.adapters.registry import Adapters
 from gemloom.cells import Cells
+from gemloom.compose import Composed, Composer, chat_options
 from gemloom.config import Config, Kind, from_gguf
 from gemloom.engine import Engine, Stats
 from gemloom.errors import OptionError, RequestError
@@ -43,21 +44,19 @@ from gemloom.placement import Placement
 from gemloom.program import Program
 from gemloom.sampling import SamplingParams, check_vocabulary
 from gemloom.sampling import from_options as sampling_params
-from gemloom.sequence import Chunk, Constraint
+from gemloom.sequence import Chunk
 from gemloom.sequence import Sequence as Request
 from gemloom.slots import Slot
-from gemloom.text import conversation
-from gemloom.text.chat import Message, encode_chat, with_stop
+from gemloom.text.bounds import Constraint
+from gemloom.text.chat import Message
 from gemloom.text.no_vocabulary import read_tokenizer
 from gemloom.text.prompts import integers, prompt_ids
-from gemloom.text.router import Plain, Router
 from gemloom.want import ALL, Output, Want
 from gemloom.weights import Weights
 
 if TYPE_CHECKING:
     from gemloom.text.constraint import Grammars
 
-TAIL = 64  # tokens at the end of a prompt, where a thought would have been opened
 LOGITS_BYTES = 64 << 20  # of one step, where many rows' logits are wanted
 
 
@@ -173,15 +172,8 @@ class Model:
         are names of loaded ones, or by name their scales (None for an adapter's own); it keeps the
         versions of now. Raises QueueFullError, UnknownAdapterError, EngineError, ClosedError too.
         """
-        params = sampling_params(sampling, params)
-        check_vocabulary(params, self.config.n_vocab)
-        ids = self._ids(prompt)
-        lease = self.adapters.lease(adapters, ids)
-        try:
-            return self._start(ids, params, constraint, lease, after)
-        except BaseException:
-            lease.release()
-            raise
+        chosen = sampling_params(sampling, params)
+        return self.answer(Composed(prompt, chosen, constraint), adapters, after)
 
     @overload
     def chat(
@@ -206,40 +198,58 @@ class Model:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        response_format: Mapping[str, Any] | None = None,
-        variables: Mapping[str, Any] | None = None,
         stream: bool = False,
         **options: Any,
     ) -> ChatCompletion | ChatRun:
         """Answer a conversation: ``[{"role": "user", "content": "..."}, ...]``.
 
-        The prompt is made by the file's own template, which gets ``tools`` and ``variables``
-        (``{"enable_thinking": True}``). A base model has none: it gets lines that begin with
-        "User:" and "Assistant:". ``response_format`` is as in OpenAI's API, json_object or
-        json_schema; other bounds are a ``constraint`` of ``grammars``. ``params`` and ``options``
-        are those of ``stream``. With ``stream`` the parts come as they are said: text,
-        thoughts and tool calls. Raises RequestError for messages or tools that the template does
-        not take, ContextError where they do not fit.
+        The prompt is made by the file's own template. A base model has none: it gets lines that
+        begin with "User:" and "Assistant:". A last message that is an assistant's is continued:
+        the answer is the text after it.
+
+        ``params`` and ``options`` are those of ``stream``, where ``stop`` and ``constraint`` act on
+        the answer's text, and the fields of ``ChatOptions``: tools and which may be called, the
+        form of the answer, thoughts, the template's variables. With ``stream`` the parts come as
+        they are said: text, thoughts and tool calls. Raises RequestError for messages or tools that
+        the template does not take, and for options that do not go together; ContextError.
         """
-        prompt = self.chat_prompt(messages, tools=tools, variables=variables)
-        thought = self.thought(prompt, variables or {})
-        if response_format is not None:
-            bounds = self.grammars.response_format(response_format, **thought.options())
-            options["constraint"] = bounds
-        markup = self.tokenizer.id_of("<|channel>") is not None
-        splitter = Router(thought.begun) if markup else Plain()
-        if params:
-            options = {"stop": params.stop, **options}
-        options = with_stop(self.tokenizer, options)
-        run = ChatRun(self.stream(prompt, params, **options), splitter)
+        asked, sampling = chat_options(options)
+        adapters = sampling.pop("adapters", None)
+        chosen = sampling_params(sampling, params)
+        [composed] = self.composer.compose(messages, asked, chosen)
+        run = ChatRun(self.answer(composed, adapters), composed.splitter)
         return run if stream else run.completion()
 
-    def thought(self, prompt: Sequence[int], variables: Mapping[str, Any]) -> conversation.Thought:
-        """Whether the answer to a chat's prompt may begin with a thought, or is inside one."""
-        tail = self.tokenizer.decode(prompt[-TAIL:], special=True)
-        begun = conversation.starts_reasoning(tail)
-        return conversation.Thought(begun or bool(variables.get("enable_thinking")), begun)
+    def answer(
+        self, composed: Composed, adapters: Named | None = None, after: Run | None = None
+    ) -> Run:
+        """Start an answer that ``composer`` has prepared. Raises what ``stream`` raises.
+
+        The pieces' text has the markup of thoughts and calls; ``composed.splitter`` reads it.
+        """
+        check_vocabulary(composed.params, self.config.n_vocab)
+        ids = self._ids(composed.prompt)
+        params, lease = composed.params, self.adapters.lease(adapters, ids)
+        if self.options.keep is None:
+            room = self.context - len(ids) + 1
+            params = replace(params, max_tokens=min(room, params.max_tokens or room))
+        inbox = Inbox()
+        try:
+            request = Request(
+                ids, params, self.tokenizer, inbox.put,
+                constraint=composed.constraint, stops=composed.stops, held=lease,
+            )  # fmt: skip
+            run = Run(request, inbox, self._engine.cancel, self)  # so that none is left alone
+            self._engine.submit(request, after.request if after else None)
+        except BaseException:
+            lease.release()
+            raise
+        return run
+
+    @cached_property
+    def composer(self) -> Composer:
+        """Makes prompts and bounds of chats, for ``chat`` and the server alike."""
+        return Composer(self.tokenizer, lambda: self.grammars, self.config.n_vocab, self.context)
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -256,23 +266,7 @@ class Model:
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The prompt that ``chat`` makes of a conversation, as ids. Raises as ``chat``."""
-        given = dict(variables or {})
-        if tools:
-            given["tools"] = conversation.check_tools(tools)
-        return encode_chat(self.tokenizer, conversation.prepare(messages), self.context, **given)
-
-    def _start(
-        self, ids: list[int], params: SamplingParams, constraint: Constraint | None, lease: Lease,
-        after: Run | None = None,
-    ) -> Run:  # fmt: skip
-        limit = None if self.options.keep is not None else self.context - len(ids) + 1
-        inbox = Inbox()
-        request = Request(
-            ids, params, self.tokenizer, inbox.put, limit=limit, constraint=constraint, held=lease
-        )
-        run = Run(request, inbox, self._engine.cancel, self)  # first, so that none is left alone
-        self._engine.submit(request, after.request if after else None)
-        return run
+        return self.composer.prompt(messages, tools, variables or {})
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         return prompt_ids(prompt, self.tokenizer, self.config.n_vocab, self.context)

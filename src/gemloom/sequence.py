@@ -10,16 +10,15 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
 
-import numpy as np
-
 from gemloom.adapters.active import Active
 from gemloom.candidates import Candidates, sample, suffice
 from gemloom.config import Kind
 from gemloom.errors import GemloomError
 from gemloom.sampling import NEVER, Floats, History, SamplingParams, generator
 from gemloom.slots import Slot
+from gemloom.text.bounds import Constraint
 from gemloom.text.repetition import Repetition
-from gemloom.text.stopping import StopMatcher
+from gemloom.text.stopping import StopMatcher, Stops
 from gemloom.text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -74,34 +73,15 @@ class Held(Protocol):
 Sink = abc.Callable[[Piece | GemloomError | None], None]
 
 
-class Constraint(Protocol):
-    """What a request allows next, such as the tokens that keep its text valid JSON.
-
-    Used by one thread at a time, in the order below.
-    """
-
-    @property
-    def finished(self) -> bool:
-        """True when nothing more may follow: the request ends with "stop"."""
-
-    def prepare(self) -> None:
-        """Begin to compute the next mask elsewhere; returns within a millisecond."""
-
-    def mask(self) -> np.ndarray | None:
-        """Bool [n_vocab] of the tokens allowed next, not to be written to; None for all."""
-
-    def accept(self, token: int) -> None:
-        """Go on by the token that was picked; GemloomError for one that the mask had barred."""
-
-
 class Sequence:
     """A request under way: its tokens, how many are in the cells, how the next is picked.
 
     ``sink`` gets what comes of it, in the thread that computes: each Piece, and at the end a
     GemloomError if it failed or None if it was cancelled; it must neither block nor raise.
-    ``held`` are its adapters, which whoever ends it releases. ``limit`` bounds the tokens it may
-    generate, besides what its params say. ``boundaries`` are positions of the prompt at which
-    another one may part from it. RequestError for stop strings where there is no vocabulary.
+    ``held`` are its adapters, which whoever ends it releases. ``stops`` finds its stop strings;
+    None looks for those of ``params`` in all of its text. ``boundaries`` are positions of the
+    prompt at which another one may part from it. RequestError for stop strings where there is no
+    vocabulary.
 
     ``times`` are the seconds so far spent on picking tokens (sample) and on their text (text);
     ``started``, ``first`` and ``last`` when a slot was found, and when the first and the latest
@@ -115,8 +95,8 @@ class Sequence:
         tokenizer: Tokenizer,
         sink: Sink,
         *,
-        limit: int | None = None,
         constraint: Constraint | None = None,
+        stops: Stops | None = None,
         held: Held | None = None,
     ) -> None:
         if params.stop:
@@ -135,10 +115,8 @@ class Sequence:
         self.times = {"sample": 0.0, "text": 0.0}
         self.started = self.first = self.last = 0.0
         self.boundaries = _boundaries(prompt, tokenizer.turn)
-        limits = [n for n in (limit, params.max_tokens) if n is not None]
-        self._limit = min(limits, default=None)
-        self._tokenizer = tokenizer
-        self._decoder, self._stops = StreamDecoder(tokenizer), StopMatcher(params.stop)
+        self._tokenizer, self._decoder = tokenizer, StreamDecoder(tokenizer)
+        self._stops = StopMatcher(params.stop) if stops is None else stops
         self._history, self._rng = History(set(prompt)), generator(params.seed)
         self._repetition = Repetition(self._repetition_limit, tokenizer.decode)
 
@@ -212,7 +190,7 @@ class Sequence:
             return self._rest()
         text, stopped = self._stops.push(self._decoder.push(token))
         complete = self.constraint is not None and self.constraint.finished
-        full, repeats = self.n_generated == self._limit, self._repetition.push(token)
+        full, repeats = self.n_generated == self.params.max_tokens, self._repetition.push(token)
         if not stopped and (complete or full or repeats):
             self.finish_reason = "repetition" if repeats and not full else "length"
             text += self._rest()

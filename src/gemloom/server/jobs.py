@@ -1,51 +1,40 @@
 """From a request to what the engine is to run: prompt ids, sampling options, a constraint.
 
 All of it is slow enough (templates, tokenizing, grammars) to be done in a thread of its own, and
-all that can be wrong with a request is found here, before anything runs.
+all that can be wrong with a request is found here, before anything runs. What a chat means is
+said in ``gemloom/compose.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from gemloom.adapters.info import Scales
-from gemloom.errors import QueueFullError, RequestError
+from gemloom.compose import ChatOptions, Composed, Form, seeded
+from gemloom.errors import OptionError, QueueFullError, RequestError
 from gemloom.generation import Run
 from gemloom.model import Model
 from gemloom.sampling import from_options
-from gemloom.sequence import Constraint
 from gemloom.server.errors import FieldError
 from gemloom.server.fields import Json
 from gemloom.server.protocol import ChatRequest, CompletionRequest, Conversation, Ids, Sampled
 from gemloom.text import conversation
-from gemloom.text.chat import with_stop
-from gemloom.text.constraint import ThinkingBudget, both
-from gemloom.text.conversation import Thought
 from gemloom.text.prompts import text_ids
-from gemloom.text.router import Plain, Router, Splitter
-
-_SEEDS = 2**64
-
-MakeConstraint = Callable[[], Constraint | None]
+from gemloom.text.router import Splitter
+from gemloom.text.tools import tool_choice
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One run to start."""
 
-    prompt: Ids
-    sampling: Json
-    constraint: Constraint | None
+    composed: Composed
     adapters: Scales
 
     def start(self, model: Model, after: Run | None) -> Run:
         """Start it; never blocks. Raises QueueFullError, EngineError and what is wrong with it."""
-        return model.stream(
-            self.prompt, constraint=self.constraint, adapters=self.adapters, after=after,
-            **self.sampling,
-        )  # fmt: skip
+        return model.answer(self.composed, self.adapters, after)
 
 
 def start(model: Model, jobs: Sequence[Job]) -> list[Run]:
@@ -78,38 +67,28 @@ class Preparer:
     """Makes jobs of requests to one model; any thread may call it."""
 
     def __init__(self, model: Model) -> None:
-        self._model, self._tokenizer, self._grammars = model, model.tokenizer, model.grammars
-        opening, closing = (model.tokenizer.id_of(text) for text in ("<|channel>", "<channel|>"))
-        # The tokens around a thought; None for a model that has no such markup.
-        self._markers = None if opening is None or closing is None else (opening, closing)
-        self._call = model.tokenizer.id_of("<|tool_call>")
+        self._model, self._tokenizer = model, model.tokenizer
 
     def prompt(self, asked: Conversation) -> Ids:
         """The prompt of a chat, as ``Model.chat`` makes it. RequestError for a bad one."""
-        return self._prompt(asked, _variables(asked))
-
-    def _prompt(self, asked: Conversation, variables: Json) -> Ids:
-        return self._model.chat_prompt(asked.messages, tools=asked.tools, variables=variables)
+        return self._model.composer.prompt(asked.messages, asked.tools, _variables(asked))
 
     def chat(self, asked: ChatRequest, adapters: Scales) -> tuple[list[Job], list[Splitter]]:
         """The runs of a chat, and what splits the text of each."""
-        sampling = _checked(self._chat_sampling(asked))
-        variables = _variables(asked)
-        prompt = self._prompt(asked, variables)
-        thought = self._model.thought(prompt, variables) if self._markers else Thought()
-        make = self._chat_constraint(asked, thought)
-        jobs = [Job(prompt, own, make(), adapters) for own in _seeded(sampling, asked.choices)]
-        return jobs, [self._splitter(asked, thought) for _ in jobs]
+        params = from_options(asked.sampling())
+        options = _chat_options(asked)
+        composed = self._model.composer.compose(asked.messages, options, params, asked.choices)
+        return [Job(one, adapters) for one in composed], [one.splitter for one in composed]
 
     def completion(self, asked: CompletionRequest, adapters: Scales) -> list[Job]:
         """The runs of a request for completions, those of the first prompt first."""
-        sampling = _checked(asked.sampling())
+        params = from_options(asked.sampling())
         prompts = [self.ids(prompt, asked.parse_special) for prompt in asked.prompts()]
-        make = self._format(asked, Thought())
+        form = _form(asked)
         return [
-            Job(prompt, own, make(), adapters)
-            for prompt in prompts
-            for own in _seeded(sampling, asked.choices)
+            Job(Composed(ids, own, form(self._model.grammars) if form else None), adapters)
+            for ids in prompts
+            for own in seeded(params, asked.choices)
         ]
 
     def ids(self, prompt: str | Ids, special: bool) -> Ids:
@@ -118,76 +97,41 @@ class Preparer:
             return prompt
         return text_ids(prompt, self._tokenizer, self._model.context, special)
 
-    def _chat_sampling(self, asked: ChatRequest) -> Json:
-        """The options; where no tool may be called, the token that begins a call is barred."""
-        sampling = with_stop(self._tokenizer, asked.sampling())
-        if self._call is None or _tool_choice(asked) is not None:
-            return sampling
-        return sampling | {"logit_bias": sampling.get("logit_bias", {}) | {self._call: -100.0}}
 
-    def _splitter(self, asked: ChatRequest, thought: Thought) -> Splitter:
-        """A Router, but where a form leaves room for no markup: there, what looks so is text."""
-        formed = _form(asked) != "text" and not thought.allowed and not thought.begun
-        return Router(thought.begun) if self._markers and not formed else Plain()
-
-    def _chat_constraint(self, asked: ChatRequest, thought: Thought) -> MakeConstraint:
-        choice = _tool_choice(asked)
-        form = self._format(asked, thought)
-        if choice is not None:
-            if _form(asked) != "text":
-                raise FieldError("tools", "tools: with them, a form needs tool_choice to be none")
-            tools = conversation.check_tools(asked.tools or [])
-            form = partial(self._grammars.tools, tools, choice, **thought.options())
-        return self._within_budget(asked, form, thought)
-
-    def _format(self, asked: Sampled, thought: Thought) -> MakeConstraint:
-        """Makes each run the constraint that the format, the regex or the grammar asks for."""
-        grammars, options = self._grammars, thought.options()
-        form = _form(asked)
-        if form == "regex":
-            return partial(grammars.regex, asked.regex or "", **options)
-        if form == "grammar":
-            return partial(grammars.lark, asked.grammar or "", **options)
-        if form == "json_object":
-            return partial(grammars.json_object, **options)
-        if asked.response_format and form == "json_schema":
-            return partial(grammars.json_schema, asked.response_format.any_schema or {}, **options)
-        return lambda: None
-
-    def _within_budget(
-        self, asked: ChatRequest, form: MakeConstraint, thought: Thought
-    ) -> MakeConstraint:
-        """``form``, and the tokens that thoughts may take."""
-        budget = asked.thinking_budget
-        if budget is None:
-            budget = conversation.reasoning_budget(asked.reasoning_effort)
-        if budget is None or self._markers is None:
-            return form
-        opening, closing = self._markers
-        n_vocab = self._model.config.n_vocab
-
-        def make() -> Constraint:
-            limit = ThinkingBudget(closing, opening, budget, thought.begun, n_vocab)
-            inner = form()
-            return limit if inner is None else both(limit, inner)
-
-        return make
+def _chat_options(asked: ChatRequest) -> ChatOptions:
+    try:
+        tool_choice(asked.tool_choice, asked.tools)
+    except OptionError as error:
+        raise FieldError("tool_choice", str(error)) from None
+    budget = asked.thinking_budget
+    if budget is None:
+        budget = conversation.reasoning_budget(asked.reasoning_effort)
+    return ChatOptions(
+        tools=asked.tools,
+        tool_choice=asked.tool_choice,
+        parallel_tool_calls=asked.parallel_tool_calls,
+        form=_form(asked),
+        thinking_budget=budget,
+        variables=_variables(asked),
+    )
 
 
-def _seeded(sampling: Json, choices: int) -> list[Json]:
-    """The options of so many runs, each with a seed of its own if one was given."""
-    if "seed" not in sampling:
-        return [sampling] * choices
-    return [sampling | {"seed": (sampling["seed"] + n) % _SEEDS} for n in range(choices)]
+def _form(asked: Sampled) -> Form | None:
+    """The bound of the text that the format, the regex or the grammar asks for."""
+    kind = _kind(asked)
+    if kind == "regex":
+        return lambda grammars: grammars.regex(asked.regex or "")
+    if kind == "grammar":
+        return lambda grammars: grammars.lark(asked.grammar or "")
+    if kind == "json_object":
+        return lambda grammars: grammars.json_object()
+    if asked.response_format and kind == "json_schema":
+        schema = asked.response_format.any_schema or {}
+        return lambda grammars: grammars.json_schema(schema)
+    return None
 
 
-def _checked(sampling: Json) -> Json:
-    """The options, once ``SamplingParams`` takes them. OptionError."""
-    from_options(sampling)
-    return sampling
-
-
-def _form(asked: Sampled) -> str:
+def _kind(asked: Sampled) -> str:
     """What the answer must be: "text" for anything. RequestError where several are asked for."""
     given = [name for name in ("regex", "grammar") if getattr(asked, name) is not None]
     if asked.response_format and asked.response_format.form != "text":
@@ -203,27 +147,3 @@ def _variables(asked: Conversation) -> Json:
         enable_thinking=asked.enable_thinking,
         chat_template_kwargs=asked.chat_template_kwargs,
     )
-
-
-def _tool_choice(asked: ChatRequest) -> str | None:
-    """ "auto", "required" or a function's name; None where no tool may be called."""
-    choice = asked.tool_choice
-    named = isinstance(choice, dict)
-    if isinstance(choice, dict):
-        choice = _named_choice(choice)
-    elif choice not in (None, "none", "auto", "required"):
-        raise FieldError("tool_choice", "tool_choice must be none, auto, required or a function")
-    if (named or choice == "required") and not asked.tools:
-        raise FieldError("tool_choice", "tool_choice: there are no tools to choose from")
-    if choice == "none" and not named:
-        return None
-    return (choice or "auto") if asked.tools else None
-
-
-def _named_choice(choice: Json) -> str:
-    function = choice.get("function")
-    name = function.get("name") if isinstance(function, dict) else None
-    if choice.get("type") != "function" or not isinstance(name, str):
-        shape = '{"type": "function", "function": {"name": "..."}}'
-        raise FieldError("tool_choice", f"tool_choice: an object must be {shape}")
-    return name

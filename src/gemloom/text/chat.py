@@ -11,10 +11,12 @@ model's text to answers (``router.py``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from gemloom.errors import ContextError, OptionError, RequestError, quoted
+from gemloom.text.markup import QUOTE, THOUGHT, THOUGHT_END, written_key
 from gemloom.text.prompts import within
 from gemloom.text.template import GIVEN, compiled_template, inputs, one_line
 from gemloom.text.tokenizer import Tokenizer
@@ -32,7 +34,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _ENDLESS = 1 << 62  # tokens
 _GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters: no text needs them
 # Templates cut earlier thoughts out of an answer by these two, so they must find them whole.
-_THOUGHT = ("<|channel>", "<channel|>")
+_THOUGHT = (THOUGHT, THOUGHT_END)
 
 Message = Mapping[str, Any]
 
@@ -77,13 +79,17 @@ def encode_chat(
 ) -> list[int]:
     """The prompt's ids, with exactly one BOS. As ``render``, by the tokenizer's own template.
 
-    A base model has none and gets PLAIN_TEMPLATE; its answers need ``with_stop``.
+    A base model has none and gets PLAIN_TEMPLATE; its answers need PLAIN_STOP. Messages that end
+    with an assistant's text (``is_continued``) make a prompt that ends with it, for the model to
+    go on.
 
     Only the template writes special tokens: the string of one in a message or a variable stays
-    text. (An answer's thought markers are left for the template to cut the thought out.)
-    Raises RequestError for tools that the template does not tell of, what ``render`` raises, and
-    ContextError for a conversation that ``context`` tokens cannot hold: one with more characters
-    than so many tokens have is not rendered.
+    text. (An answer's thought markers are left for the template to cut the thought out.) Keys in
+    tools and calls stand in quotes where the markup needs them.
+    Raises RequestError for tools that the template does not tell of, for a last message that the
+    template does not show, what ``render`` raises, and ContextError for a conversation that
+    ``context`` tokens cannot hold: one with more characters than so many tokens have is not
+    rendered.
     """
     tokenizer.needs_text("a chat")
     own = tokenizer.tool_template if variables.get("tools") else tokenizer.chat_template
@@ -91,16 +97,24 @@ def encode_chat(
     if variables.get("tools") and not _takes_tools(tokenizer):
         raise RequestError("this model knows no tools: they need Gemma 4")
     check(messages)
-    openers = tokenizer.openers
+    continued = is_continued(messages, variables)
     try:
         _check_length(messages, variables, context * tokenizer.longest)
-        guard = _choose_guard((messages, variables))
-        messages = [_guard_message(message, openers, guard) for message in messages]
-        variables = {"add_generation_prompt": True, **_guard(variables, openers, guard)}
+        guard, mark = _noncharacters((messages, variables))
+        if continued:
+            messages = [*messages[:-1], _marked(messages[-1], mark)]
+        messages = [_guard_message(message, tokenizer.openers, guard) for message in messages]
+        variables = _guard(variables, tokenizer.openers, guard)
+        if tokenizer.id_of(QUOTE) is not None:
+            messages, variables = [*map(_quoted_call, messages)], _quoted_tools(variables)
     except RecursionError:
         raise RequestError("the messages are nested too deep to be read") from None
+    variables = {"add_generation_prompt": True, **variables}
+    if continued:
+        variables["add_generation_prompt"] = False
     bos, eos = (tokenizer.token(token).decode() for token in (tokenizer.bos, tokenizer.eos))
     text = _run(template, messages, bos, eos, variables)
+    text = _up_to(mark, text) if continued else text
     return tokenizer.with_bos(within(tokenizer.pieces(text, special=True, guard=guard), context))
 
 
@@ -130,24 +144,41 @@ def _gather(value: Any, found: list[str]) -> None:
             _gather(item, found)
 
 
+def is_continued(messages: Sequence[Message], variables: Mapping[str, Any]) -> bool:
+    """Whether an answer goes on with the last message: it is an assistant's, without calls.
+
+    A variable ``add_generation_prompt`` that is true asks for a new turn instead.
+    """
+    last = messages[-1]
+    asked = variables.get("add_generation_prompt") is True
+    return last.get("role") == "assistant" and not last.get("tool_calls") and not asked
+
+
+def _marked(message: Message, mark: str) -> Message:
+    """``message`` with ``mark`` at the end of its text, which no template trims then."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": content + mark}
+    *before, last = content or [{"type": "text", "text": ""}]
+    return {**message, "content": [*before, {**last, "text": last["text"] + mark}]}
+
+
+def _up_to(mark: str, text: str) -> str:
+    at = text.rfind(mark)
+    if at < 0:
+        raise RequestError(
+            "the chat template does not show the assistant's last message, so it cannot be "
+            "continued: end with a user's message"
+        )
+    return text[:at]
+
+
 def _takes_tools(tokenizer: Tokenizer) -> bool:
     """Whether tools mean something to a model: else a template drops them without a word."""
     template = tokenizer.tool_template
     return template is not None and (
         "tools" in template or tokenizer.id_of("<|tool_call>") is not None
     )
-
-
-def with_stop(tokenizer: Tokenizer, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A chat's sampling options, with the stop string that PLAIN_TEMPLATE needs where it is used.
-
-    A ``stop`` of another type stays, for ``SamplingParams`` to refuse.
-    """
-    stop = options.get("stop") or ()
-    stops = [stop] if isinstance(stop, str) else stop
-    if tokenizer.chat_template is not None or not isinstance(stops, list | tuple):
-        return {**options}
-    return {**options, "stop": [*stops, PLAIN_STOP]}
 
 
 def check(messages: Sequence[Message]) -> None:
@@ -186,13 +217,13 @@ def _check_content(index: int, message: Message) -> None:
             raise RequestError(f"messages[{index}]: content part {number} has no text")
 
 
-def _choose_guard(value: Any) -> str:
-    """A noncharacter that is nowhere in ``value``."""
+def _noncharacters(value: Any) -> tuple[str, str]:
+    """Two noncharacters that are nowhere in ``value``."""
     texts = _texts(value)
-    for char in _GUARDS:
-        if not any(char in text for text in texts):
-            return char
-    raise RequestError("the messages hold all of U+FDD0 to U+FDEF: take one of them out")
+    free = (char for char in _GUARDS if not any(char in text for text in texts))
+    with suppress(StopIteration):
+        return next(free), next(free)
+    raise RequestError("the messages hold nearly all of U+FDD0 to U+FDEF: take two of them out")
 
 
 def _guard_message(message: Message, openers: frozenset[str], guard: str) -> Message:
@@ -218,6 +249,48 @@ def _guard(value: Any, openers: frozenset[str], guard: str) -> Any:
     if isinstance(value, list | tuple):
         return [_guard(item, openers, guard) for item in value]
     return value
+
+
+def _quoted_call(message: Message) -> Message:
+    """``message`` with the keys of its calls' arguments as a call writes them."""
+    if not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": [_with(call, _quoted_keys) for call in message["tool_calls"]]}
+
+
+def _quoted_tools(variables: dict[str, Any]) -> dict[str, Any]:
+    """``variables`` with the names of tools' properties as a call writes them."""
+    if not variables.get("tools"):
+        return variables
+    return {**variables, "tools": [_with(tool, _quoted_properties) for tool in variables["tools"]]}
+
+
+def _with(called: Any, change: Callable[[Any], Any]) -> Any:
+    """A tool or a call whose schema or arguments are changed."""
+    function = called.get("function") if isinstance(called, Mapping) else None
+    if not isinstance(function, Mapping):
+        return called
+    changed = {key: change(function[key]) for key in ("parameters", "arguments") if key in function}
+    return {**called, "function": {**function, **changed}}
+
+
+def _quoted_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {written_key(str(key)): _quoted_keys(item) for key, item in value.items()}
+    return [*map(_quoted_keys, value)] if isinstance(value, list) else value
+
+
+def _quoted_properties(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [*map(_quoted_properties, schema)]
+    if not isinstance(schema, Mapping):
+        return schema
+    changed = {key: _quoted_properties(value) for key, value in schema.items()}
+    if isinstance(changed.get("properties"), Mapping):
+        changed["properties"] = {
+            written_key(str(name)): value for name, value in changed["properties"].items()
+        }
+    return changed
 
 
 def _unguard_thought(content: Any, guard: str) -> Any:

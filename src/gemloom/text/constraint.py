@@ -1,11 +1,11 @@
-"""What a request may say next: grammars, which ``llguidance`` follows, and budgets for thoughts.
+"""What a request may say next by grammars, which ``llguidance`` follows.
 
 ``Grammars`` compiles a JSON schema, a regex, a Lark grammar or a list of tools, and gives each
 request a Constraint of its own. Special tokens (control tokens and, for Gemma 4, its markup) come
 out only where a grammar names them by id; all else it allows is ordinary text.
 
-Not here: how a token is drawn from what is allowed (``sampling.py``), and how what was said is
-read (``chat.py``).
+Not here: bounds that need no grammar (``bounds.py``), how a token is drawn from what is allowed
+(``sampling.py``), and how what was said is read (``router.py``).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from numpy.typing import NDArray
 
-from gemloom.errors import GemloomError, OptionError, RequestError
-from gemloom.text import tool_grammar
+from gemloom.errors import GemloomError, RequestError
+from gemloom.text import markup, tool_grammar
+from gemloom.text.bounds import AfterThought, CallsInText, CallsOrForm, Constraint, Mask
 from gemloom.text.grammar_vocabulary import Vocabulary
 from gemloom.text.schemas import Schema, schema_of
 from gemloom.text.tokenizer import Tokenizer
+from gemloom.text.tools import check_tools
 
-if TYPE_CHECKING:
-    from gemloom.sequence import Constraint
-
-MAX_SCHEMA = 64 * 1024  # bytes of a schema, or of all tools
+MAX_SCHEMA = 64 * 1024  # bytes of a schema
+MAX_TOOLS_SIZE = 1024 * 1024  # bytes of all tools
+MAX_TOOLS_GRAMMAR = 256 * 1024  # bytes of their grammar; a longer one leaves out schemas
 MAX_GRAMMAR = 16 * 1024  # bytes of a Lark grammar
 MAX_REGEX = 8 * 1024  # bytes of a regex, or of one string in a schema: the cost is quadratic
 MAX_DEPTH = 48  # levels of lists and objects in a schema
@@ -54,7 +54,6 @@ _LIMITS = LLParserLimits(
 # A model that has lost its way writes blanks for ever where JSON allows them.
 _BLANKS = r"[ \n\t]{1,64}"
 
-Mask = NDArray[np.bool_]
 _T = TypeVar("_T")
 
 
@@ -138,24 +137,36 @@ class Grammars:
         *,
         thinking: bool = False,
         open: bool = False,
+        parallel: bool = True,
+        form: Constraint | None = None,
     ) -> Constraint:
         """Tool calls in Gemma 4's markup; ``declared`` are tools as OpenAI's API has them.
 
         ``choice`` is ``"required"`` (one call or more), a function's name (one call of it) or
         ``"auto"``: text as the model likes, in which each call must be of a declared function.
+        With a ``form``, ``"auto"`` is either calls or text that the form allows. Without
+        ``parallel`` there is at most one call, and it ends the answer.
 
         Arguments come in the order of the chat template, and follow the schema of ``parameters``
         (for ``"auto"``, where the function is ``strict``; else any arguments go): types,
         properties, required, enum, const, anyOf, references, items and their number, lengths of
-        strings, small ranges of integers. What else a schema asks for is left to the model.
+        strings, small ranges of integers. What else a schema asks for is left to the model, and
+        so are whole schemas where the grammar of all would exceed MAX_TOOLS_GRAMMAR.
         """
-        plain = json.loads(_dump("the list of tools", declared))
-        functions = tool_grammar.callable_functions(plain, choice)
-        markers = self._markers("tool calls", "<|tool_call>", "<tool_call|>", '<|"|>')
-        strict = {tool["function"]["name"] for tool in plain if tool["function"].get("strict")}
-        start = self._calls(functions, strict, markers, many=choice == "required")
-        calls = _FreeUntil(start, markers[0]) if choice == "auto" else start()
-        return self._thought(calls, open) if thinking or open else calls
+        checked = check_tools(json.loads(_dump("the list of tools", declared, MAX_TOOLS_SIZE)))
+        functions = tool_grammar.callable_functions(checked, choice)
+        markers = self._markers("tool calls", markup.CALL, markup.CALL_END, markup.QUOTE)
+        strict = {tool["function"]["name"] for tool in checked if tool["function"].get("strict")}
+        many = parallel and (choice == "required" or (choice == "auto" and form is not None))
+        start = self._calls(functions, strict, markers, many)
+        body: Constraint
+        if choice != "auto":
+            body = start()
+        elif form is None:
+            body = CallsInText(start, markers[0], once=not parallel)
+        else:
+            body = CallsOrForm(start, markers[0], form)
+        return self.after_thought(body, open) if thinking or open else body
 
     def response_format(
         self, given: Mapping[str, Any], *, thinking: bool = False, open: bool = False
@@ -174,36 +185,45 @@ class Grammars:
             )
         return self.json_schema(declared["schema"], thinking=thinking, open=open)
 
+    def after_thought(self, body: Constraint, open: bool) -> Constraint:
+        """``body``, before which one thought may stand; ``open``: the prompt has begun it."""
+        begin, end = self._markers("thoughts", markup.THOUGHT, markup.THOUGHT_END)
+        inside = np.zeros(self._n_vocab, np.bool_)
+        inside[: self._tokenizer.size] = True
+        self._ready()  # it finds the special tokens
+        inside[self._special] = False
+        inside[end] = True
+        return AfterThought(body, begin, end, inside, open)
+
     def _calls(
         self, functions: Mapping[str, Any], strict: set[str], markers: Sequence[int], many: bool
     ) -> Callable[[], Constraint]:
         """Starts calls of functions (name: schema of its arguments): one, or ``many``.
 
-        A schema that no grammar can keep (say, one that contains itself and so never ends) leaves
-        the arguments to the model, but for functions that are ``strict``.
+        Where a grammar of all schemas would be too long, those of functions that are not
+        ``strict`` are left out, or else all. So is a schema that no grammar can keep (say, one
+        that contains itself and so never ends), unless its function is ``strict``.
         """
-        try:
-            return self._starter("the tools", tool_grammar.write(functions, markers, many))
-        except RequestError:
-            loose = {
-                name: schema if name in strict else tool_grammar.ANY_OBJECT
-                for name, schema in functions.items()
-            }
-            if loose == functions:
-                raise
-            return self._starter("the tools", tool_grammar.write(loose, markers, many))
+        loose = {
+            name: schema if name in strict else tool_grammar.ANY_OBJECT
+            for name, schema in functions.items()
+        }
+        grammar = tool_grammar.write(functions, markers, many)
+        if len(grammar) <= MAX_TOOLS_GRAMMAR:
+            try:
+                return self._starter("the tools", grammar)
+            except RequestError:
+                if loose == functions:
+                    raise
+        grammar = tool_grammar.write(loose, markers, many)
+        if len(grammar) > MAX_TOOLS_GRAMMAR:
+            free = dict.fromkeys(functions, tool_grammar.ANY_OBJECT)
+            grammar = tool_grammar.write(free, markers, many)
+        return self._starter("the tools", grammar)
 
     def _constraint(self, what: str, grammar: str, thinking: bool, open: bool) -> Constraint:
         body = self._starter(what, grammar)()
-        return self._thought(body, open) if thinking else body
-
-    def _thought(self, body: Constraint, started: bool) -> Constraint:
-        begin, end = self._markers("thoughts", "<|channel>", "<channel|>")
-        inside = np.zeros(self._n_vocab, np.bool_)
-        inside[: self._tokenizer.size] = True
-        inside[self._special] = False
-        inside[end] = True
-        return _AfterThought(body, begin, end, inside, started)
+        return self.after_thought(body, open) if thinking else body
 
     def _starter(self, what: str, grammar: str) -> Callable[[], Constraint]:
         """Gives a Constraint at the grammar's start each time it is called."""
@@ -229,72 +249,6 @@ class Grammars:
         if any(len(ids) != 1 for ids in found):
             raise RequestError(f"this model has no markup for {purpose}: no {', '.join(texts)}")
         return [ids[0] for ids in found]
-
-
-class ThinkingBudget:
-    """Ends thoughts after ``budget`` tokens; lets all else pass. A Constraint.
-
-    ``open`` (None where there is none) and ``close`` are the tokens around a thought; ``started``
-    says that the prompt ends inside one. All tokens of thoughts count but these two; when they
-    are spent, only ``close`` may follow, at once where another thought begins.
-    ``n_vocab`` is the length of the masks. Raises OptionError for a budget below 0.
-    """
-
-    finished = False
-
-    def __init__(
-        self, close: int, open: int | None, budget: int, started: bool, n_vocab: int
-    ) -> None:
-        if budget < 0:
-            raise OptionError(f"the thinking budget must be 0 or more, is {budget}")
-        self._close, self._open, self._left, self._thinking = close, open, budget, started
-        self._closing = np.zeros(n_vocab, np.bool_)
-        self._closing[close] = True
-
-    def prepare(self) -> None:
-        """Nothing: the mask is always at hand."""
-
-    def mask(self) -> Mask | None:
-        """Only ``close`` where the budget is spent inside a thought, else all."""
-        return self._closing if self._thinking and self._left <= 0 else None
-
-    def accept(self, token: int) -> None:
-        """Count the token, if it is of a thought."""
-        if not self._thinking:
-            self._thinking = token == self._open
-        elif token == self._close:
-            self._thinking = False
-        else:
-            self._left -= 1
-
-
-def both(first: Constraint, second: Constraint) -> Constraint:
-    """What ``first`` and ``second`` allow; where that is nothing, what ``first`` allows."""
-    return _Both(first, second)
-
-
-class _Both:
-    def __init__(self, first: Constraint, second: Constraint) -> None:
-        self._first, self._second = first, second
-
-    @property
-    def finished(self) -> bool:
-        return self._first.finished or self._second.finished
-
-    def prepare(self) -> None:
-        self._first.prepare()
-        self._second.prepare()
-
-    def mask(self) -> Mask | None:
-        first, second = self._first.mask(), self._second.mask()
-        if first is None or second is None:
-            return second if first is None else first
-        shared = first & second
-        return shared if shared.any() else first
-
-    def accept(self, token: int) -> None:
-        self._first.accept(token)
-        self._second.accept(token)
 
 
 class _Matching:
@@ -342,65 +296,6 @@ class _Matching:
     def _too_complex(self) -> RequestError:
         reason = _one_line(self._matcher.get_error())
         return RequestError(f"the grammar cannot be followed further: {reason}")
-
-
-class _AfterThought:
-    """``body``, but one thought (``begin``, any tokens of ``inside``, ``end``) may come first."""
-
-    def __init__(self, body: Constraint, begin: int, end: int, inside: Mask, started: bool) -> None:
-        self._body, self._begin, self._end, self._inside = body, begin, end, inside
-        self._thinking, self._may_begin = started, not started
-
-    @property
-    def finished(self) -> bool:
-        return not self._thinking and self._body.finished
-
-    def prepare(self) -> None:
-        if not self._thinking:
-            self._body.prepare()
-
-    def mask(self) -> Mask | None:
-        if self._thinking:
-            return self._inside
-        allowed = self._body.mask()
-        if self._may_begin and allowed is not None:
-            allowed = allowed.copy()
-            allowed[self._begin] = True
-        return allowed
-
-    def accept(self, token: int) -> None:
-        if self._thinking:
-            self._thinking = token != self._end
-            return
-        self._thinking = self._may_begin and token == self._begin
-        self._may_begin = False
-        if not self._thinking:
-            self._body.accept(token)
-
-
-class _FreeUntil:
-    """Everything, but after ``trigger`` what ``start()`` says, from that token to its end."""
-
-    finished = False
-
-    def __init__(self, start: Callable[[], Constraint], trigger: int) -> None:
-        self._start, self._trigger = start, trigger
-        self._held: Constraint | None = None
-
-    def prepare(self) -> None:
-        if self._held is not None:
-            self._held.prepare()
-
-    def mask(self) -> Mask | None:
-        return None if self._held is None else self._held.mask()
-
-    def accept(self, token: int) -> None:
-        if self._held is None and token == self._trigger:
-            self._held = self._start()
-        if self._held is not None:
-            self._held.accept(token)
-            if self._held.finished:
-                self._held = None
 
 
 class _DeepPool:
@@ -452,11 +347,11 @@ def _check_text(what: str, text: str, most: int) -> None:
         raise RequestError(f"{what} has {size:,} bytes: {most:,} is the most")
 
 
-def _dump(what: str, value: Any) -> str:
+def _dump(what: str, value: Any, most: int = MAX_SCHEMA) -> str:
     """``value`` as JSON, its size and depth checked."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        _check_text(what, text, MAX_SCHEMA)
+        _check_text(what, text, most)
         level = [json.loads(text)]
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{what} is no valid JSON: {_one_line(str(error))}") from None

@@ -1,7 +1,8 @@
-"""Messages, tools and options as OpenAI's API has them, made ready for a chat template.
+"""Messages and options as OpenAI's API has them, made ready for a chat template.
 
 What is not said here is said by the template. Not here: the template itself and what keeps
-special tokens out of messages (``chat.py``); the way back, from the model's text (``router.py``).
+special tokens out of messages (``chat.py``); tools (``tools.py``); the way back, from the model's
+text (``router.py``).
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from gemloom.errors import OptionError, RequestError, quoted
 from gemloom.text.chat import Message, check
 from gemloom.text.json_size import check_values
 
-MAX_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TEXT_TYPES = ("input_text", "output_text")
 # Whatever a prompt quotes, one of the closing ones stands between that and its end.
 _MARKERS = re.compile(r"<\|channel>|<(?:channel|turn|tool_call|tool_response)\|>")
@@ -32,9 +31,8 @@ def prepare(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """``messages`` as templates read them; the given ones stay as they are.
 
     Arguments of tool calls become objects, a tool's result gets the name of what was called, a
-    thought is there both as ``reasoning`` and as ``reasoning_content``, an assistant's missing
-    content is empty text where there are calls or a thought, and parts ``input_text`` and
-    ``output_text`` are ``text``.
+    thought is there both as ``reasoning`` and as ``reasoning_content``, missing content of an
+    assistant or a tool is empty text, and parts ``input_text`` and ``output_text`` are ``text``.
 
     Raises RequestError with the index for calls that are malformed, a result that answers no
     call, and all that ``chat.check`` refuses.
@@ -84,36 +82,12 @@ def reasoning_budget(effort: str | None) -> int | None:
     return None if effort is None else _BUDGETS.get(_effort(effort))
 
 
-def check_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """OpenAI's function tools, as templates read them.
-
-    Raises RequestError, with the index, for one that is no function, has no good name or one
-    that is taken, or whose parameters are no schema of an object; and for more than MAX_TOOLS.
-    """
-    if not isinstance(tools, Sequence) or isinstance(tools, str):
-        raise RequestError("tools must be a list")
-    if len(tools) > MAX_TOOLS:
-        raise RequestError(f"there are {len(tools)} tools: at most {MAX_TOOLS} are taken")
-    ready = [_tool(index, tool) for index, tool in enumerate(tools)]
-    names: set[str] = set()
-    for index, tool in enumerate(ready):
-        name = tool["function"]["name"]
-        if name in names:
-            raise RequestError(f"tools[{index}]: the name {quoted(name)} is taken by another tool")
-        names.add(name)
-    return ready
-
-
 @dataclass(frozen=True, slots=True)
 class Thought:
     """Whether an answer may begin with a thought, and whether its prompt has begun one."""
 
     allowed: bool = False
     begun: bool = False
-
-    def options(self) -> dict[str, bool]:
-        """As the methods of ``Grammars`` take it."""
-        return {"thinking": self.allowed, "open": self.begun}
 
 
 def starts_reasoning(prompt_text: str) -> bool:
@@ -135,6 +109,8 @@ def _prepared(index: int, message: Any) -> Any:
     ready = {**message}
     if isinstance(ready.get("content"), list):
         ready["content"] = [_part(part) for part in ready["content"]]
+    if not ready.get("content") and ready.get("role") in ("assistant", "tool"):
+        ready["content"] = _nothing(ready.get("content"))
     thought = _thought(index, ready)
     calls = _calls(index, ready)
     if ready.get("role") != "assistant":
@@ -145,9 +121,12 @@ def _prepared(index: int, message: Any) -> Any:
         ready["reasoning"] = ready["reasoning_content"] = thought
     if calls:
         ready["tool_calls"] = calls
-    if ready.get("content") is None and (calls or thought):
-        ready["content"] = ""
     return ready
+
+
+def _nothing(content: Any) -> Any:
+    """Agents keep answers without text as null or no parts; other things are refused later."""
+    return "" if content is None or content == [] else content
 
 
 def _part(part: Any) -> Any:
@@ -234,32 +213,6 @@ def _answered(index: int, message: Message, calls: Mapping[tuple[bool, object], 
         f"messages[{index}]: the assistant's message before has no call with the id "
         f"{quoted(wanted)}"
     )
-
-
-def _tool(index: int, tool: Any) -> dict[str, Any]:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping) or tool.get("type") != "function":
-        raise RequestError(f"tools[{index}] is no tool of type 'function' with a function")
-    ready = {key: value for key, value in function.items() if value is not None}
-    name = ready.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise RequestError(
-            f"tools[{index}]: the name {quoted(name)} is not 1 to 64 of the letters "
-            "A-Z a-z 0-9 _ . -"
-        )
-    ready.setdefault("description", "")
-    if not isinstance(ready["description"], str):
-        raise RequestError(f"tools[{index}]: the description must be a string")
-    if ready.get("parameters") != {}:
-        _check_parameters(index, ready.get("parameters", {"type": "object"}))
-    return {"type": "function", "function": ready}
-
-
-def _check_parameters(index: int, parameters: Any) -> None:
-    if not isinstance(parameters, Mapping) or parameters.get("type") != "object":
-        raise RequestError(f"tools[{index}]: the parameters must be a schema of type 'object'")
-    if not isinstance(parameters.get("properties", {}), Mapping):
-        raise RequestError(f"tools[{index}]: the properties of the parameters must be an object")
 
 
 def _refuse(index: int, words: str) -> NoReturn:

@@ -3,9 +3,10 @@
     thought    <|channel>thought\\n ... \\n<channel|>
     tool call  <|tool_call>call:NAME{key:<|"|>text<|"|>,n:1,more:{...},list:[...]}<tool_call|>
 
-All else is the answer. Everything goes character by character, so what comes out cannot depend
-on how the text was cut. Nothing here knows of tokens; a model without this markup needs no Router.
-Not here: the way in, from a conversation to a prompt (``chat.py``, ``conversation.py``).
+A key may stand in quotes as strings do. All else is the answer. Everything goes character by
+character, so what comes out cannot depend on how the text was cut. Nothing here knows of tokens; a
+model without this markup needs no Router. Not here: the way in, from a conversation to a prompt
+(``chat.py``, ``conversation.py``).
 """
 
 from __future__ import annotations
@@ -17,13 +18,24 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
-_OPEN, _CLOSE = "<|channel>", "<channel|>"
-_CALL, _CALL_END = "<|tool_call>", "<tool_call|>"
-_QUOTE = '<|"|>'
+from gemloom.text.markup import (
+    CALL,
+    CALL_END,
+    QUOTE,
+    RESULT,
+    RESULT_END,
+    THOUGHT,
+    THOUGHT_END,
+)
+
 # The name of the thought and the newlines at its ends are markup too. The longest one counts.
-_ANSWER_MARKERS = (_OPEN, _OPEN + "thought", _OPEN + "thought\n", _CLOSE, _CALL)
-_THOUGHT_MARKERS = (*_ANSWER_MARKERS, "\n" + _CLOSE)
+_STRAY = (CALL_END, RESULT, RESULT_END, QUOTE)  # what means nothing outside a call
+_ANSWER_MARKERS = (
+    THOUGHT, THOUGHT + "thought", THOUGHT + "thought\n", THOUGHT_END, CALL, *_STRAY,
+)  # fmt: skip
+_THOUGHT_MARKERS = (*_ANSWER_MARKERS, "\n" + THOUGHT_END)
 _LONGEST = max(map(len, _THOUGHT_MARKERS))
+_MARKERS = re.compile("|".join(map(re.escape, sorted(_ANSWER_MARKERS, key=len, reverse=True))))
 _HEAD = re.compile(r"(?:call)?:\s*([\w.-]*)\s*")
 # JSON's, with no more digits than any reader takes.
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,999})(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
@@ -80,15 +92,43 @@ class Plain:
         return []
 
 
+class Formed:
+    """An answer that is held to a form, after a thought or in place of calls, where all is text.
+
+    Once text has begun, what looks like markup in it is text too: it is of the form.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._begun = False
+
+    def push(self, text: str) -> list[Part]:
+        """The parts that are certain now."""
+        parts: list[Part] = []
+        for at, char in enumerate(text):
+            if self._begun:
+                return list(_joined([*parts, Content(text[at:])]))
+            parts += self._begin(self._router.push(char))
+        return list(_joined(parts))
+
+    def flush(self) -> list[Part]:
+        """The rest, at the end."""
+        return self._router.flush()
+
+    def _begin(self, parts: list[Part]) -> list[Part]:
+        self._begun = any(isinstance(part, Content) for part in parts)
+        return [*parts, *self._router.flush()] if self._begun else parts
+
+
 class Router:
     """Takes a turn's text in any pieces, gives its parts as soon as they are sure.
 
     ``reasoning``: the prompt ended inside an open thought already.
 
-    Held back is only what could still become a marker, and a tool call until it is whole. A call
-    that is malformed or never ends is text like any other, as it was written. A call does not
-    close the thought that it stands in. ``<|channel>`` opens a thought whatever follows, and a
-    ``<channel|>`` that closes nothing is dropped.
+    Held back is only what could still become a marker, and a tool call until it is whole. Markers
+    are never shown: one that opens or closes nothing is dropped. Of a malformed call the words
+    stay, as text; a call that never ends is dropped. A call does not close the thought that it
+    stands in. ``<|channel>`` opens a thought whatever follows.
     """
 
     def __init__(self, reasoning: bool = False) -> None:
@@ -105,10 +145,8 @@ class Router:
         return self._take()
 
     def flush(self) -> list[Part]:
-        """Ends the turn: all that was held back. A thought left open ends here."""
-        if self._call is not None:
-            self._show(_CALL + "".join(self._call.written))
-            self._call = None
+        """Ends the turn: what was held back, but for a call begun. An open thought ends here."""
+        self._call = None
         self._release(final=True)
         return self._take()
 
@@ -123,12 +161,12 @@ class Router:
             self._call = None
 
     def _give_up(self, written: str) -> None:
-        """The call begun is none: shows it, but for an end that could become a marker."""
+        """The call begun is none: shows its words, but for an end that could become a marker."""
         self._call = None
         end = written[-_LONGEST:]
         starts = (at for at in range(len(end)) if self._may_become_marker(end[at:]))
         self._held = end[next(starts, len(end)) :]
-        self._show(_CALL + written.removesuffix(self._held))
+        self._show(_MARKERS.sub("", written.removesuffix(self._held)))
 
     def _release(self, final: bool = False) -> None:
         """Takes markers off the start of what is held and shows what cannot become one."""
@@ -150,12 +188,14 @@ class Router:
         return any(marker.startswith(text) and marker != text for marker in self._markers)
 
     def _enter(self, marker: str) -> None:
-        if marker == _CALL:
+        if marker == CALL:
             self._call = _Call()
-        else:
-            self._thinking = marker.startswith(_OPEN)
+        elif marker not in _STRAY:
+            self._thinking = marker.startswith(THOUGHT)
 
     def _show(self, text: str) -> None:
+        if not text:
+            return
         self._parts.append(Reasoning(text) if self._thinking else Content(text))
 
     def _take(self) -> list[Part]:
@@ -237,15 +277,15 @@ class _Call:
 
     def _in_quote(self, char: str) -> None:
         self._token.append(char)
-        if not _QUOTE.startswith("".join(self._token)):
+        if not QUOTE.startswith("".join(self._token)):
             raise ValueError(char)
-        if len(self._token) == len(_QUOTE):
+        if len(self._token) == len(QUOTE):
             self._begin(self._in_string)
 
     def _in_string(self, char: str) -> None:
         self._token.append(char)
-        if char == ">" and "".join(self._token[-len(_QUOTE) :]) == _QUOTE:
-            self._put("".join(self._token[: -len(_QUOTE)]))
+        if char == ">" and "".join(self._token[-len(QUOTE) :]) == QUOTE:
+            self._put("".join(self._token[: -len(QUOTE)]))
 
     def _in_json_string(self, char: str) -> None:
         self._token.append(char)
@@ -261,9 +301,9 @@ class _Call:
             return
         self._token.append(char)
         text = "".join(self._token)
-        if not _CALL_END.startswith(text):
+        if not CALL_END.startswith(text):
             raise ValueError(text)
-        self.whole = text == _CALL_END
+        self.whole = text == CALL_END
 
     def _begin(self, state: Callable[[str], None]) -> None:
         self._token.clear()

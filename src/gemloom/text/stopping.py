@@ -7,6 +7,21 @@ stop waits for text that might never come.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
+
+
+class Stops(Protocol):
+    """What finds the stop strings of a request in its text: a StopMatcher, or VisibleStops."""
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that was found, None before."""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """The text that may be shown now, and whether a stop string has been found."""
+
+    def flush(self) -> str:
+        """What is held back, at the end."""
 
 
 class StopMatcher:
@@ -38,8 +53,13 @@ class StopMatcher:
         return text[:start], False
 
     def flush(self) -> str:
-        """What is still held back, for when generation ends without a stop string."""
+        """What is still held back, for when a text ends without a stop string.
+
+        What is pushed after it is another text.
+        """
         held, self._held = self._held, ""
+        for stop in self._stops:
+            stop.length = 0
         return held
 
     def _find(self, text: str) -> int:

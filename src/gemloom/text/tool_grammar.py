@@ -1,8 +1,9 @@
 """Tool calls as a grammar: OpenAI's function schemas to Lark rules for Gemma 4's markup.
 
-A call reads ``<|tool_call>call:NAME{key:<|"|>text<|"|>,count:1}<tool_call|>``: bare keys, strings
-in quotes that are tokens of their own, all else as in JSON, no blanks. What a schema asks for
-beyond what Grammars.tools lists is left out: the grammar then allows more than the schema.
+A call reads ``<|tool_call>call:NAME{key:<|"|>text<|"|>,count:1}<tool_call|>``: strings in quotes
+that are tokens of their own, keys without quotes where ``markup.is_bare`` says so, all else as in
+JSON, no blanks. What a schema asks for beyond what Grammars.tools lists is left out: the grammar
+then allows more than the schema.
 
 Not here: compiling the rules (``constraint.py``), and reading a call that was made.
 """
@@ -15,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemloom.errors import RequestError, quoted
+from gemloom.text.markup import BARE_KEY, QUOTE, is_bare, written_key
 
 ANY_OBJECT = {"type": "object"}
 _NO_ARGUMENTS = {"type": "object", "properties": {}}
-_NAME = re.compile(r"[\w.-]{1,128}")
 _MOST_REPEATS = 1024  # larger bounds on lengths and counts are left to the model
 _MOST_INTEGERS = 256  # in a range that is spelled out
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -26,30 +27,19 @@ _OPTIONAL = re.compile(r"\([^()]*\)(?:[?*]|\{0,\d*\})")
 _NEEDED = re.compile(r"\b(?:rule|ref)_\d+")
 
 
-def callable_functions(declared: Any, choice: str) -> dict[str, Any]:
+def callable_functions(tools: Sequence[Mapping[str, Any]], choice: str) -> dict[str, Any]:
     """The functions that may be called by name, each with the schema of its arguments.
 
-    ``declared`` and ``choice`` are as for ``Grammars.tools``. Raises RequestError for a tool that
-    is not in OpenAI's form, and where the choice leaves none.
+    ``tools`` have been checked; ``choice`` is as for ``Grammars.tools``. Raises RequestError where
+    the choice leaves none.
     """
-    if not isinstance(declared, list):
-        raise RequestError(f"tools must be a list, not {type(declared).__name__}")
     functions = {}
-    for index, tool in enumerate(declared):
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RequestError(f"tools[{index}] must be an object with a function and its name")
-        if not _NAME.fullmatch(function["name"]):
-            raise RequestError(
-                f"tools[{index}]: the name {quoted(function['name'])} must be letters, digits, "
-                "_, - and ."
-            )
-        parameters = function.get("parameters")
-        schema = _NO_ARGUMENTS if parameters is None else parameters
+    for function in (tool["function"] for tool in tools):
+        if choice not in ("auto", "required", function["name"]):
+            continue
         free = choice == "auto" and function.get("strict") is not True
+        schema = function.get("parameters", _NO_ARGUMENTS)
         functions[function["name"]] = ANY_OBJECT if free else schema
-    if choice not in ("auto", "required"):
-        functions = {name: schema for name, schema in functions.items() if name == choice}
     if not functions:
         raise RequestError(f"no tool to call is declared (the choice is {quoted(choice)})")
     return functions
@@ -73,15 +63,16 @@ class _Writer:
 
     def __init__(self, markers: Sequence[int]) -> None:
         self._begin, self._end, self._quote = (f"<[{token}]>" for token in markers)
-        letters = re.escape('<|"|>')
+        letters = re.escape(QUOTE)
         self._rules = {
             "any": 'text | NUMBER | "true" | "false" | "null" | any_list | any_object',
             "any_list": '"[" (any ("," any)*)? "]"',
-            "any_object": '"{" (KEY ":" any ("," KEY ":" any)*)? "}"',
+            "any_object": '"{" (key ":" any ("," key ":" any)*)? "}"',
             "text": f"{self._quote} TEXT {self._quote}",
             # The quote spelled in letters would end the string for one who reads the text.
             "TEXT": f"/(?s:.*)/ & ~/(?s:.*){letters}(?s:.*)/",
-            "KEY": "/[A-Za-z_][A-Za-z0-9_]{0,63}/",
+            "key": "KEY | text",
+            "KEY": f"/{BARE_KEY}/",
             "INTEGER": "/-?(0|[1-9][0-9]{0,17})/",
             "NUMBER": r"/-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][+-]?[0-9]{1,2})?/",
         }
@@ -152,16 +143,17 @@ class _Writer:
 
     def _object(self, schema: Mapping[str, Any], root: Any) -> str:
         properties = schema.get("properties")
-        if not isinstance(properties, Mapping):
-            return self._map(schema.get("additionalProperties"), root)
+        others = schema.get("additionalProperties")
+        if not isinstance(properties, Mapping) or (not properties and isinstance(others, Mapping)):
+            return self._map(True if "patternProperties" in schema else others, root)
         listed = schema.get("required")
         listed = listed if isinstance(listed, list) else []
         required = {name for name in listed if isinstance(name, str)}
         names = {*properties, *required}
         # From the last to the first: what may stand at the start, and what after another pair.
         first = rest = '""'
-        for name in sorted(names, key=lambda name: (name.lower(), name), reverse=True):
-            pair = f"{_literal(name + ':')} {self._value(properties.get(name), root)}"
+        for name in sorted(names, key=_place, reverse=True):
+            pair = f"{self._key(name)} {self._value(properties.get(name), root)}"
             skips = (first, rest)
             first, rest = f"{pair} {rest}", f'"," {pair} {rest}'
             if name not in required:
@@ -174,7 +166,7 @@ class _Writer:
             return '"{" "}"'
         if not isinstance(values, Mapping):
             return "any_object"
-        pair = f'KEY ":" {self._value(values, root)}'
+        pair = f'key ":" {self._value(values, root)}'
         return self._rule(f'"{{" ({pair} ("," {pair})*)? "}}"')
 
     def _array(self, schema: Mapping[str, Any], root: Any) -> str:
@@ -208,9 +200,16 @@ class _Writer:
         if isinstance(value, list):
             return " ".join(['"["', ' "," '.join(map(self._constant, value)), '"]"'])
         if isinstance(value, Mapping):
-            pairs = [f"{_literal(key + ':')} {self._constant(value[key])}" for key in value]
+            keys = sorted(value, key=_place)
+            pairs = [f"{self._key(key)} {self._constant(value[key])}" for key in keys]
             return " ".join(['"{"', ' "," '.join(pairs), '"}"'])
         return _literal(json.dumps(value))
+
+    def _key(self, name: str) -> str:
+        """A key and its colon."""
+        if is_bare(name):
+            return _literal(f"{name}:")
+        return f'{self._quote} {_literal(name)} {self._quote} ":"'
 
     def _reference(self, pointer: str, root: Any) -> str:
         key = (id(root), pointer)
@@ -240,9 +239,14 @@ def _endless(rules: Mapping[str, str]) -> set[str]:
     while len(left) != before:
         before = len(left)
         for name in (*needs, *reversed(needs)):  # either way: rules are made before and after
-            if any(option.isdisjoint(left) for option in needs[name]):
+            if name in left and any(all(n not in left for n in option) for option in needs[name]):
                 left.discard(name)
     return left
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Where a key is among others: templates sort them as they are written, without case."""
+    return written_key(name).lower(), name
 
 
 def _literal(text: str) -> str:
