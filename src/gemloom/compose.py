@@ -111,7 +111,15 @@ class Composer:
         variables: Mapping[str, Any],
     ) -> list[int]:
         """The prompt of a chat as ids. RequestError for messages or tools that cannot be used."""
-        given = {**variables, "tools": check_tools(tools)} if tools else {**variables}
+        return self._prompt(messages, check_tools(tools or []), variables)
+
+    def _prompt(
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]],
+        variables: Mapping[str, Any],
+    ) -> list[int]:
+        given = {**variables, "tools": tools} if tools else {**variables}
         return encode_chat(self._tokenizer, conversation.prepare(messages), self._context, **given)
 
     def compose(
@@ -127,13 +135,14 @@ class Composer:
         """
         variables = asked.variables or {}
         choice = tool_choice(asked.tool_choice, asked.tools)
-        prompt = self.prompt(messages, asked.tools, variables)
+        tools = check_tools(asked.tools or [])
+        prompt = self._prompt(messages, tools, variables)
         thought = self._thought(prompt, variables)
-        _check(asked, choice)
+        _check(asked)
         if is_continued(messages, variables):
             _check_continued(asked, choice, thought)
         bounds = _Bounds(
-            tools=check_tools(asked.tools or []),
+            tools=tools,
             choice=choice,
             parallel=asked.parallel_tool_calls is not False,
             form=_form(asked),
@@ -221,7 +230,7 @@ def _form(asked: ChatOptions) -> Form | None:
     return lambda grammars: grammars.response_format(given)
 
 
-def _check(asked: ChatOptions, choice: str | None) -> None:
+def _check(asked: ChatOptions) -> None:
     if asked.response_format is not None and asked.form is not None:
         raise OptionError("response_format and form: only one of them can be asked for")
     if asked.constraint is None:

@@ -81,6 +81,7 @@ class Grammars:
         # One compiler: hostile grammars then cost one core at most, and delay no mask.
         self._compiler, self._masks = _DeepPool(1), _DeepPool(_THREADS)
         self._compiled = lru_cache(maxsize=_CACHED)(self._compile)
+        self._compiled_calls = lru_cache(maxsize=_CACHED)(self._compile_calls)
 
     def warm(self) -> None:
         """Do now what the first grammar would wait for: one or two seconds of work.
@@ -158,7 +159,9 @@ class Grammars:
         markers = self._markers("tool calls", markup.CALL, markup.CALL_END, markup.QUOTE)
         strict = {tool["function"]["name"] for tool in checked if tool["function"].get("strict")}
         many = parallel and (choice == "required" or (choice == "auto" and form is not None))
-        start = self._calls(functions, strict, markers, many)
+        start = self._starts(
+            self._compiled_calls(json.dumps(functions), frozenset(strict), tuple(markers), many)
+        )
         body: Constraint
         if choice != "auto":
             body = start()
@@ -195,39 +198,39 @@ class Grammars:
         inside[end] = True
         return AfterThought(body, begin, end, inside, open)
 
-    def _calls(
-        self, functions: Mapping[str, Any], strict: set[str], markers: Sequence[int], many: bool
-    ) -> Callable[[], Constraint]:
-        """Starts calls of functions (name: schema of its arguments): one, or ``many``.
+    def _compile_calls(
+        self, functions: str, strict: frozenset[str], markers: tuple[int, ...], many: bool
+    ) -> LLMatcher:
+        """Calls of functions (JSON; name: schema of its arguments): one, or ``many``.
 
         Where a grammar of all schemas would be too long, those of functions that are not
         ``strict`` are left out, or else all. So is a schema that no grammar can keep (say, one
         that contains itself and so never ends), unless its function is ``strict``.
         """
+        schemas = json.loads(functions)
         loose = {
             name: schema if name in strict else tool_grammar.ANY_OBJECT
-            for name, schema in functions.items()
+            for name, schema in schemas.items()
         }
-        grammar = tool_grammar.write(functions, markers, many)
+        grammar = tool_grammar.write(schemas, markers, many)
         if len(grammar) <= MAX_TOOLS_GRAMMAR:
             try:
-                return self._starter("the tools", grammar)
+                return self._compiled("the tools", grammar)
             except RequestError:
-                if loose == functions:
+                if loose == schemas:
                     raise
         grammar = tool_grammar.write(loose, markers, many)
         if len(grammar) > MAX_TOOLS_GRAMMAR:
-            free = dict.fromkeys(functions, tool_grammar.ANY_OBJECT)
+            free = dict.fromkeys(schemas, tool_grammar.ANY_OBJECT)
             grammar = tool_grammar.write(free, markers, many)
-        return self._starter("the tools", grammar)
+        return self._compiled("the tools", grammar)
 
     def _constraint(self, what: str, grammar: str, thinking: bool, open: bool) -> Constraint:
-        body = self._starter(what, grammar)()
+        body = self._starts(self._compiled(what, grammar))()
         return self.after_thought(body, open) if thinking else body
 
-    def _starter(self, what: str, grammar: str) -> Callable[[], Constraint]:
+    def _starts(self, compiled: LLMatcher) -> Callable[[], Constraint]:
         """Gives a Constraint at the grammar's start each time it is called."""
-        compiled = self._compiled(what, grammar)
         return lambda: _Matching(compiled.deep_copy(), self._masks, self._n_vocab)
 
     def _compile(self, what: str, grammar: str) -> LLMatcher:
