@@ -225,6 +225,36 @@ def test_a_base_model_gets_lines_to_go_on_with() -> None:
         encode_chat(tokenizer, [user("a"), assistant(None, tool_calls=[{"function": {}}])])
 
 
+def test_an_answer_that_has_begun_is_continued() -> None:
+    turns = [user("Hi"), assistant(" Once upon  ")]
+    ids = encode_chat(gemma4(), turns)
+    start = "<bos><|turn>user\nHi<turn|>\n<|turn>model\n"
+    assert gemma4().decode(ids, special=True) == f"{start}Once upon  "
+    parts = [{"type": "text", "text": "Once "}, {"type": "text", "text": "upon  "}]
+    assert gemma4().decode(encode_chat(gemma4(), [turns[0], assistant(parts)])).endswith("upon  ")
+    plain = with_template("gemma4", None)
+    assert plain.decode(encode_chat(plain, turns)) == "User: Hi\nAssistant:  Once upon  "
+    strict = with_template("gemma3", TURNS_TEMPLATE)
+    assert strict.decode(encode_chat(strict, turns)).endswith("model\nOnce upon  ")
+
+
+def test_a_new_turn_where_it_is_asked_for_or_calls_wait_for_results() -> None:
+    turns = [user("Hi"), assistant("Once")]
+    text = gemma4().decode(encode_chat(gemma4(), turns, add_generation_prompt=True))
+    assert text.endswith("model\nOnce\nmodel\n<|channel>thought\n<channel|>")
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {}}}
+    ids = encode_chat(gemma4(), [user("Hi"), assistant("", tool_calls=[call])])
+    assert gemma4().decode(ids).endswith("<channel|>")
+
+
+def test_a_template_that_hides_the_last_message_cannot_continue_it() -> None:
+    tokenizer = with_template("gemma4", "{{ messages[0].content }}")
+    with pytest.raises(RequestError, match="does not show the assistant's last message"):
+        encode_chat(tokenizer, [user("a"), assistant("b")])
+    with pytest.raises(RequestError, match="does not show"):
+        encode_chat(gemma4(), [user("a"), assistant("<|channel>thought\nb")])
+
+
 def test_a_template_that_knows_no_developer_gets_a_system_message() -> None:
     asked = [{"role": "developer", "content": "Be brief."}, user("Hi")]
     older = [{"role": "system", "content": "Be brief."}, user("Hi")]

@@ -4,12 +4,15 @@ import itertools
 import json
 from contextlib import suppress
 
+import jsonschema_rs
 import numpy as np
 import pytest
 
 from gemloom.errors import RequestError
-from grammar_walks import grammars, text, walk
-from test_constraint_tools import tool
+from gemloom.text import constraint
+from gemloom.text.constraint import Grammars
+from grammar_walks import EXTRA, grammars, one, text, walk
+from test_constraint_tools import Reader, tool
 from vocabularies import small
 
 
@@ -132,6 +135,61 @@ def test_long_chains_of_references_do_not_exhaust_the_stack():
     assert text(walk(grammars().lark("start:t0\n" + rules), 1)) == "a"
     parameters = {"type": "object", "properties": {"it": schema["$defs"]["0"]}, "$defs": chain}
     walk(grammars().tools([tool("f", parameters)], "f"), 1)
+
+
+def many_tools(strict, count=200):
+    """More than 280 kB of tools, as an agent with several servers declares them."""
+    kinds = [{"type": "string"}, {"type": "integer"}, {"type": "array", "items": {"type": "null"}}]
+    return [
+        tool(
+            f"server{number % 7}.tool_{number}",
+            {
+                "type": "object",
+                "properties": {
+                    f"{word}-{number}": {**kinds[at % 3], "description": "x" * 150}
+                    for at, word in enumerate(["path", "user", "query", "page", "sort", "body"])
+                },
+                "required": [f"path-{number}"],
+            },
+            strict,
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("choice", ["auto", "required", "server3.tool_3"])
+def test_many_tools_are_called_by_their_names_and_schemas(strict, choice):
+    tools = many_tools(strict)
+    assert len(json.dumps(tools)) > 280_000
+    constraint = grammars().tools(tools, choice, parallel=False)
+    constraint.accept(one("<|tool_call>"))
+    ((name, arguments),) = Reader("<|tool_call>" + text(walk(constraint, 1))).calls()
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+    assert name in schemas
+    if strict or choice != "auto":
+        assert jsonschema_rs.is_valid(schemas[name], arguments)
+
+
+def test_where_a_grammar_of_all_schemas_is_too_long_names_are_still_held(monkeypatch):
+    monkeypatch.setattr(constraint, "MAX_TOOLS_GRAMMAR", 4_000)
+    tools = [tool("f", {"type": "object", "properties": {"a": {}}, "required": ["a"]})]
+    tools += many_tools(strict=False, count=30)
+    for _ in range(2):
+        own = Grammars(small("gemma4"), small("gemma4").size + EXTRA)
+        called = {}
+        for seed in range(40):
+            ((name, arguments),) = Reader(
+                text(walk(own.tools(tools, "required", parallel=False), seed))
+            ).calls()
+            called[name] = arguments
+        assert called.keys() <= {tool["function"]["name"] for tool in tools} and len(called) > 5
+        monkeypatch.setattr(constraint, "MAX_TOOLS_GRAMMAR", 200)  # not even the strict ones
+
+
+def test_more_than_a_megabyte_of_tools_is_refused():
+    with pytest.raises(RequestError, match=r"the list of tools has .* 1,048,576 is the most"):
+        grammars().tools(many_tools(strict=False, count=800), "auto")
 
 
 @pytest.mark.parametrize("grammar", ['root ::= "a"', '# all\nroot  ::= "a" b\nb ::= [0-9]'])

@@ -122,6 +122,44 @@ def test_required_tools_may_be_called_twice():
     assert seen > {1}
 
 
+@pytest.mark.parametrize("choice", ["auto", "required", "get"])
+def test_without_parallel_calls_the_first_is_the_end(choice):
+    for seed in range(8):
+        constraint = grammars().tools(TOOLS, choice, parallel=False)
+        constraint.accept(one("<|tool_call>"))
+        said = "<|tool_call>" + text(walk(constraint, seed))
+        assert len(Reader(said).calls()) == 1 and constraint.finished
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_calls_or_a_form(parallel):
+    counts = set()
+    for seed in range(16):
+        constraint = grammars().tools(
+            TOOLS, "auto", parallel=parallel, form=grammars().regex("[a-z]{3}")
+        )
+        mask = constraint.mask()
+        assert mask[one("<|tool_call>")] and mask[one("a")] and not mask[one("{")]
+        if seed % 2:
+            assert re.fullmatch("[a-z]{3}|<.*>", text(walk(constraint, seed)))
+        else:
+            constraint.accept(one("<|tool_call>"))
+            calls = Reader("<|tool_call>" + text(walk(constraint, seed))).calls()
+            check_calls(calls, TOOLS)
+            counts.add(len(calls))
+    assert counts > {1} if parallel else counts == {1}
+
+
+def test_a_thought_then_calls_or_a_form():
+    body = grammars().regex("[a-z]{3}")
+    constraint = grammars().tools(TOOLS, "auto", thinking=True, form=body)
+    assert constraint.mask()[one("<|channel>")]
+    for token in (one("<|channel>"), one("b"), one("<channel|>")):
+        constraint.accept(token)
+    mask = constraint.mask()
+    assert mask[one("<|tool_call>")] and mask[one("a")] and not mask[one("<|channel>")]
+
+
 def test_arguments_come_in_the_order_of_the_template():
     parameters = {
         "type": "object",
@@ -239,6 +277,7 @@ def test_what_cannot_be_kept_is_left_to_the_model(schema):
         ([], "required", "no tool to call"),
         (TOOLS, "nothing", "no tool to call .* 'nothing'"),
         ([{"type": "function"}], "auto", r"tools\[0\]"),
+        ([tool("n" * 129)], "auto", r"tools\[0\]: the name"),
         ([*TOOLS, 4], "auto", r"tools\[3\]"),
         ([tool("a{b")], "auto", "the name 'a{b'"),
         ({"a": 1}, "auto", "must be a list"),

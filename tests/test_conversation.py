@@ -281,6 +281,30 @@ def test_parts_are_text_and_a_thought_has_both_names() -> None:
     assert "reasoning" not in last
 
 
+@pytest.mark.parametrize("content", [None, [], ""])
+def test_an_answer_or_a_result_without_content_is_empty_text(content: Any) -> None:
+    bare = {"role": "assistant"}
+    history = [user("a"), calling("{}"), result(content), {**bare, "content": content}, user("b")]
+    ready = prepare(history)
+    assert [message["content"] for message in ready] == ["a", "", "", "", "b"]
+    without = [{k: v for k, v in m.items() if v is not content} for m in history]
+    if content is None:
+        assert [message["content"] for message in prepare(without)] == ["a", "", "", "", "b"]
+    assert prompt(history) == prompt(prepare(history))
+
+
+def test_an_answer_after_results_is_continued() -> None:
+    template = gemma4_metadata().string("tokenizer.chat_template")
+    begun = {"role": "assistant", "content": "It is "}
+    messages = [user("Paris?"), calling('{"city": "Paris"}'), result("sunny"), begun]
+    own = Tokenizer(
+        metadata({**tiny_vocab.metadata("gemma4"), "tokenizer.chat_template": template})
+    )
+    for tokenizer in (GEMMA, own):
+        text = tokenizer.decode(encode_chat(tokenizer, prepare(messages)), special=True)
+        assert text.endswith('{value:<|"|>sunny<|"|>}<tool_response|>It is ')
+
+
 def test_a_result_is_found_by_id_or_else_by_name() -> None:
     two = calling("{}", name="f", call_id="c1")
     two["tool_calls"] += calling("{}", name="g", call_id="c2")["tool_calls"]

@@ -1,4 +1,4 @@
-"""Arguments of any name: the grammar allows the call that a template writes, the router reads it."""
+"""Arguments of any name: a grammar allows the call that a template writes; the router reads it."""
 
 import json
 from functools import cache
@@ -121,6 +121,16 @@ def test_what_cannot_be_written_is_refused_by_name(parameters: dict[str, Any]) -
     for use in (check_tools, lambda tools: grammars().tools(tools, "auto")):
         with pytest.raises(RequestError, match=r"^tools\[0\] \(f\): 'a<\|\"\|>b' cannot stand"):
             use(declared)  # type: ignore[operator]
+
+
+def test_a_schema_that_is_in_itself_is_refused() -> None:
+    circle: dict[str, Any] = {"type": "object"}
+    circle["properties"] = {"a": circle}
+    messages = [{"role": "user", "content": "a"}]
+    with pytest.raises(RequestError, match="nested too deep"):
+        encode_chat(taught(), messages, tools=check_tools([tool(circle, False)]))
+    with pytest.raises(RequestError, match="no valid JSON"):
+        grammars().tools([tool(circle, False)], "auto")
 
 
 def test_a_description_may_hold_anything() -> None:

@@ -103,8 +103,12 @@ def _check_written(place: str, parameters: Any) -> None:
 def _said(parameters: Any) -> Iterator[str]:
     """Keys of ``parameters`` at any depth, and strings that arguments may be."""
     waiting = [(parameters, False)]  # a list: a schema can be nested deeper than Python recurses
+    seen = set()  # or be in itself
     while waiting:
         value, is_argument = waiting.pop()
+        if (id(value), is_argument) in seen:
+            continue
+        seen.add((id(value), is_argument))
         if isinstance(value, Mapping):
             yield from (key for key in value if isinstance(key, str))
             waiting += [(item, is_argument or key in ("enum", "const"))
