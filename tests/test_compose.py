@@ -208,6 +208,8 @@ def test_a_budget_bounds_thoughts(model: gemloom.Model) -> None:
         ({"response_format": FORM, "constraint": Forced([1], 9)}, "only one of them"),
         ({"tools": TOOLS, "tool_choice": "auto", "constraint": Forced([1], 9)}, "only one of them"),
         ({"thinking_budget": -1}, "thinking budget must be 0 or more"),
+        ({"thinking_budget": "3"}, "thinking_budget must be an integer"),
+        ({"tools": TOOLS, "parallel_tool_calls": "no"}, "must be true or false, is 'no'"),
         ({"tool_chioce": "auto"}, "is not a sampling option"),
     ],
 )

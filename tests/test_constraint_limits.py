@@ -187,6 +187,16 @@ def test_where_a_grammar_of_all_schemas_is_too_long_names_are_still_held(monkeyp
         monkeypatch.setattr(constraint, "MAX_TOOLS_GRAMMAR", 200)  # not even the strict ones
 
 
+def test_a_description_may_be_long_but_not_a_constant():
+    long = tool("f", {"type": "object", "properties": {"a": {"description": "x" * 9000}}})
+    long["function"]["description"] = "y" * 20_000
+    assert grammars().tools([long], "f").mask() is not None
+    with pytest.raises(RequestError, match=r"a string in the list of tools .* 8,192 is the most"):
+        grammars().tools(
+            [tool("f", {"type": "object", "properties": {"a": {"const": "x" * 9000}}})], "f"
+        )
+
+
 def test_more_than_a_megabyte_of_tools_is_refused():
     with pytest.raises(RequestError, match=r"the list of tools has .* 1,048,576 is the most"):
         grammars().tools(many_tools(strict=False, count=800), "auto")

@@ -231,13 +231,21 @@ def _form(asked: ChatOptions) -> Form | None:
 
 
 def _check(asked: ChatOptions) -> None:
-    if asked.response_format is not None and asked.form is not None:
-        raise OptionError("response_format and form: only one of them can be asked for")
-    if asked.constraint is None:
-        return
-    for name in ("response_format", "form", "tool_choice"):
-        if getattr(asked, name) is not None:
-            raise OptionError(f"constraint and {name}: only one of them can be asked for")
+    budget, parallel = asked.thinking_budget, asked.parallel_tool_calls
+    if not isinstance(parallel, bool | None):
+        raise OptionError(f"parallel_tool_calls must be true or false, is {parallel!r}")
+    if isinstance(budget, bool) or not isinstance(budget, int | None):
+        raise OptionError(f"thinking_budget must be an integer of 0 or more, is {budget!r}")
+    bounds = {
+        "response_format and form": asked.response_format is not None and asked.form is not None,
+        "constraint and a form": asked.constraint is not None and _form(asked) is not None,
+        "constraint and tool_choice": (
+            asked.constraint is not None and asked.tool_choice is not None
+        ),
+    }
+    for names, together in bounds.items():
+        if together:
+            raise OptionError(f"{names}: only one of them can be asked for")
 
 
 def _check_continued(asked: ChatOptions, choice: str | None, thought: Thought) -> None:

@@ -207,11 +207,12 @@ class Model:
         begin with "User:" and "Assistant:". A last message that is an assistant's is continued:
         the answer is the text after it.
 
-        ``params`` and ``options`` are those of ``stream``, where ``stop`` and ``constraint`` act on
-        the answer's text, and the fields of ``ChatOptions``: tools and which may be called, the
-        form of the answer, thoughts, the template's variables. With ``stream`` the parts come as
-        they are said: text, thoughts and tool calls. Raises RequestError for messages or tools that
-        the template does not take, and for options that do not go together; ContextError.
+        ``params`` and ``options`` are those of ``stream``, and the fields of
+        ``gemloom.compose.ChatOptions``: tools and which may be called, the form of the answer,
+        thoughts, the template's variables. A ``stop`` acts on the text alone, not on thoughts and
+        calls. With ``stream`` the parts come as they are said: text, thoughts and tool calls.
+        Raises RequestError for messages or tools that the template does not take, and for options
+        that do not go together; ContextError.
         """
         asked, sampling = chat_options(options)
         adapters = sampling.pop("adapters", None)

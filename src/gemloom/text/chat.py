@@ -105,7 +105,7 @@ def encode_chat(
             messages = [*messages[:-1], _marked(messages[-1], mark)]
         messages = [_guard_message(message, tokenizer.openers, guard) for message in messages]
         variables = _guard(variables, tokenizer.openers, guard)
-        if tokenizer.id_of(QUOTE) is not None:
+        if QUOTE in template:
             messages, variables = [*map(_quoted_call, messages)], _quoted_tools(variables)
     except RecursionError:
         raise RequestError("the messages are nested too deep to be read") from None

@@ -27,7 +27,7 @@ from gemloom.text.bounds import AfterThought, CallsInText, CallsOrForm, Constrai
 from gemloom.text.grammar_vocabulary import Vocabulary
 from gemloom.text.schemas import Schema, schema_of
 from gemloom.text.tokenizer import Tokenizer
-from gemloom.text.tools import check_tools
+from gemloom.text.tools import check_tools, said
 
 MAX_SCHEMA = 64 * 1024  # bytes of a schema
 MAX_TOOLS_SIZE = 1024 * 1024  # bytes of all tools
@@ -81,7 +81,7 @@ class Grammars:
         # One compiler: hostile grammars then cost one core at most, and delay no mask.
         self._compiler, self._masks = _DeepPool(1), _DeepPool(_THREADS)
         self._compiled = lru_cache(maxsize=_CACHED)(self._compile)
-        self._compiled_calls = lru_cache(maxsize=_CACHED)(self._compile_calls)
+        self._compiled_tools = lru_cache(maxsize=_CACHED)(self._compile_tools)
 
     def warm(self) -> None:
         """Do now what the first grammar would wait for: one or two seconds of work.
@@ -154,21 +154,17 @@ class Grammars:
         strings, small ranges of integers. What else a schema asks for is left to the model, and
         so are whole schemas where the grammar of all would exceed MAX_TOOLS_GRAMMAR.
         """
-        checked = check_tools(json.loads(_dump("the list of tools", declared, MAX_TOOLS_SIZE)))
-        functions = tool_grammar.callable_functions(checked, choice)
-        markers = self._markers("tool calls", markup.CALL, markup.CALL_END, markup.QUOTE)
-        strict = {tool["function"]["name"] for tool in checked if tool["function"].get("strict")}
         many = parallel and (choice == "required" or (choice == "auto" and form is not None))
-        start = self._starts(
-            self._compiled_calls(json.dumps(functions), frozenset(strict), tuple(markers), many)
-        )
+        begin = self._markers("tool calls", markup.CALL)[0]
+        declaration = _to_json("the list of tools", declared)
+        start = self._starts(self._compiled_tools(declaration, choice, many))
         body: Constraint
         if choice != "auto":
             body = start()
         elif form is None:
-            body = CallsInText(start, markers[0], once=not parallel)
+            body = CallsInText(start, begin, once=not parallel)
         else:
-            body = CallsOrForm(start, markers[0], form)
+            body = CallsOrForm(start, begin, form)
         return self.after_thought(body, open) if thinking or open else body
 
     def response_format(
@@ -198,30 +194,35 @@ class Grammars:
         inside[end] = True
         return AfterThought(body, begin, end, inside, open)
 
-    def _compile_calls(
-        self, functions: str, strict: frozenset[str], markers: tuple[int, ...], many: bool
-    ) -> LLMatcher:
-        """Calls of functions (JSON; name: schema of its arguments): one, or ``many``.
+    def _compile_tools(self, declared: str, choice: str, many: bool) -> LLMatcher:
+        """Calls of the tools, declared in JSON, that may be called: one, or ``many``.
 
         Where a grammar of all schemas would be too long, those of functions that are not
         ``strict`` are left out, or else all. So is a schema that no grammar can keep (say, one
         that contains itself and so never ends), unless its function is ``strict``.
         """
-        schemas = json.loads(functions)
+        _check_text("the list of tools", declared, MAX_TOOLS_SIZE)
+        _check_depth("the list of tools", declared)
+        tools = check_tools(json.loads(declared))
+        for text in said([tool["function"].get("parameters") for tool in tools]):
+            _check_text("a string in the list of tools", text, MAX_REGEX)
+        functions = tool_grammar.callable_functions(tools, choice)
+        strict = {tool["function"]["name"] for tool in tools if tool["function"].get("strict")}
         loose = {
             name: schema if name in strict else tool_grammar.ANY_OBJECT
-            for name, schema in schemas.items()
+            for name, schema in functions.items()
         }
-        grammar = tool_grammar.write(schemas, markers, many)
+        markers = self._markers("tool calls", markup.CALL, markup.CALL_END, markup.QUOTE)
+        grammar = tool_grammar.write(functions, markers, many)
         if len(grammar) <= MAX_TOOLS_GRAMMAR:
             try:
                 return self._compiled("the tools", grammar)
             except RequestError:
-                if loose == schemas:
+                if loose == functions:
                     raise
         grammar = tool_grammar.write(loose, markers, many)
         if len(grammar) > MAX_TOOLS_GRAMMAR:
-            free = dict.fromkeys(schemas, tool_grammar.ANY_OBJECT)
+            free = dict.fromkeys(functions, tool_grammar.ANY_OBJECT)
             grammar = tool_grammar.write(free, markers, many)
         return self._compiled("the tools", grammar)
 
@@ -350,21 +351,34 @@ def _check_text(what: str, text: str, most: int) -> None:
         raise RequestError(f"{what} has {size:,} bytes: {most:,} is the most")
 
 
-def _dump(what: str, value: Any, most: int = MAX_SCHEMA) -> str:
-    """``value`` as JSON, its size and depth checked."""
+def _dump(what: str, value: Any) -> str:
+    """``value`` as JSON; its size, its depth and its strings are checked."""
+    text = _to_json(what, value)
+    _check_text(what, text, MAX_SCHEMA)
+    for string in _check_depth(what, text):
+        _check_text(f"a string in {what}", string, MAX_REGEX)
+    return text
+
+
+def _to_json(what: str, value: Any) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        _check_text(what, text, most)
-        level = [json.loads(text)]
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{what} is no valid JSON: {_one_line(str(error))}") from None
+
+
+def _check_depth(what: str, text: str) -> list[str]:
+    """The strings and keys in JSON. RequestError for more than MAX_DEPTH levels."""
+    try:
+        level = [json.loads(text)]
+    except RecursionError as error:
+        raise RequestError(f"{what} is no valid JSON: {_one_line(str(error))}") from None
+    strings: list[str] = []
     for _ in range(MAX_DEPTH):
         level = [child for parent in level for child in _children(parent)]
+        strings += [child for child in level if isinstance(child, str)]
         if not level:
-            return text
-        for child in level:
-            if isinstance(child, str):
-                _check_text(f"a string in {what}", child, MAX_REGEX)
+            return strings
     raise RequestError(f"{what} is nested more than {MAX_DEPTH} levels deep")
 
 

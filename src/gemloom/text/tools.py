@@ -93,15 +93,15 @@ def _check_parameters(place: str, parameters: Any) -> None:
 
 def _check_written(place: str, parameters: Any) -> None:
     """RequestError for what no call can say: its quotes are a token and cannot be escaped."""
-    for text in _said(parameters):
+    for text in said(parameters):
         if QUOTE in text:
             raise RequestError(
                 f"{place}: {text[:80]!r} cannot stand in a call, as it holds {QUOTE}: rename it"
             )
 
 
-def _said(parameters: Any) -> Iterator[str]:
-    """Keys of ``parameters`` at any depth, and strings that arguments may be."""
+def said(parameters: Any) -> Iterator[str]:
+    """What stands in calls word by word: keys of ``parameters`` at any depth, and constants."""
     waiting = [(parameters, False)]  # a list: a schema can be nested deeper than Python recurses
     seen = set()  # or be in itself
     while waiting:
