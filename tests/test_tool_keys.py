@@ -69,7 +69,7 @@ def check(arguments: dict[str, Any], parameters: dict[str, Any]) -> None:
     assert json.loads(call.arguments) == arguments
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(names, names)
 @example("file-path", "a.b")
 def test_a_call_with_keys_of_any_name(name: str, inner: str) -> None:
