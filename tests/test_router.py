@@ -388,7 +388,7 @@ def test_a_call_that_never_ends_takes_linear_time(text: str) -> None:
     router = Router()
     parts = [*router.push(text), *router.flush()]
     assert time.process_time() - start < 10
-    assert "".join(part.text for part in parts if isinstance(part, Content)) == text
+    assert words(text).startswith("".join(p.text for p in parts if isinstance(p, Content)))
 
 
 def test_a_name_is_read_up_to_its_bound() -> None:
