@@ -27,12 +27,12 @@ from machine import describe
 from rich.table import Table
 from sides import OURS, Side, peer_side, run
 
-from gemloom.adapters.base import open_base
+from gemloom.adapters.factors import Lora, Pair
 from gemloom.adapters.gguf_lora import write_gguf
-from gemloom.adapters.lora import Lora, Pair
 from gemloom.errors import GemloomError, OptionError
 from gemloom.files import gguf, source
-from gemloom.limits import usable_cores
+from gemloom.system.limits import usable_cores
+from gemloom.tools.adapters.base_shapes import open_base
 
 RANK = 16
 POOL = 1 << 20  # random values that all factors are drawn from

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from gemloom.errors import GemloomError, OptionError
-from gemloom.limits import usable_cores
+from gemloom.system.limits import usable_cores
 
 SOURCE = Path(__file__).with_suffix(".c")
 KINDS = {"read": "GB/s", "f32": "G multiply-adds/s", "int8": "G multiply-adds/s"}

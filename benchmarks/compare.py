@@ -32,7 +32,7 @@ from rich.table import Table
 from sides import OURS, Done, Side, peer_side, run
 
 from gemloom.errors import GemloomError, OptionError, RequestError
-from gemloom.limits import usable_cores
+from gemloom.system.limits import usable_cores
 
 HERE = Path(__file__).parent
 DECODED = 32  # tokens decoded at each depth

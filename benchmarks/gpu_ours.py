@@ -20,12 +20,12 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 import gemloom
-from gemloom.bench import COMPUTING, bench
 from gemloom.errors import DeviceError
 from gemloom.ggml.arena import Arena
 from gemloom.ggml.backends import devices, ggml_version
 from gemloom.ggml.device import Device
 from gemloom.ggml.graph import Graph
+from gemloom.tools.bench import COMPUTING, bench
 
 Job = dict[str, Any]
 

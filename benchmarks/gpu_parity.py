@@ -26,7 +26,7 @@ import numpy as np
 
 import gemloom
 from gemloom import testing
-from gemloom.sequence import Chunk
+from gemloom.compute.batch import Chunk
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import work

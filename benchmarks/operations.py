@@ -22,8 +22,8 @@ from rich.table import Table
 
 import gemloom
 from gemloom import testing
+from gemloom.compute.batch import Chunk
 from gemloom.errors import GemloomError
-from gemloom.sequence import Chunk
 
 CHUNK = 512
 I8, BF16 = 24, 30  # ggml's numbers of the types

@@ -14,7 +14,7 @@ IMPORTING = perf_counter()
 import numpy as np  # noqa: E402
 
 import gemloom  # noqa: E402
-from gemloom.generation import Run  # noqa: E402
+from gemloom.engine.generation import Run  # noqa: E402
 
 IMPORTED = perf_counter()
 

@@ -31,10 +31,10 @@ from gemloom.errors import GemloomError
 from gemloom.files import gguf, source
 from gemloom.files.gguf import GGUF
 from gemloom.ggml import quants
-from gemloom.limits import usable_cores
-from gemloom.quantization import imatrix, imatrix_file, quantize, recipes
-from gemloom.quantization.imatrix_file import ImportanceMatrix
-from gemloom.quantization.perplexity import Comparison, Cut, Recorded, compare
+from gemloom.system.limits import usable_cores
+from gemloom.tools.quantization import imatrix, imatrix_file, quantize, recipes
+from gemloom.tools.quantization.imatrix_file import ImportanceMatrix
+from gemloom.tools.quantization.perplexity import Comparison, Cut, Recorded, compare
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.json"

@@ -23,7 +23,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from gemloom.files.gguf import GGUF, TensorInfo, nbytes
 from gemloom.files.writing import GGUFWriter, Planned
 from gemloom.ggml import quants
-from gemloom.quantization.imatrix_file import ImportanceMatrix
+from gemloom.tools.quantization.imatrix_file import ImportanceMatrix
 
 PIECE = 1 << 20  # values at a time, about
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gemloom.cli.picturing import Point, draw
-from gemloom.quantization.perplexity import Estimate
+from gemloom.cli.picture import Point, draw
+from gemloom.tools.quantization.perplexity import Estimate
 
 NOTHING_LEFT = 5.0  # nats of KL divergence; what lost more is not drawn
 Found = dict[str, Any]

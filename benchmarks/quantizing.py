@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 
 from gemloom.files import gguf, source
-from gemloom.limits import usable_cores
-from gemloom.quantization import quantize
-from gemloom.quantization.quantize import Wanted
-from gemloom.quantization.recipes import recipe
+from gemloom.system.limits import usable_cores
+from gemloom.tools.quantization import quantize
+from gemloom.tools.quantization.quantize import Wanted
+from gemloom.tools.quantization.recipes import recipe
 
 KINDS = ("Q8_0", "Q4_0", "Q6_K", "Q4_K_M", "Q5_K_M", "Q3_K_M", "Q2_K", "IQ4_XS", "TQ2_0")
 PEER = """

@@ -24,9 +24,9 @@ from machine import describe
 from rich.table import Table
 from sides import OURS, run
 
-from gemloom.cli.picturing import write_names
+from gemloom.cli.picture import write_names
 from gemloom.errors import GemloomError, OptionError, RequestError
-from gemloom.limits import usable_cores
+from gemloom.system.limits import usable_cores
 
 HERE = Path(__file__).parent
 LENGTHS = [128, 512, 2048, 8192, 32768]

@@ -32,7 +32,7 @@ from rich.table import Table
 from sides import last_line
 
 from gemloom.errors import GemloomError
-from gemloom.limits import usable_cores
+from gemloom.system.limits import usable_cores
 
 TOKENS, PROMPT = 64, 32  # of each request where many decode
 LONG, TURN = 8192, 2000  # tokens of the prompt that others must bear, and of a chat's first turn

@@ -250,7 +250,7 @@ def main() -> None:
         print(json.dumps(load(json.loads(sys.argv[1]))))
         return
     from gemloom.errors import GemloomError
-    from gemloom.limits import usable_cores
+    from gemloom.system.limits import usable_cores
 
     parser = argparse.ArgumentParser(description="Time and memory of each source of a model.")
     parser.add_argument("--model", default="gemma-3-270m", help="a GGUF, or a built-in name")

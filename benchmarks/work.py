@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from gemloom.config import Config, LayerSpec, from_gguf
 from gemloom.files import gguf, source
-from gemloom.tensor_names import PER_LAYER_TABLE
+from gemloom.models.config import Config, LayerSpec, from_gguf
+from gemloom.models.tensor_names import PER_LAYER_TABLE
 
 F16_BYTES = 2  # of one value in the K/V cells
 

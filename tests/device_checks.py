@@ -18,7 +18,7 @@ import gemloom
 import tiny
 from conftest import Load, endless, prompt
 from gemloom import testing
-from gemloom.sequence import Chunk
+from gemloom.compute.batch import Chunk
 from random_lora import random_lora
 
 Names = str | list[str]

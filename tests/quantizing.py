@@ -9,10 +9,10 @@ import numpy as np
 import tiny
 from gemloom.files import gguf, source
 from gemloom.files.gguf import GGUF
-from gemloom.quantization import quantize
-from gemloom.quantization.imatrix_file import Importance, ImportanceMatrix
-from gemloom.quantization.quantize import TensorRule, Wanted
-from gemloom.quantization.recipes import RECIPES
+from gemloom.tools.quantization import quantize
+from gemloom.tools.quantization.imatrix_file import Importance, ImportanceMatrix
+from gemloom.tools.quantization.quantize import TensorRule, Wanted
+from gemloom.tools.quantization.recipes import RECIPES
 
 
 def small() -> tiny.Variant:

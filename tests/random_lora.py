@@ -7,7 +7,7 @@ import numpy as np
 
 import gemloom
 import tiny
-from gemloom.adapters.lora import Lora, Pair
+from gemloom.adapters.factors import Lora, Pair
 
 Kinds = Callable[[str], bool]  # of a tensor's name: whether it is changed
 HEAD, TABLE = "output.weight", "token_embd.weight"

@@ -17,11 +17,11 @@ import tiny
 import tiny_lora
 from command_line import call, fine
 from gemloom.adapters import fusing
-from gemloom.adapters.base import open_base
 from gemloom.adapters.checking import Report, check, measure
-from gemloom.adapters.lora import Lora, Pair
+from gemloom.adapters.factors import Lora, Pair
 from gemloom.adapters.reading import read
 from gemloom.errors import AdapterError
+from gemloom.tools.adapters.base_shapes import open_base
 
 
 def checked(adapter: Lora, variant: str = "e2b", **forms: Any) -> Report:

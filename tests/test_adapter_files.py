@@ -23,7 +23,7 @@ from safetensors.numpy import save
 import tiny
 import tiny_lora
 from gemloom.adapters import peft_names
-from gemloom.adapters.lora import Lora, Pair
+from gemloom.adapters.factors import Lora, Pair
 from gemloom.adapters.reading import read
 from gemloom.errors import AdapterError, ConfigError, FormatError, GemloomError, SourceError
 

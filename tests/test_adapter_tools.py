@@ -21,13 +21,13 @@ import gemloom
 import tiny
 import tiny_lora
 from command_line import call, fine
-from gemloom.adapters import extracting, merging
+from gemloom.adapters.factors import Lora
 from gemloom.adapters.gguf_lora import write_gguf
-from gemloom.adapters.lora import Lora
-from gemloom.adapters.peft_writing import write_peft
 from gemloom.adapters.reading import read
 from gemloom.errors import AdapterError, OptionError, OutputError, TensorError
 from gemloom.files import gguf, source
+from gemloom.tools.adapters import extracting, merging
+from gemloom.tools.adapters.peft_writing import write_peft
 
 FILE = GGMLQuantizationType
 

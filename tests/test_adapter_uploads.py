@@ -24,7 +24,7 @@ from gguf import GGMLQuantizationType as Type
 import tiny
 import tiny_lora
 from gemloom.adapters.checking import check
-from gemloom.adapters.lora import Lora, Pair
+from gemloom.adapters.factors import Lora, Pair
 from gemloom.adapters.reading import read
 from gemloom.errors import GemloomError
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 import gemloom
 import tiny
 from conftest import Load, endless, prompt
-from gemloom.adapters.active import Active
-from gemloom.adapters.lora import Lora, Pair
-from gemloom.sequence import Chunk
+from gemloom.adapters.factors import Lora, Pair
+from gemloom.adapters.request_adapters import Active
+from gemloom.compute.batch import Chunk
 from random_lora import merged, random_lora
 from test_invariants import assert_same, run
 from tiny import VARIANTS

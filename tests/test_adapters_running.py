@@ -13,8 +13,8 @@ import gemloom
 import tiny
 from conftest import Load, endless, paced, prompt, until
 from gemloom.adapters import registry
-from gemloom.adapters.active import Active, agreed, marks, stretches
-from gemloom.adapters.lora import Lora, Pair
+from gemloom.adapters.factors import Lora, Pair
+from gemloom.adapters.request_adapters import Active, agreed, marks, stretches
 from gemloom.errors import (
     AdapterError,
     ClosedError,
@@ -90,7 +90,7 @@ def test_only_wanted_rows_go_on(load: Load, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_more_adapters_than_a_graph_holds(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take turns; nobody waits for another's end."""
-    monkeypatch.setattr("gemloom.step.MOST_STRETCHES", 2)
+    monkeypatch.setattr("gemloom.engine.step.MOST_STRETCHES", 2)
     model = with_adapters(load, "a", "b", "c", slots=4, chunk=16)
     batches = watch_batches(model, monkeypatch)
     asked = [(prompt(20, seed=i), on) for i, on in enumerate([{"a": 1}, {"b": 1}, {"c": 1}, {}])]
@@ -319,7 +319,7 @@ def test_a_shift_moves_where_an_adapter_begins(load: Load) -> None:
     run = model.stream(ids, adapters={"a": 1}, **greedy(model, 100))
     sinces = set()
     for _ in run:
-        sinces |= {active.since for active in run._sequence.adapters}
+        sinces |= {active.since for active in run._request.adapters}
     assert {50, 4} <= sinces
     assert all(4 <= since <= 50 for since in sinces)
 

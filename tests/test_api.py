@@ -11,8 +11,8 @@ import pytest
 
 import gemloom
 from conftest import Load
-from gemloom import sampling
 from gemloom.errors import OptionError, RequestError
+from gemloom.sampling import params as sampling
 from gemloom.server.errors import FieldError
 from gemloom.server.parsing import parse
 from gemloom.server.protocol import CompletionRequest
@@ -140,7 +140,12 @@ def test_the_ranges_told_are_those_checked() -> None:
     said = told(gemloom.SamplingParams)
     for name, (low, high) in {**sampling._NUMBERS, **sampling._INTEGERS}.items():
         assert f"from {low}" in said[name], name
-        if name not in ("top_k", "max_tokens", "seed", "repetition_limit"):  # the largest integers there are
+        if name not in (
+            "top_k",
+            "max_tokens",
+            "seed",
+            "repetition_limit",
+        ):  # the largest integers there are
             assert re.search(rf"to {high}\b", said[name]), name
     assert f"up to {sampling.MAX_STOPS} of up to {sampling.MAX_STOP_LENGTH:,}" in said["stop"]
     said = told(gemloom.Options)

@@ -10,10 +10,10 @@ import pytest
 
 import gemloom
 from conftest import Load
-from gemloom import bench
-from gemloom.cli.benching import tables
+from gemloom.cli.bench import tables
 from gemloom.cli.terminal import render
 from gemloom.errors import OptionError
+from gemloom.tools import bench
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def model(load: Load) -> gemloom.Model:
     return load("e2b", context=128, chunk=16)
 
 
-def measured(model: gemloom.Model, **options: Any) -> bench.Report:
+def measured(model: gemloom.Model, **options: Any) -> bench.BenchReport:
     options = {"prompts": (40,), "generate": (3,), "depths": (0, 50), "repetitions": 3} | options
     return bench.bench(model, **options)
 

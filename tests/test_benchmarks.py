@@ -20,11 +20,11 @@ from rich.console import Console
 
 import gemloom
 import tiny
-from gemloom.adapters.base import open_base
 from gemloom.adapters.reading import read
 from gemloom.errors import GemloomError, OptionError, RequestError
 from gemloom.files import gguf, source
 from gemloom.files.blob import Blob
+from gemloom.tools.adapters.base_shapes import open_base
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -13,12 +13,13 @@ from hypothesis.extra import numpy as arrays
 
 import gemloom
 from conftest import Load, endless, prompt
-from gemloom import candidates, sampling
-from gemloom.candidates import Candidates
 from gemloom.errors import GemloomError
 from gemloom.ggml.backends import devices
-from gemloom.models.decoder import Decoder
-from gemloom.sampling import History, SamplingParams
+from gemloom.models.layers import Decoder
+from gemloom.sampling import candidates
+from gemloom.sampling import params as sampling
+from gemloom.sampling.candidates import Candidates
+from gemloom.sampling.params import History, SamplingParams
 
 VOCAB = 96
 FEW = 12  # candidates in these tests
@@ -170,7 +171,7 @@ def test_the_soft_cap_keeps_to_the_margin(start: float, steps: np.ndarray, cap: 
 @pytest.fixture
 def ranking(load: Load, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Loads a model whose backend ranks logits, as a device does; ``read`` are the rows read."""
-    monkeypatch.setattr("gemloom.program.COUNT", 80)  # fewer than the vocabulary
+    monkeypatch.setattr("gemloom.compute.program.COUNT", 80)  # fewer than the vocabulary
 
     def of(variant: str, **options: Any) -> tuple[gemloom.Model, list[int]]:
         model, read = load(variant, threads=1, **options), []

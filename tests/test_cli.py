@@ -17,12 +17,12 @@ import tiny
 from command_line import GREEDY, call, fine, write
 from gemloom.cli import app
 from gemloom.cli.doctor import advise, unused
-from gemloom.cli.opening import names_model
+from gemloom.cli.load import names_model
 from gemloom.cli.options import LoadOptions, SamplingOptions
 from gemloom.cli.report import ranges
 from gemloom.cli.terminal import clean, size
-from gemloom.config import Config
 from gemloom.files.source import DEFAULT_MODEL
+from gemloom.models.config import Config
 from gemloom.options import Options
 
 
@@ -241,7 +241,7 @@ def test_types_without_case_and_options_that_do_nothing(model: Path) -> None:
 
 
 def test_a_mistake_of_ours_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemloom.cli.inspecting.open_file", lambda name: 1 / 0)
+    monkeypatch.setattr("gemloom.cli.inspect.open_file", lambda name: 1 / 0)
     result = call("inspect", "x")
     assert result.exit_code == 1
     assert result.stderr == (
@@ -377,7 +377,7 @@ def test_tokenize_bos_and_stdin(model: Path, opened: gemloom.Model) -> None:
 def test_tokenize_a_model_alone_or_a_text_alone(
     model: Path, opened: gemloom.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gemloom.cli.opening.default_model", lambda: str(model))
+    monkeypatch.setattr("gemloom.cli.load.default_model", lambda: str(model))
     for args, typed in ((["hello"], None), ([model], "hello\n"), (["-"], "hello\n")):
         answer = json.loads(fine("tokenize", *args, "--json", input=typed).stdout)
         assert answer["ids"] == opened.tokenize("hello")

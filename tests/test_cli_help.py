@@ -12,7 +12,7 @@ import gemloom
 from command_line import ENVIRONMENT, fine
 from gemloom.cli.options import LoadOptions, SamplingOptions
 from gemloom.options import Options
-from gemloom.sampling import SamplingParams
+from gemloom.sampling.params import SamplingParams
 
 COMMANDS = (
     "run", "chat", "serve", "inspect", "tokenize", "quantize", "doctor", "perplexity", "compare",

@@ -14,8 +14,8 @@ import pytest
 import gemloom
 import tiny
 from command_line import call, fine, terminal, write
-from gemloom.quantization import imatrix, imatrix_file
-from gemloom.quantization.perplexity import Cut, compare, perplexity
+from gemloom.tools.quantization import imatrix, imatrix_file
+from gemloom.tools.quantization.perplexity import Cut, compare, perplexity
 
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody asks why; it does so again. " * 3
 SMALL = ("--context", "32", "--threads", "1")
@@ -134,7 +134,7 @@ def test_pictures_that_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, told, status in (("q.pdf", "only .png", 2), ("no/q.png", "no folder no", 1)):
         failed = call(*arguments, name)
         assert failed.exit_code == status and told in failed.stderr
-    monkeypatch.setattr("gemloom.cli.picturing.find_spec", lambda name: None)
+    monkeypatch.setattr("gemloom.cli.picture.find_spec", lambda name: None)
     failed = call(*arguments, "q.png")
     assert failed.exit_code == 2
     assert failed.stderr == "gemloom: --picture needs matplotlib: pip install 'gemloom[pictures]'\n"
@@ -199,7 +199,7 @@ def test_interrupted_and_gone_on_with(
 
 def test_written_meanwhile(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is killed has on disk what it knew a minute ago; here, a window ago."""
-    monkeypatch.setattr("gemloom.cli.importance.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("gemloom.cli.imatrix.SAVE_EVERY", 0.0)
     written: list[int] = []
     monkeypatch.setattr(imatrix_file, "write", lambda path, matrix: written.append(matrix.chunks))
     fine("imatrix", folder / "base.gguf", folder / "fox.txt", tmp_path / "m.gguf", *SMALL)

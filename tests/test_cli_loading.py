@@ -14,14 +14,14 @@ import gemloom
 import tiny
 from command_line import write
 from gemloom.cli import terminal
-from gemloom.cli.opening import open_model
+from gemloom.cli.load import open_model
 from gemloom.cli.options import LoadOptions
 from gemloom.cli.progress import bar
 from gemloom.files import gguf, source
-from gemloom.filling import Filling
 from gemloom.model import Model
 from gemloom.options import Options
 from gemloom.text.tokenizer import Tokenizer
+from gemloom.weights.copying import Filling
 
 ONE = LoadOptions(threads=1, context=64)
 

@@ -147,7 +147,7 @@ def test_where_nothing_can_be_written(tmp_path: Path, name: str, kind: type[Exce
 
 HALF_WAY = """
 import sys, time
-from gemloom.quantization import quantize
+from gemloom.tools.quantization import quantize
 from gemloom.cli import main
 real = quantize._make
 def make(*given):

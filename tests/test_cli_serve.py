@@ -13,7 +13,7 @@ import pytest
 
 from command_line import ENVIRONMENT, call, command, write
 from conftest import until
-from gemloom.cli.serving import ServerOptions
+from gemloom.cli.serve import ServerOptions
 from serving import http
 
 ENDLESS = {"prompt": "a", "max_tokens": 20_000, "regex": "[a-z]{30000}", "stream": True}

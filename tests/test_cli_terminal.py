@@ -19,7 +19,7 @@ from typer.testing import Result
 import gemloom
 from command_line import ENVIRONMENT, GREEDY, call, command, endless, fine, terminal, write
 from conftest import paced
-from gemloom.cli.conversation import Conversation
+from gemloom.cli.chat_history import SavedChat
 from gemloom.cli.terminal import clean
 from gemloom.errors import LostError, RequestError
 
@@ -112,7 +112,7 @@ INTERRUPTED_IMPORT = """
 import os, runpy, signal, sys
 class Finder:
     def find_spec(self, name, *_):
-        if name == "gemloom.cli.quantizing":
+        if name == "gemloom.cli.quantize":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
 runpy.run_module("gemloom", run_name="__main__", alter_sys=True)
@@ -150,7 +150,7 @@ def test_a_lost_worker_is_told_once(
         if next(steps) > 12:
             raise LostError(lost)
 
-    monkeypatch.setattr("gemloom.program.Program.check", check)
+    monkeypatch.setattr("gemloom.compute.program.Program.check", check)
     args = [*(["hello"] if name == "run" else []), "--threads", "1", *endless(opened)]
     result = call(name, model, *args, input="hello\n")
     assert result.exit_code == 1
@@ -192,7 +192,7 @@ def test_chat_answers_one_message_and_ends(model: Path) -> None:
 
 
 def test_chat_with_a_message_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemloom.cli.opening.default_model", lambda: str(base))
+    monkeypatch.setattr("gemloom.cli.load.default_model", lambda: str(base))
     args = ("-n", "6", *GREEDY, "--context", "256")
     assert fine("chat", "hello", *args).stdout == talk(base, "hello").stdout
 
@@ -244,14 +244,14 @@ BAD = {
 
 
 @pytest.fixture
-def conversation(opened: gemloom.Model) -> Conversation:
-    made = Conversation(opened, {}, "be brief")
+def conversation(opened: gemloom.Model) -> SavedChat:
+    made = SavedChat(opened, {}, "be brief")
     made.keep("hello", "world")
     return made
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_file_changes_nothing(case: str, conversation: Conversation, tmp_path: Path) -> None:
+def test_a_bad_file_changes_nothing(case: str, conversation: SavedChat, tmp_path: Path) -> None:
     content = BAD[case]
     data = content if isinstance(content, str | bytes) else json.dumps(content)
     path = tmp_path / "bad.json"
@@ -264,7 +264,7 @@ def test_a_bad_file_changes_nothing(case: str, conversation: Conversation, tmp_p
     assert conversation.messages == before[:1]
 
 
-def test_what_is_there_is_not_saved_over(conversation: Conversation, tmp_path: Path) -> None:
+def test_what_is_there_is_not_saved_over(conversation: SavedChat, tmp_path: Path) -> None:
     """But for the file that the conversation was saved to before, or comes from."""
     path = tmp_path / "notes.json"
     path.write_text("of great value")
@@ -277,10 +277,10 @@ def test_what_is_there_is_not_saved_over(conversation: Conversation, tmp_path: P
     conversation.load(path)
     conversation.save(path)
     with pytest.raises(RequestError, match="is there already"):
-        Conversation(None, {}).save(path)  # type: ignore[arg-type]
+        SavedChat(None, {}).save(path)  # type: ignore[arg-type]
 
 
-def test_saving_where_it_cannot_be(conversation: Conversation, tmp_path: Path) -> None:
+def test_saving_where_it_cannot_be(conversation: SavedChat, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for path in (tmp_path / "gone" / "x.json", folder):
@@ -292,7 +292,7 @@ def test_saving_where_it_cannot_be(conversation: Conversation, tmp_path: Path) -
 @given(texts=st.lists(st.text(), max_size=6).map(lambda x: x[: len(x) // 2 * 2]))
 def test_what_is_saved_is_loaded(texts: list[str], tmp_path_factory: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "talk.json"
-    one, other = (Conversation(None, {}) for _ in range(2))  # type: ignore[arg-type]
+    one, other = (SavedChat(None, {}) for _ in range(2))  # type: ignore[arg-type]
     for said, answer in zip(texts[::2], texts[1::2], strict=True):
         one.keep(said, answer)
     path.unlink(missing_ok=True)

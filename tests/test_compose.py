@@ -10,8 +10,8 @@ import pytest
 
 import gemloom
 import tiny
+from gemloom.engine.generation import ChatCompletion
 from gemloom.errors import OptionError, RequestError
-from gemloom.generation import ChatCompletion
 from gemloom.text.chat import PLAIN_STOP
 from gemloom.text.router import Content
 

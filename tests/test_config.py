@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from gemloom.config import Config, Rope, from_gguf
 from gemloom.errors import ConfigError, TensorError
 from gemloom.files import gguf
 from gemloom.files.blob import Blob
+from gemloom.models.config import Config, Rope, from_gguf
 from tiny import VARIANTS
 
 variants = pytest.mark.parametrize("variant", VARIANTS)

@@ -16,12 +16,12 @@ import gemloom
 import tiny
 import vocabularies
 from command_line import fine
-from gemloom import convert
-from gemloom.convert import checkpoint as reading
-from gemloom.convert.names import to_gguf, to_hf
 from gemloom.files import gguf, source
 from gemloom.files.gguf import GGUF
 from gemloom.text.tokenizer import Tokenizer
+from gemloom.tools import convert
+from gemloom.tools.convert import checkpoint as reading
+from gemloom.tools.convert.names import to_gguf, to_hf
 from test_forward import assert_close, golden
 from tiny import VARIANTS, Variant
 

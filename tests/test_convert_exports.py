@@ -12,10 +12,10 @@ import pytest
 
 import checkpoints
 import tiny
-from gemloom import convert
 from gemloom.files import gguf, source
 from gemloom.files.gguf import GGUF
 from gemloom.text.tokenizer import Tokenizer
+from gemloom.tools import convert
 from tiny import VARIANTS
 
 Files = dict[str, Any]

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoints
-from gemloom import convert
 from gemloom.errors import (
     ConfigError,
     FormatError,
@@ -24,6 +23,7 @@ from gemloom.errors import (
     TensorError,
     TokenizerError,
 )
+from gemloom.tools import convert
 from tiny import VARIANTS
 
 Edit = Callable[[dict[str, np.ndarray], dict[str, Any]], None]

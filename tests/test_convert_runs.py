@@ -11,10 +11,10 @@ from gguf.constants import GGMLQuantizationType as Type
 
 import checkpoints
 from command_line import ENVIRONMENT, call
-from gemloom import convert
-from gemloom.convert import checkpoint as reading
 from gemloom.errors import OptionError, OutputError
 from gemloom.files import gguf, source, writing
+from gemloom.tools import convert
+from gemloom.tools.convert import checkpoint as reading
 from tiny import VARIANTS
 
 
@@ -89,9 +89,9 @@ def test_changed_weights_are_not_gone_on_with(tmp_path: Path, small_steps: None)
 
 HALF_WAY = """
 import sys, time
-from gemloom import convert
+from gemloom.tools import convert
 from gemloom.files import writing
-from gemloom.convert import checkpoint
+from gemloom.tools.convert import checkpoint
 writing._SYNC = checkpoint.PIECE = 100_000
 def pause(done):
     if done > int(sys.argv[3]):

@@ -14,18 +14,20 @@ import gemloom
 import tiny
 from conftest import Load, prompt
 from device_checks import BOUND, Checks, copied, run
-from gemloom import bench
-from gemloom.cli.benching import tables
+from gemloom.cli.bench import tables
+from gemloom.compute.batch import Chunk
+from gemloom.compute.placement import Placement
+from gemloom.compute.survey import survey
 from gemloom.errors import DeviceError, OptionError
 from gemloom.files import gguf
 from gemloom.files.source import resolve
-from gemloom.ggml import backends, pinning, spreading
+from gemloom.ggml import backends
+from gemloom.ggml import multi_device as spreading
+from gemloom.ggml import node_devices as pinning
 from gemloom.ggml.backends import DeviceInfo, Found
 from gemloom.model import Model
 from gemloom.options import Options
-from gemloom.placement import Placement
-from gemloom.sequence import Chunk
-from gemloom.surveying import survey
+from gemloom.tools import bench
 from random_lora import random_lora
 
 PLAIN = {"kernels": "plain", "threads": 1}

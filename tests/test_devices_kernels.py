@@ -20,14 +20,14 @@ import tiny
 from conftest import Load, prompt
 from device_checks import Bound, Checks, call, run
 from gemloom import testing
-from gemloom.cli.placing import plan_facts, plan_table
+from gemloom.cli.device_options import plan_facts, plan_table
+from gemloom.compute.batch import Chunk
+from gemloom.compute.fitting import propose
+from gemloom.compute.want import Want
 from gemloom.files import gguf
 from gemloom.files.source import resolve
-from gemloom.fitting import propose
 from gemloom.kernels.library import supported
 from gemloom.options import Options
-from gemloom.sequence import Chunk
-from gemloom.want import Want
 from random_lora import random_lora
 from workers import needs_rpc, worker
 

@@ -16,9 +16,9 @@ import pytest
 
 import gemloom
 from conftest import Load, endless, paced, prompt, until
+from gemloom.compute.batch import Batch
 from gemloom.errors import EngineError, GemloomError, OutOfMemoryError, QueueFullError
 from gemloom.ggml.graph import Graph
-from gemloom.sequence import Batch
 from tiny import VARIANTS
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -136,7 +136,7 @@ def test_first_come_first_served(load: Load) -> None:
     runs = [model.stream(prompt(5, seed=i), max_tokens=20, **endless(model)) for i in range(8)]
     for run in reversed(runs):
         run.completion()
-    began = [run._sequence.first for run in runs]
+    began = [run._request.first for run in runs]
     assert began == sorted(began)
 
 

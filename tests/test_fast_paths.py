@@ -12,8 +12,8 @@ import gemloom
 import tiny
 from conftest import Load, prompt
 from gemloom import testing
+from gemloom.compute.batch import Chunk
 from gemloom.kernels.library import supported
-from gemloom.sequence import Chunk
 from tiny import VARIANTS
 
 variants = pytest.mark.parametrize("variant", VARIANTS)

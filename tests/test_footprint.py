@@ -10,9 +10,9 @@ import pytest
 
 import gemloom
 import tiny
-from gemloom import limits
 from gemloom.cli.doctor import examine
 from gemloom.errors import OutOfMemoryError
+from gemloom.system import limits
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
@@ -27,7 +27,8 @@ finally:
 LOAD = """
 import resource, sys
 import gemloom
-from gemloom import errors, limits
+from gemloom import errors
+from gemloom.system import limits
 size = limits._fields(open("/proc/self/status").read().replace(":", " "))["VmSize"] * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + (400 << 20),) * 2)
 try:

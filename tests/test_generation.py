@@ -7,8 +7,8 @@ import pytest
 
 import gemloom
 from conftest import Load
+from gemloom.engine.request import Request
 from gemloom.errors import RequestError
-from gemloom.sequence import Sequence
 
 HOW: dict[str, Any] = {"max_tokens": 12, "seed": 3}
 HI = [{"role": "user", "content": "hello world"}]
@@ -67,14 +67,14 @@ def test_what_was_closed_gives_what_was_read(model: gemloom.Model) -> None:
 
 
 def test_an_error_is_told_each_time(model: gemloom.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    accept = Sequence.accept
+    accept = Request.accept
 
-    def failing(self: Sequence, logits: Any) -> Any:
+    def failing(self: Request, logits: Any) -> Any:
         if self.n_generated == 2:
             raise RequestError("no more")
         return accept(self, logits)
 
-    monkeypatch.setattr(Sequence, "accept", failing)
+    monkeypatch.setattr(Request, "accept", failing)
     for run in (model.stream("hello", **HOW), model.chat(HI, stream=True, **HOW)):
         for _ in range(2):
             with pytest.raises(RequestError, match="no more"):

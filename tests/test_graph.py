@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import cpu_devices
+from gemloom.compute.inputs import f16_mask
 from gemloom.ggml.arena import Arena
 from gemloom.ggml.device import Device, Tensor
 from gemloom.ggml.graph import F16, F32, I32, I64, Graph
-from gemloom.inputs import f16_mask
 
 RNG = np.random.RandomState(0)
 Op = Callable[[Graph, list[Tensor]], Tensor]

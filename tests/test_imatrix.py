@@ -13,10 +13,10 @@ import oracle
 import tiny
 from conftest import Load
 from gemloom.errors import OptionError, RequestError
-from gemloom.quantization import imatrix_file
-from gemloom.quantization.imatrix import collect
-from gemloom.quantization.imatrix_file import ImportanceMatrix
-from gemloom.quantization.perplexity import Cut, cut, read_tokens
+from gemloom.tools.quantization import imatrix_file
+from gemloom.tools.quantization.imatrix import collect
+from gemloom.tools.quantization.imatrix_file import ImportanceMatrix
+from gemloom.tools.quantization.perplexity import Cut, cut, read_tokens
 
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody asks why; it does so again. " * 3
 CUT = Cut(context=32)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemloom.errors import GemloomError
-from gemloom.quantization import imatrix_file
-from gemloom.quantization.imatrix_file import Importance, ImportanceMatrix
+from gemloom.tools.quantization import imatrix_file
+from gemloom.tools.quantization.imatrix_file import Importance, ImportanceMatrix
 
 
 def matrix(seed: int = 0) -> ImportanceMatrix:

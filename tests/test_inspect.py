@@ -12,7 +12,7 @@ from gguf import GGUFReader
 
 import tiny
 from command_line import call, fine, write
-from gemloom.quantization.parts import PARTS, part
+from gemloom.tools.quantization.parts import PARTS, part
 
 
 def facts(*args: str | Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import gemloom
 import tiny
 from conftest import Load, endless, prompt
 from gemloom import testing
-from gemloom.config import LayerSpec
+from gemloom.compute.batch import Chunk
 from gemloom.errors import (
     ClosedError,
     ContextError,
@@ -23,7 +23,7 @@ from gemloom.errors import (
     StateError,
 )
 from gemloom.ggml.graph import Graph
-from gemloom.sequence import Chunk
+from gemloom.models.config import LayerSpec
 from tiny import VARIANTS
 
 variants = pytest.mark.parametrize("variant", VARIANTS)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemloom.compute.inputs import f16_mask
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from gemloom.inputs import f16_mask
 from gemloom.kernels.library import Library, supported
 from gemloom.kernels.operations import attention, serves_attention
 from kernel_cases import Array, compute

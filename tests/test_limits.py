@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemloom import limits
-from gemloom.limits import Memory, memory, threads_for, usable_cores
+from gemloom.system import limits
+from gemloom.system.limits import Memory, memory, threads_for, usable_cores
 
 MIB = 1 << 20
 V2 = "30 23 0:26 {root} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import gemloom
 import tiny
 from command_line import GREEDY, call
-from gemloom.cli.serving import ServerOptions
+from gemloom.cli.serve import ServerOptions
 from gemloom.errors import GemloomError
 from gemloom.files import source
 from gemloom.files.names import cleaned, is_url, model_id, shown

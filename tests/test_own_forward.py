@@ -8,8 +8,8 @@ import pytest
 
 import cpu_devices
 from conftest import Load, prompt
+from gemloom.compute.linear import linear
 from gemloom.errors import OptionError, RequestError
-from gemloom.linear import linear
 from gemloom.models.gemma3 import Gemma3
 from gemloom.models.gemma4 import Gemma4
 

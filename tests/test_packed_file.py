@@ -26,7 +26,7 @@ from gemloom.errors import OptionError
 from gemloom.files import gguf, source
 from gemloom.kernels import packed_file
 from gemloom.kernels.library import supported
-from gemloom.kernels.packing import Plan
+from gemloom.kernels.packing import PackingPlan
 from gemloom.model import Model
 from gemloom.options import Options
 from tiny import VARIANTS
@@ -61,16 +61,16 @@ def memory(model: Path, packed: str = "auto") -> dict[str, int]:
 
 
 @pytest.fixture
-def plan(model: Path) -> Plan:
+def plan(model: Path) -> PackingPlan:
     """A few matrices of the file, kept as if no others were packed."""
     file, own = gguf.read(source.resolve(model)), supported()[0]
     served = [t for t in file.tensors.values() if own.serves(t.type, t.shape[0])]
-    made = Plan(own, [(t, t.shape) for t in served[:9] if len(t.shape) > 1])
+    made = PackingPlan(own, [(t, t.shape) for t in served[:9] if len(t.shape) > 1])
     assert packed_file.keep(made, 1, None) is not None
     return made
 
 
-def path_of(plan: Plan) -> Path:
+def path_of(plan: PackingPlan) -> Path:
     origin = plan.matrices[0].info.blob.origin
     assert origin
     return Path(origin.path + ".packed")
@@ -197,12 +197,12 @@ def test_packed_by_another_version(
     kept: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = kept.with_suffix("")
-    monkeypatch.setattr(Plan, "layout", lambda plan: "00" * 16)
+    monkeypatch.setattr(PackingPlan, "layout", lambda plan: "00" * 16)
     assert memory(model)["mapped"] == memory(model, "off")["mapped"]
     assert "was packed by another version" in said(caplog)[0]
 
 
-def test_every_byte_of_header_and_trailer_counts(plan: Plan) -> None:
+def test_every_byte_of_header_and_trailer_counts(plan: PackingPlan) -> None:
     """One after the other: none is taken for right, none raises."""
     kept = path_of(plan)
     data = bytearray(kept.read_bytes())
@@ -220,13 +220,13 @@ def test_every_byte_of_header_and_trailer_counts(plan: Plan) -> None:
     assert_used(plan)
 
 
-def assert_used(plan: Plan) -> None:
+def assert_used(plan: PackingPlan) -> None:
     assert packed_file.find(plan, 1) is not None
 
 
 @settings(max_examples=100)
 @given(data=st.data())
-def test_a_byte_that_was_changed_since(plan: Plan, data: st.DataObject) -> None:
+def test_a_byte_that_was_changed_since(plan: PackingPlan, data: st.DataObject) -> None:
     """Anywhere in the packed matrices: the time of the change makes all of them be compared."""
     kept = path_of(plan)
     whole = kept.read_bytes()
@@ -244,7 +244,7 @@ def test_a_byte_that_was_changed_since(plan: Plan, data: st.DataObject) -> None:
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_cut_short_or_longer(plan: Plan, data: st.DataObject) -> None:
+def test_cut_short_or_longer(plan: PackingPlan, data: st.DataObject) -> None:
     kept = path_of(plan)
     whole = kept.read_bytes()
     stamp = kept.stat().st_mtime_ns
@@ -256,7 +256,7 @@ def test_cut_short_or_longer(plan: Plan, data: st.DataObject) -> None:
     kept.write_bytes(whole)
 
 
-def test_a_copy_is_compared_whole_and_then_trusted(plan: Plan) -> None:
+def test_a_copy_is_compared_whole_and_then_trusted(plan: PackingPlan) -> None:
     kept = path_of(plan)
     os.utime(kept)
     assert_used(plan)
@@ -366,7 +366,7 @@ def test_two_writers(model: Path, child: Child, caplog: pytest.LogCaptureFixture
     assert not said(caplog)
 
 
-def test_renamed_just_before_the_lock(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_renamed_just_before_the_lock(plan: PackingPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """The descriptor is that of the finished file, which others have mapped: it is not cut."""
     kept, really = path_of(plan), os.open
     whole = kept.read_bytes()
@@ -384,7 +384,7 @@ def test_renamed_just_before_the_lock(plan: Plan, monkeypatch: pytest.MonkeyPatc
     assert kept.read_bytes() == whole
 
 
-def test_a_link_is_not_followed(plan: Plan, tmp_path: Path) -> None:
+def test_a_link_is_not_followed(plan: PackingPlan, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     path_of(plan).with_name("model.gguf.packed.part").symlink_to(victim)

@@ -15,11 +15,11 @@ from safetensors.numpy import load, save
 
 import tiny_lora
 from gemloom.adapters.checking import check
-from gemloom.adapters.lora import Lora, Pair
+from gemloom.adapters.factors import Lora, Pair
 from gemloom.adapters.patterns import PatternError, Patterns
 from gemloom.adapters.reading import read
 from gemloom.errors import AdapterError
-from gemloom.tensor_names import modality
+from gemloom.models.tensor_names import modality
 
 ADAPTER = tiny_lora.lora("e2b", only=r"blk\.(0|5)\.|token_embd")
 WRAPPERS = ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]

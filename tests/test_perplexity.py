@@ -15,7 +15,7 @@ import tiny
 from conftest import Load
 from gemloom import model as model_module
 from gemloom.errors import ContextError, OptionError, RequestError, TensorError
-from gemloom.quantization.perplexity import (
+from gemloom.tools.quantization.perplexity import (
     Comparison,
     Cut,
     Distribution,

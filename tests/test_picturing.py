@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemloom.quantization.perplexity import Estimate
+from gemloom.tools.quantization.perplexity import Estimate
 
 pytest.importorskip("matplotlib")
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation
 
-from gemloom.cli.picturing import Point, picture
+from gemloom.cli.picture import Point, picture
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "quality.json"
 

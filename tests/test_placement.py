@@ -8,24 +8,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gemloom.compute.placement import CellChoice, Placement, Sizes, Space, Wishes, plan
 from gemloom.errors import DeviceError
-from gemloom.placement import Choice, Placement, Sizes, Space, Wanted, plan
 
 MIB = 1 << 20
-CHOICES = [Choice(8192, "f16"), Choice(4096, "f16"), Choice(8192, "q8_0"), Choice(4096, "q8_0")]
+CHOICES = [
+    CellChoice(8192, "f16"),
+    CellChoice(4096, "f16"),
+    CellChoice(8192, "q8_0"),
+    CellChoice(4096, "q8_0"),
+]
 sizes_of_mib = st.integers(0, 400).map(lambda n: n * MIB)
 
 
 def sizes_for(
     layers: tuple[int, ...], cells: int, readers: int = 0, **more: int
-) -> Callable[[Choice], Sizes]:
+) -> Callable[[CellChoice], Sizes]:
     """Sizes by choice: cells grow with the context and the bytes of the type.
 
     The last ``readers`` layers read by turns the cells of the two before them.
     """
     own = len(layers) - readers
 
-    def sizes(choice: Choice) -> Sizes:
+    def sizes(choice: CellChoice) -> Sizes:
         each = cells * choice.context // 8192 * (2 if choice.kv_type == "f16" else 1)
         kinds = {
             "head": 100 * MIB,
@@ -42,7 +47,7 @@ def sizes_for(
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[object, list[Space], Wanted]:
+def cases(draw: st.DrawFn) -> tuple[object, list[Space], Wishes]:
     layers = tuple(draw(st.lists(sizes_of_mib, min_size=1, max_size=12)))
     frees = draw(st.lists(st.integers(0, 4000), max_size=3))
     spaces = [Space(f"gpu{i}", free * MIB, free * MIB) for i, free in enumerate(frees)]
@@ -51,7 +56,7 @@ def cases(draw: st.DrawFn) -> tuple[object, list[Space], Wanted]:
     insists = count is None and draw(st.booleans())
     readers = draw(st.integers(0, len(layers) - 1))
     sizes = sizes_for(layers, draw(sizes_of_mib), readers, head=draw(sizes_of_mib))
-    return sizes, spaces, Wanted(count, None, insists)
+    return sizes, spaces, Wishes(count, None, insists)
 
 
 def attempt(case: tuple, tied: bool = True) -> Placement | None:
@@ -136,15 +141,15 @@ def test_a_cut_moves_to_before_the_owners_of_cells() -> None:
     """As on E2B: 15 layers with cells of their own, 20 that read those of the last two."""
     spaces = [Space("a", 4000 * MIB), Space("b", 4000 * MIB), Space("cpu", None)]
     sizes = sizes_for((20 * MIB,) * 35, MIB, 20)
-    placed = plan(sizes, CHOICES, spaces, Wanted(None, None, False), tied=True)
+    placed = plan(sizes, CHOICES, spaces, Wishes(None, None, False), tied=True)
     assert placed.layers == (0,) * 13 + (1,) * 22
     # What was asked for is not changed, nor where it would not fit.
-    asked = plan(sizes, CHOICES, spaces, Wanted(None, (1, 1), False), tied=True)
+    asked = plan(sizes, CHOICES, spaces, Wishes(None, (1, 1), False), tied=True)
     assert 16 <= asked.layers.count(0) <= 22
     small = [Space("a", 800 * MIB), Space("b", 620 * MIB), Space("cpu", None)]
-    assert plan(sizes, CHOICES, small, Wanted(None, None, False), tied=True).layers.count(0) > 13
+    assert plan(sizes, CHOICES, small, Wishes(None, None, False), tied=True).layers.count(0) > 13
     swapped = [small[1], small[0], small[2]]
-    more = plan(sizes, CHOICES, swapped, Wanted(None, None, False), tied=True)
+    more = plan(sizes, CHOICES, swapped, Wishes(None, None, False), tied=True)
     assert more.layers.count(0) == 13
 
 
@@ -166,7 +171,7 @@ def test_more_free_memory_never_moves_fewer_layers(case: tuple) -> None:
 
 def test_the_tables_stay_and_a_tied_head_is_copied() -> None:
     spaces = [Space("gpu0", 8000 * MIB, 8000 * MIB), Space("cpu", None)]
-    placed = plan(sizes_for((MIB,) * 4, MIB), CHOICES, spaces, Wanted(2, None, False), tied=True)
+    placed = plan(sizes_for((MIB,) * 4, MIB), CHOICES, spaces, Wishes(2, None, False), tied=True)
     assert placed.layers == (1, 1, 0, 0) and placed.choice == CHOICES[0]
     assert placed.places("token_embd.weight") == (0, 1)
     assert placed.places("per_layer_token_embd.weight") == (1,)
@@ -174,7 +179,7 @@ def test_the_tables_stay_and_a_tied_head_is_copied() -> None:
     assert placed.places("output_norm.weight") == (0,)
     assert placed.places("blk.0.attn_q.weight") == (1,)
     assert placed.products("token_embd.weight") == (1,)
-    untied = plan(sizes_for((MIB,) * 4, MIB), CHOICES, spaces, Wanted(2, None, False), tied=False)
+    untied = plan(sizes_for((MIB,) * 4, MIB), CHOICES, spaces, Wishes(2, None, False), tied=False)
     assert untied.places("token_embd.weight") == (1,)
     assert untied.places("output.weight") == (0,)
 
@@ -182,10 +187,10 @@ def test_the_tables_stay_and_a_tied_head_is_copied() -> None:
 def test_what_is_left_open_gives_way_in_order() -> None:
     """First layers, then context, then the type of K/V cells."""
 
-    def choice(free: int, layers: int | None) -> tuple[int, Choice]:
+    def choice(free: int, layers: int | None) -> tuple[int, CellChoice]:
         spaces = [Space("gpu0", free * MIB, 0), Space("cpu", None)]
         sizes = sizes_for((10 * MIB,) * 10, 100 * MIB)
-        placed = plan(sizes, CHOICES, spaces, Wanted(layers, None, False), tied=True)
+        placed = plan(sizes, CHOICES, spaces, Wishes(layers, None, False), tied=True)
         return sum(at == 0 for at in placed.layers), placed.choice
 
     assert choice(3000, None) == (10, CHOICES[0])
@@ -198,15 +203,15 @@ def test_what_is_left_open_gives_way_in_order() -> None:
 def test_shares_are_of_bytes() -> None:
     spaces = [Space("gpu0", None), Space("gpu1", None), Space("cpu", None)]
     sizes = sizes_for((100 * MIB,) * 10, 0, head=0)
-    placed = plan(sizes, CHOICES, spaces, Wanted(10, (3, 1), False), tied=True)
+    placed = plan(sizes, CHOICES, spaces, Wishes(10, (3, 1), False), tied=True)
     assert placed.layers.count(0) in (7, 8)
-    one = plan(sizes, CHOICES, spaces, Wanted(10, (0, 1), False), tied=True)
+    one = plan(sizes, CHOICES, spaces, Wishes(10, (0, 1), False), tied=True)
     assert set(one.layers) == {1}
 
 
 def test_a_named_device_is_not_passed_over_in_silence() -> None:
     spaces = [Space("gpu0", 100 * MIB, 0), Space("cpu", None)]
     sizes = sizes_for((200 * MIB,) * 3, MIB)
-    assert plan(sizes, CHOICES, spaces, Wanted(None, None, False), tied=True).on_host
+    assert plan(sizes, CHOICES, spaces, Wishes(None, None, False), tied=True).on_host
     with pytest.raises(DeviceError, match="gpu0 needs"):
-        plan(sizes, CHOICES, spaces, Wanted(None, None, True), tied=True)
+        plan(sizes, CHOICES, spaces, Wishes(None, None, True), tied=True)

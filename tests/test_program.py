@@ -10,9 +10,9 @@ import cpu_devices
 import gemloom
 from conftest import Load, prompt
 from gemloom import testing
+from gemloom.compute.batch import Chunk
+from gemloom.compute.want import Want
 from gemloom.errors import OptionError
-from gemloom.sequence import Chunk
-from gemloom.want import Want
 from random_lora import random_lora
 
 IDS = prompt(40)
@@ -45,7 +45,7 @@ def test_the_same_bits_as_with_one_graph(
     options = {"slots": 3, "chunk": 64, "device": device, "kernels": "plain"}
     several, one = load(variant, **options), load(variant, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("gemloom.program.GRAPH_BYTES", 0)
+        patch.setattr("gemloom.compute.program.GRAPH_BYTES", 0)
         wanted = logits(one)
     assert len(one._program._plans) == 1
     for ours, reference in zip(logits(several), wanted, strict=True):
@@ -66,7 +66,7 @@ def test_they_are_bounded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("e2b", slots=3, chunk=64)
     logits(model, [(0, 0, 8)])
     most = 3 * model._program.graph_bytes
-    monkeypatch.setattr("gemloom.program.GRAPH_BYTES", most)
+    monkeypatch.setattr("gemloom.compute.program.GRAPH_BYTES", most)
     for rows in range(1, 12):
         logits(model, [(0, 0, rows)])
         assert model._program.graph_bytes <= most
@@ -91,7 +91,7 @@ def test_a_graph_gets_room_for_its_nodes(
 ) -> None:
     """However few were tried first: the same logits, and no step fails for the next size."""
     wanted = logits(load(variant, slots=3, chunk=64))
-    monkeypatch.setattr("gemloom.program.FEW_NODES", 16)
+    monkeypatch.setattr("gemloom.compute.program.FEW_NODES", 16)
     model = load(variant, slots=3, chunk=64)
     assert model._program._nodes > 16
     for ours, reference in zip(logits(model), wanted, strict=True):
@@ -101,8 +101,8 @@ def test_a_graph_gets_room_for_its_nodes(
 
 
 def test_a_graph_of_too_many_nodes_is_refused(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemloom.program.FEW_NODES", 16)
-    monkeypatch.setattr("gemloom.program.MOST_NODES", 64)
+    monkeypatch.setattr("gemloom.compute.program.FEW_NODES", 16)
+    monkeypatch.setattr("gemloom.compute.program.MOST_NODES", 64)
     with pytest.raises(OptionError, match="a step of 1 slots takes over 64 operations"):
         load("e2b")
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vocabularies
+from gemloom.engine.generation import Usage
+from gemloom.engine.request import Piece
 from gemloom.errors import GemloomError, RequestError
-from gemloom.generation import Usage
-from gemloom.sequence import Piece
 from gemloom.server import fields, protocol
 from gemloom.server.answers import (
     ChatAnswer,

@@ -12,8 +12,8 @@ from gguf.constants import GGMLQuantizationType as Type
 import tiny
 from gemloom.files import gguf, source
 from gemloom.files.gguf import GGUF
-from gemloom.quantization import imatrix_file
-from gemloom.quantization.imatrix_file import Importance, ImportanceMatrix
+from gemloom.tools.quantization import imatrix_file
+from gemloom.tools.quantization.imatrix_file import Importance, ImportanceMatrix
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

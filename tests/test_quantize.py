@@ -23,10 +23,10 @@ from conftest import prompt
 from gemloom.errors import GemloomError, OutputError
 from gemloom.files import gguf, source
 from gemloom.ggml import quants
-from gemloom.quantization import imatrix_file, quantize
-from gemloom.quantization.imatrix_file import Importance, ImportanceMatrix
-from gemloom.quantization.quantize import Wanted
-from gemloom.quantization.recipes import RECIPES, recipe
+from gemloom.tools.quantization import imatrix_file, quantize
+from gemloom.tools.quantization.imatrix_file import Importance, ImportanceMatrix
+from gemloom.tools.quantization.quantize import Wanted
+from gemloom.tools.quantization.recipes import RECIPES, recipe
 from quantizing import opened, small, uniform
 from tiny import VARIANTS
 

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 import gemloom
 import tiny
 from conftest import prompt
-from gemloom.adapters.base import open_base
-from gemloom.adapters.merging import merge
 from gemloom.errors import TensorError
 from gemloom.files.gguf import GGUF
 from gemloom.ggml import quants
-from gemloom.quantization import quantize
-from gemloom.quantization.imatrix_file import Importance, ImportanceMatrix
-from gemloom.quantization.parts import part
-from gemloom.quantization.quantize import TensorRule, Wanted
-from gemloom.quantization.recipes import RECIPES, recipe
+from gemloom.tools.adapters.base_shapes import open_base
+from gemloom.tools.adapters.merging import merge
+from gemloom.tools.quantization import quantize
+from gemloom.tools.quantization.imatrix_file import Importance, ImportanceMatrix
+from gemloom.tools.quantization.parts import part
+from gemloom.tools.quantization.quantize import TensorRule, Wanted
+from gemloom.tools.quantization.recipes import RECIPES, recipe
 from quantizing import opened
 from tiny import VARIANTS
 

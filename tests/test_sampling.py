@@ -13,9 +13,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gemloom import sampling
 from gemloom.errors import GemloomError, OptionError, RequestError
-from gemloom.sampling import (
+from gemloom.sampling import params as sampling
+from gemloom.sampling.params import (
     GEMMA_DEFAULTS,
     MAX_BIASES,
     MAX_STOPS,

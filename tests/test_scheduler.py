@@ -3,19 +3,19 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemloom.sampling import SamplingParams
-from gemloom.scheduler import plan
-from gemloom.sequence import Sequence
-from gemloom.slots import Slot
+from gemloom.compute.slots import Slot
+from gemloom.engine.request import Request
+from gemloom.engine.scheduler import plan
+from gemloom.sampling.params import SamplingParams
 from vocabularies import small
 
 TOKENIZER = small("gemma3")
 
 
-def running(pending: list[int]) -> list[Sequence]:
+def running(pending: list[int]) -> list[Request]:
     found = []
     for index, n in enumerate(pending):
-        sequence = Sequence([2] * n, SamplingParams(), TOKENIZER, lambda event: None)
+        sequence = Request([2] * n, SamplingParams(), TOKENIZER, lambda event: None)
         sequence.begin(Slot(index), 0)
         found.append(sequence)
     return found

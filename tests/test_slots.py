@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gemloom.compute.slots import Slot, Slots
 from gemloom.errors import RequestError
-from gemloom.slots import Slot, Slots
 
 ids = st.lists(st.integers(0, 1), min_size=1, max_size=40)
 

@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 import tiny_lora
 from command_line import write
 from conftest import Load
-from gemloom import bench
 from gemloom.cli import app
-from gemloom.cli.benching import tables
-from gemloom.cli.opening import open_file
-from gemloom.cli.placing import plan_table
+from gemloom.cli.bench import tables
+from gemloom.cli.device_options import plan_table
+from gemloom.cli.load import open_file
 from gemloom.cli.terminal import render, table
-from gemloom.fitting import propose
+from gemloom.compute.fitting import propose
 from gemloom.options import Options
+from gemloom.tools import bench
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -29,7 +29,7 @@ from gemloom.kernels.library import supported
 # What the child runs in place of the real kernels: the rest of it and the faults are real.
 FAULTY = """
 import os, signal, sys
-from gemloom import proving
+from gemloom.kernels import proving
 
 def die(name):
     os.kill(os.getpid(), getattr(signal, name))

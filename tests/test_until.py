@@ -9,8 +9,8 @@ import oracle
 import tiny
 from conftest import Load, prompt
 from gemloom import testing
-from gemloom.config import Kind
-from gemloom.sequence import Chunk
+from gemloom.compute.batch import Chunk
+from gemloom.models.config import Kind
 from test_forward import assert_close
 from tiny import VARIANTS
 

@@ -25,7 +25,7 @@ import gemloom
 import tiny
 from command_line import call, fine
 from conftest import prompt
-from gemloom.cli.opening import names_model
+from gemloom.cli.load import names_model
 from gemloom.errors import FormatError, GemloomError, SourceError
 from gemloom.files import gguf, sealed, source, urls
 from gemloom.files.blob import Blocks, Stream

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 import gemloom
 import vocabularies
 from conftest import Load, paced, prompt, until
+from gemloom.compute.slots import Slot
+from gemloom.engine.request import Request
+from gemloom.engine.waiting import Waiting
 from gemloom.errors import ClosedError, QueueFullError
-from gemloom.sampling import GEMMA_DEFAULTS
-from gemloom.sequence import Sequence
-from gemloom.slots import Slot
-from gemloom.waiting import Waiting
+from gemloom.sampling.params import GEMMA_DEFAULTS
 from serving import endless
 
 
@@ -26,14 +26,14 @@ def idle(model: gemloom.Model) -> None:
     until(lambda: not (model.stats().running or model.stats().waiting or model.stats().slots_busy))
 
 
-def sequence() -> Sequence:
-    return Sequence([2], GEMMA_DEFAULTS, vocabularies.small("gemma4"), lambda _: None)
+def sequence() -> Request:
+    return Request([2], GEMMA_DEFAULTS, vocabularies.small("gemma4"), lambda _: None)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["new", "after", "end"]), st.integers(0, 9))))
 def test_all_who_wait_have_a_turn_once_nobody_is_before_them(acts: list[tuple[str, int]]) -> None:
     waiting, held = Waiting(threading.RLock()), Future[Slot]()
-    there: list[Sequence] = []
+    there: list[Request] = []
     waiting.add(held)
     for act, number in acts:
         if act == "end" and there:

@@ -21,14 +21,14 @@ from command_line import ENVIRONMENT, call, fine, write
 from conftest import Load, endless, prompt
 from device_checks import BOUND, copied, run
 from fake_worker import FakeWorker
-from gemloom import fitting
+from gemloom.compute import fitting
+from gemloom.compute.batch import Chunk
 from gemloom.errors import DeviceError
 from gemloom.files import gguf
 from gemloom.files.source import resolve
 from gemloom.ggml import relay, rpc
 from gemloom.ggml.graph import F32, Graph
 from gemloom.options import Options
-from gemloom.sequence import Chunk
 from random_lora import random_lora
 from workers import Worker, needs_rpc, worker
 

@@ -20,9 +20,9 @@ from gguf import GGMLQuantizationType
 from safetensors.numpy import save
 
 import tiny
-from gemloom.adapters.base import Base, open_base
-from gemloom.adapters.lora import Lora, Pair
+from gemloom.adapters.factors import Lora, Pair
 from gemloom.files import gguf, source
+from gemloom.tools.adapters.base_shapes import Base, open_base
 
 Pairs = dict[str, Pair]
 PREFIX = "base_model.model.model."

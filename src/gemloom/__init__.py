@@ -16,13 +16,13 @@ from gemloom.errors import GemloomError
 
 if TYPE_CHECKING:
     from gemloom.adapters.info import AdapterInfo
-    from gemloom.engine import Stats
-    from gemloom.generation import ChatCompletion, ChatRun, Completion, Run, Usage
+    from gemloom.engine.engine import Stats
+    from gemloom.engine.generation import ChatCompletion, ChatRun, Completion, Run, Usage
+    from gemloom.engine.request import Piece
     from gemloom.loading import load, load_async
     from gemloom.model import Model
     from gemloom.options import Options
-    from gemloom.sampling import SamplingParams
-    from gemloom.sequence import Piece
+    from gemloom.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,13 +44,13 @@ __all__ = [
 ]
 _HOMES = {
     "adapters.info": ("AdapterInfo",),
-    "engine": ("Stats",),
-    "generation": ("ChatCompletion", "ChatRun", "Completion", "Run", "Usage"),
+    "engine.engine": ("Stats",),
+    "engine.generation": ("ChatCompletion", "ChatRun", "Completion", "Run", "Usage"),
     "loading": ("load", "load_async"),
     "model": ("Model",),
     "options": ("Options",),
-    "sampling": ("SamplingParams",),
-    "sequence": ("Piece",),
+    "sampling.params": ("SamplingParams",),
+    "engine.request": ("Piece",),
 }
 
 

@@ -13,7 +13,7 @@ from gemloom.model import Model
 from gemloom.options import from_options
 
 if TYPE_CHECKING:
-    from gemloom.models import Architecture
+    from gemloom.models.registry import Architecture
 
 
 def load(

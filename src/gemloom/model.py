@@ -19,40 +19,40 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
-from gemloom import state
-from gemloom.adapters.active import marks
 from gemloom.adapters.info import Named
 from gemloom.adapters.registry import Adapters
-from gemloom.cells import Cells
-from gemloom.compose import Composed, Composer, chat_options
-from gemloom.config import Config, Kind, from_gguf
-from gemloom.engine import Engine, Stats
+from gemloom.adapters.request_adapters import marks
+from gemloom.compute.batch import Chunk
+from gemloom.compute.cells import Cells
+from gemloom.compute.fitting import place
+from gemloom.compute.kv import KV
+from gemloom.compute.kv_store import KVStore
+from gemloom.compute.placement import Placement
+from gemloom.compute.program import Program
+from gemloom.compute.slots import Slot
+from gemloom.compute.want import ALL, Output, Want
+from gemloom.engine import saved_state as state
+from gemloom.engine.engine import Engine, Stats
+from gemloom.engine.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
+from gemloom.engine.request import Request
 from gemloom.errors import OptionError, RequestError
 from gemloom.files import gguf
-from gemloom.fitting import place
-from gemloom.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
 from gemloom.ggml.graph import SUMS
 from gemloom.ggml.memory import trim_memory
 from gemloom.ggml.rpc import speaking
 from gemloom.kernels.library import fastest
 from gemloom.kernels.packing import Progress
-from gemloom.kv import KV
-from gemloom.kv_store import KVStore
-from gemloom.models import ARCHITECTURES, Architecture, check_own
+from gemloom.models.config import Config, Kind, from_gguf
+from gemloom.models.registry import ARCHITECTURES, Architecture, check_own
 from gemloom.options import Options
-from gemloom.placement import Placement
-from gemloom.program import Program
-from gemloom.sampling import SamplingParams, check_vocabulary
-from gemloom.sampling import from_options as sampling_params
-from gemloom.sequence import Chunk
-from gemloom.sequence import Sequence as Request
-from gemloom.slots import Slot
+from gemloom.sampling.params import SamplingParams, check_vocabulary
+from gemloom.sampling.params import from_options as sampling_params
 from gemloom.text.bounds import Constraint
 from gemloom.text.chat import Message
+from gemloom.text.compose import Composed, Composer, chat_options
 from gemloom.text.no_vocabulary import read_tokenizer
 from gemloom.text.prompts import integers, prompt_ids
-from gemloom.want import ALL, Output, Want
-from gemloom.weights import Weights
+from gemloom.weights.weights import Weights
 
 if TYPE_CHECKING:
     from gemloom.text.constraint import Grammars
@@ -208,7 +208,7 @@ class Model:
         the answer is the text after it.
 
         ``params`` and ``options`` are those of ``stream``, and the fields of
-        ``gemloom.compose.ChatOptions``: tools and which may be called, the form of the answer,
+        ``gemloom.text.compose.ChatOptions``: tools and which may be called, the form of the answer,
         thoughts, the template's variables. A ``stop`` acts on the text alone, not on thoughts and
         calls. With ``stream`` the parts come as they are said: text, thoughts and tool calls.
         Raises RequestError for messages or tools that the template does not take, and for options

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any
 
-from gemloom.config import Config
 from gemloom.errors import OptionError, suggestion
+from gemloom.models.config import Config
 
 KV_TYPES = ("f32", "f16", "q8_0")
 KERNELS = ("auto", "ggml", "plain")

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from gemloom.compute.batch import Chunk
+from gemloom.compute.want import ALL, Output, Want
 from gemloom.model import Model
-from gemloom.sequence import Chunk
-from gemloom.want import ALL, Output, Want
 
 
 def run(model: Model, chunks: Sequence[Chunk], want: Want = ALL) -> Output:

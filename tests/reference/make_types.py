@@ -17,7 +17,7 @@ from pathlib import Path
 from gguf import GGMLQuantizationType, GGUFWriter
 
 import tiny
-from gemloom.quantization.recipes import RECIPES
+from gemloom.tools.quantization.recipes import RECIPES
 from structures import RELEASED, brief, keys, shapes
 from tiny import Variant
 

@@ -16,10 +16,10 @@ from test_forward_reference import SEED, assert_same_model, prompt
 import gemloom
 import tiny
 import tiny_lora
-from gemloom.adapters import merging
-from gemloom.adapters.lora import Lora
-from gemloom.adapters.peft_writing import write_peft
+from gemloom.adapters.factors import Lora
 from gemloom.adapters.reading import read
+from gemloom.tools.adapters import merging
+from gemloom.tools.adapters.peft_writing import write_peft
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")

@@ -18,10 +18,10 @@ from gguf.constants import GGMLQuantizationType as Type
 import checkpoints
 import gemloom
 import tiny_vocab
-from gemloom import convert
 from gemloom.files import gguf, source
 from gemloom.files.gguf import GGUF
 from gemloom.text.tokenizer import Tokenizer
+from gemloom.tools import convert
 from tiny import VARIANTS, Variant
 from vocabularies import SPOTS
 

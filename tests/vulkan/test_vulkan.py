@@ -14,11 +14,11 @@ import gemloom
 import tiny
 from conftest import Load, prompt
 from device_checks import Bound, Checks
+from gemloom.compute.survey import survey
 from gemloom.files import gguf
 from gemloom.files.source import resolve
 from gemloom.ggml.backends import listed
 from gemloom.options import Options
-from gemloom.surveying import survey
 
 HERE = [name for name in listed() if name.startswith("vulkan")]
 pytestmark = [

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from gemloom.adapters import fusing
-from gemloom.adapters.lora import Lora, Pair
-from gemloom.config import Config
+from gemloom.adapters.factors import Lora, Pair
 from gemloom.errors import AdapterError
+from gemloom.models.config import Config
 
 Shapes = Mapping[str, tuple[int, ...]]
 _OUTPUT, _TABLE = "output.weight", "token_embd.weight"

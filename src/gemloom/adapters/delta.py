@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from gemloom.adapters.loaded import Loaded
+from gemloom.adapters.device_factors import Loaded
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import F16, F32, Graph
-from gemloom.kernels.library import Stretch
+from gemloom.kernels.library import DeltaStretch
 
 _FLOAT = 4  # bytes
 
@@ -42,14 +42,14 @@ class Delta:
             z = g.mul(z, g.reshape(self._scale(g, (1, self.count, 1)), 1, self.count))
             g.add_into(self._rows(g, y), g.mul_mat(b, z))
 
-    def stretch(self, g: Graph, name: str, part: tuple[int, int] | None) -> Stretch | None:
+    def stretch(self, g: Graph, name: str, part: tuple[int, int] | None) -> DeltaStretch | None:
         """What our own kernels need to add it to a product; None where it has nothing to add."""
         pair = self.adapter.pair(name, g.place)
         if pair is None:
             return None
         rank, size = pair.a.shape[1], pair.b.strides[0]
         start = part[0] if part else 0
-        return Stretch(
+        return DeltaStretch(
             pair.a.address, pair.b.address + start * size, self._own_scale(pair.scale),
             self.first, self.count, rank, pair.b.strides[1] // size, pair.a.type == F16,
         )  # fmt: skip

@@ -20,11 +20,11 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from gemloom.adapters.factors import Lora, Pair
 from gemloom.adapters.limits import room
-from gemloom.adapters.lora import Lora, Pair
 from gemloom.errors import AdapterError
 from gemloom.files.gguf import GGUF, Metadata, TensorInfo
-from gemloom.tensor_names import modality
+from gemloom.models.tensor_names import modality
 
 NORM = "a norm, which is no matrix"
 OTHER_MODALITY = "of the vision or audio part"

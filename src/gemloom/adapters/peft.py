@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from gemloom.adapters import peft_names
+from gemloom.adapters.factors import Lora, Pair
 from gemloom.adapters.gguf_lora import NORM, OTHER_MODALITY, check_room, paired
-from gemloom.adapters.lora import Lora, Pair
 from gemloom.adapters.peft_config import FILE, PeftConfig, parse_config
-from gemloom.adapters.safetensors_file import DamagedError, Stored, tensors
+from gemloom.adapters.safetensors_file import DamagedError, StoredTensor, tensors
 from gemloom.errors import AdapterError
-from gemloom.tensor_names import modality
+from gemloom.models.tensor_names import modality
 
 WEIGHTS = "adapter_model.safetensors"
 _IN_PLACE = ("F32", "F16")
@@ -53,11 +53,11 @@ def from_peft(name: str, config: bytes, weights: memoryview) -> Lora:
         sides[half.side] = _values(name, key, tensor)
         if half.by_row:
             by_row.add(place)
-    pairs = _Reader(name, fields, halves).pairs(by_row)
+    pairs = _PairReader(name, fields, halves).pairs(by_row)
     return Lora(name, fields.architecture, pairs, fields.invocation, ignored)
 
 
-def _tensors(name: str, weights: memoryview) -> dict[str, Stored]:
+def _tensors(name: str, weights: memoryview) -> dict[str, StoredTensor]:
     """Each tensor. AdapterError where they would take much more memory than the file."""
     try:
         found = tensors(weights)
@@ -86,7 +86,7 @@ def _reason(name: str, key: str, config: PeftConfig) -> str:
     )
 
 
-def _values(name: str, key: str, tensor: Stored) -> np.ndarray:
+def _values(name: str, key: str, tensor: StoredTensor) -> np.ndarray:
     if tensor.dtype not in _DTYPES:
         raise AdapterError(f"{name}: {key[:200]} is of type {tensor.dtype}, unsupported")
     if len(tensor.shape) != 2 or 0 in tensor.shape:
@@ -102,7 +102,7 @@ def _values(name: str, key: str, tensor: Stored) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class _PairReader:
     """Puts the halves of one file together."""
 
     name: str

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gemloom.tensor_names import inner, unwrapped
+from gemloom.models.tensor_names import inner, unwrapped
 
 _LAYER = {  # below layers.N
     "self_attn.q_proj": "attn_q",

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemloom.adapters import archive, peft_config
+from gemloom.adapters.factors import Lora
 from gemloom.adapters.gguf_lora import from_gguf
 from gemloom.adapters.limits import MAX_CONFIG
-from gemloom.adapters.lora import Lora
 from gemloom.adapters.peft import WEIGHTS, from_peft
 from gemloom.errors import AdapterError
 from gemloom.files import gguf, source

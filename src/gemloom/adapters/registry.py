@@ -15,16 +15,16 @@ from itertools import count
 from threading import Lock
 from typing import Any, Protocol, TypeVar
 
-from gemloom.adapters.active import Active
 from gemloom.adapters.checking import check
+from gemloom.adapters.device_factors import Loaded
+from gemloom.adapters.factors import Lora
 from gemloom.adapters.info import AdapterInfo, Named
-from gemloom.adapters.loaded import Loaded
-from gemloom.adapters.lora import Lora
 from gemloom.adapters.reading import read
-from gemloom.config import Config
+from gemloom.adapters.request_adapters import Active
+from gemloom.compute.placement import Placement
 from gemloom.errors import ClosedError, OptionError, UnknownAdapterError
 from gemloom.ggml.device import Device
-from gemloom.placement import Placement
+from gemloom.models.config import Config
 
 T = TypeVar("T")
 MOST = 8  # adapters of one request

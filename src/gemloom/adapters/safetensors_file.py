@@ -25,7 +25,7 @@ class DamagedError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """One tensor."""
 
     dtype: str  # as the format calls it
@@ -33,7 +33,7 @@ class Stored:
     data: memoryview
 
 
-def tensors(data: memoryview) -> dict[str, Stored]:
+def tensors(data: memoryview) -> dict[str, StoredTensor]:
     """All tensors by name, in the names' order. DamagedError unless header and bytes agree."""
     length = int.from_bytes(data[:8], "little")
     if not 2 <= length <= data.nbytes - 8:
@@ -70,7 +70,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _stored(name: str, entry: Any, body: memoryview) -> Stored:
+def _stored(name: str, entry: Any, body: memoryview) -> StoredTensor:
     if len(name) > MAX_NAME or not name.isprintable():
         raise DamagedError(f"the tensor name {name[:80]!r} is too long or unprintable")
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
@@ -83,7 +83,7 @@ def _stored(name: str, entry: Any, body: memoryview) -> Stored:
     start, end = offsets
     if not start <= end <= body.nbytes or end - start != prod(shape) * _SIZES[dtype]:
         raise DamagedError(f"{name[:80]} has bytes that do not fit its shape")
-    return Stored(dtype, tuple(shape), body[start:end])
+    return StoredTensor(dtype, tuple(shape), body[start:end])
 
 
 def _counts(values: Any, most: int) -> bool:

@@ -21,22 +21,22 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from gemloom import __version__
-from gemloom.cli import adapting
-from gemloom.cli.benching import bench
-from gemloom.cli.chatting import chat
-from gemloom.cli.converting import convert
+from gemloom.cli import adapter as adapting
+from gemloom.cli.bench import bench
+from gemloom.cli.chat import chat
+from gemloom.cli.convert import convert
 from gemloom.cli.doctor import doctor
-from gemloom.cli.importance import imatrix
-from gemloom.cli.inspecting import inspect, tokenize
-from gemloom.cli.judging import compare, perplexity
+from gemloom.cli.imatrix import imatrix
+from gemloom.cli.inspect import inspect, tokenize
 from gemloom.cli.logs import as_notes
 from gemloom.cli.output import Terminated
-from gemloom.cli.quantizing import quantize
-from gemloom.cli.running import run
-from gemloom.cli.sealing import seal, unseal
-from gemloom.cli.serving import serve
+from gemloom.cli.perplexity import compare, perplexity
+from gemloom.cli.quantize import quantize
+from gemloom.cli.run import run
+from gemloom.cli.seal import seal, unseal
+from gemloom.cli.serve import serve
 from gemloom.cli.terminal import fail
-from gemloom.cli.working import worker
+from gemloom.cli.worker import worker
 from gemloom.errors import ContextError, EngineError, GemloomError, LostError, OptionError
 
 _FAILED, _WRONG_USAGE = 1, 2
@@ -58,7 +58,7 @@ class Commands(TyperGroup):
             sys.stdout.flush()  # a reader that has gone, a full disk: now, not at exit
 
 
-class Command(TyperCommand):
+class CliCommand(TyperCommand):
     """One command."""
 
     def invoke(self, ctx: Any) -> None:
@@ -190,14 +190,14 @@ for _command in (
     run, chat, serve, worker, inspect, tokenize, doctor, bench,
     convert, quantize, imatrix, perplexity, compare, seal, unseal,
 ):  # fmt: skip
-    app.command(cls=Command)(_command)
+    app.command(cls=CliCommand)(_command)
 _adapter = typer.Typer(
     help="LoRA adapters: inspect, convert, merge, extract.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
 for _command in adapting.COMMANDS:
-    _adapter.command(cls=Command)(_command)
+    _adapter.command(cls=CliCommand)(_command)
 app.add_typer(_adapter, name="adapter")
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemloom.cli.opening import open_file
+from gemloom.cli.device_options import plan_facts, plan_table
+from gemloom.cli.load import open_file
 from gemloom.cli.options import LoadOptions, with_options
-from gemloom.cli.placing import plan_facts, plan_table
 from gemloom.cli.terminal import one_line, print_json, render, size, table
 from gemloom.errors import DeviceError
 
@@ -69,9 +69,9 @@ def doctor(
 
 def _examine_model(name: str, load: LoadOptions) -> dict[str, Any]:
     """What each device lacks for a model, and where it would go."""
-    from gemloom.fitting import propose
+    from gemloom.compute.fitting import propose
+    from gemloom.compute.survey import survey
     from gemloom.options import Options
-    from gemloom.surveying import survey
 
     options, file = Options(**load.given()), open_file(name, load.key_file)
     lacking = {device: asdict(told) for device, told in survey(file, options).items()}
@@ -101,8 +101,9 @@ def _print_model(facts: dict[str, Any]) -> None:
 
 def examine() -> dict[str, Any]:
     """What was found; JSON can hold it. DeviceError where ggml cannot be loaded."""
-    from gemloom import __version__, limits
+    from gemloom import __version__
     from gemloom.files import builtin
+    from gemloom.system import limits
 
     try:
         from gemloom.ggml import backends, processor, trust
@@ -146,7 +147,7 @@ def examine() -> dict[str, Any]:
 
 def _space(info: "DeviceInfo") -> dict[str, int]:
     """Bytes in all and free; of the host those that this process may have."""
-    from gemloom import limits
+    from gemloom.system import limits
 
     host = limits.memory() if info.kind == "cpu" else None
     if host is None:

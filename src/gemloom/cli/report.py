@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemloom.cli.terminal import one_line, size, table
-from gemloom.config import Config, Kind, from_gguf
+from gemloom.compute.fitting import estimate
+from gemloom.compute.kv_shape import cell_bytes, slot_cells
 from gemloom.errors import WeightsError
 from gemloom.files.gguf import GGUF, Metadata, StringArray, TensorInfo
-from gemloom.fitting import estimate
-from gemloom.kv_shape import cell_bytes, slot_cells
-from gemloom.models import ARCHITECTURES
+from gemloom.models.config import Config, Kind, from_gguf
+from gemloom.models.registry import ARCHITECTURES
 from gemloom.options import Options
-from gemloom.quantization.parts import PARTS, part
 from gemloom.text import template, vocabulary
-from gemloom.weights import planned_bytes
+from gemloom.tools.quantization.parts import PARTS, part
+from gemloom.weights.weights import planned_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

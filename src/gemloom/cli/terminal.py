@@ -16,7 +16,7 @@ from gemloom.errors import OptionError, RequestError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from gemloom.generation import Usage
+    from gemloom.engine.generation import Usage
 
 _SPINNER_AFTER = 1.0  # seconds
 _BETWEEN = 2  # blanks behind a column of a table

@@ -277,7 +277,7 @@ def parse(blob: Blob) -> GGUF:
     while True:
         head = blob.head(length)
         try:
-            return _Reader(blob, head).file()
+            return _HeaderReader(blob, head).file()
         except _EndOfHead as end:
             if head.nbytes < length:
                 raise FormatError(f"{blob.name}: truncated: the file ends in its {end}") from None
@@ -321,7 +321,7 @@ class _EndOfHead(Exception):
     """The buffer ended inside the header."""
 
 
-class _Reader:
+class _HeaderReader:
     """A cursor over the header; ``file()`` reads it all."""
 
     def __init__(self, blob: Blob, head: memoryview) -> None:

@@ -20,8 +20,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gemloom.errors import DeviceError, LostError, OutOfMemoryError
 from gemloom.files.gguf import nbytes
 from gemloom.ggml import backends, trust
-from gemloom.ggml.room import Room
-from gemloom.limits import free_memory, threads_for
+from gemloom.ggml.input_buffer import Room
+from gemloom.system.limits import free_memory, threads_for
 
 if TYPE_CHECKING:
     from gemloom.kernels.library import Library, Weight

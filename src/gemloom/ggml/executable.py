@@ -16,7 +16,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from gemloom.ggml.device import Device, Tensor
-from gemloom.ggml.spreading import Spread
+from gemloom.ggml.multi_device import Spread
 
 if TYPE_CHECKING:
     from gemloom.kernels.library import Library

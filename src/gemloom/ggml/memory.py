@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 
-from gemloom import limits
 from gemloom.errors import OutOfMemoryError
+from gemloom.system import limits
 
 
 def check_free(size: int, what: str, free: int | None = None) -> None:

@@ -11,8 +11,8 @@ from gguf.constants import GGMLQuantizationType
 
 from gemloom.ggml import trust
 from gemloom.ggml.arena import Arena
+from gemloom.ggml.capabilities import product
 from gemloom.ggml.device import Device
-from gemloom.ggml.probing import product
 
 # Never used, whoever built ggml: GCC 12 drops stores of the tiles' configuration, and whether that
 # ends the process or not is up to what lies on the stack.

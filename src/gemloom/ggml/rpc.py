@@ -21,7 +21,7 @@ import ggml
 from gemloom.errors import DeviceError, LostError, MalformedError
 from gemloom.ggml import relay
 from gemloom.ggml.relay import Relay, greet, keep_alive
-from gemloom.signals import undisturbed
+from gemloom.system.signals import undisturbed
 
 PREFIX = "rpc:"
 DEFAULT_PORT = 50052  # that of ggml's own server

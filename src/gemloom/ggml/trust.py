@@ -30,7 +30,7 @@ from gemloom.errors import DeviceError, SourceError
 from gemloom.files.caching import cache_folder, write_whole
 from gemloom.ggml.processor import first_cpu
 
-MODULE = "gemloom.proving"
+MODULE = "gemloom.kernels.proving"
 PLAIN = "plain"  # the subject that all others are compared with, and that itself is with numpy
 END = "end"  # the child's last line, so that one that stops early is not taken for done
 _LIMIT = 30.0  # seconds that the child may take; it takes less than one

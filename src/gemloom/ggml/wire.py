@@ -171,7 +171,11 @@ class Ledger:
     def translated(self, command: int, request: bytes) -> bytearray:
         """A request, or its beginning, as the worker is to get it."""
         told = bytearray(request)
-        if command in (Command.BUFFER_GET_BASE, Command.FREE_BUFFER, Command.BUFFER_CLEAR):
+        if command in (
+            Command.BUFFER_GET_BASE,
+            Command.FREE_BUFFER,
+            Command.BUFFER_CLEAR,
+        ):
             SIZE.pack_into(told, 0, self._buffers[_u64(request)][0])
         if command == Command.FREE_BUFFER:
             del self._buffers[_u64(request)]

@@ -54,7 +54,7 @@ class Attention(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Stretch(ctypes.Structure):
+class DeltaStretch(ctypes.Structure):
     """Rows of a graph that have one adapter, and its factors for a matrix: as in library.cpp."""
 
     _fields_ = [
@@ -67,10 +67,10 @@ class Stretch(ctypes.Structure):
 class Stretches(ctypes.Structure):
     """All stretches of a product: as in library.cpp."""
 
-    _fields_ = [("count", ctypes.c_int64), ("all", ctypes.POINTER(Stretch))]
+    _fields_ = [("count", ctypes.c_int64), ("all", ctypes.POINTER(DeltaStretch))]
 
-    def __init__(self, all: Sequence[Stretch]) -> None:
-        super().__init__(len(all), (Stretch * len(all))(*all))
+    def __init__(self, all: Sequence[DeltaStretch]) -> None:
+        super().__init__(len(all), (DeltaStretch * len(all))(*all))
 
 
 class Packing(ctypes.Structure):

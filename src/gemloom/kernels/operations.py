@@ -9,7 +9,7 @@ from gguf.constants import GGMLQuantizationType
 
 from gemloom.ggml.device import Packed, Tensor
 from gemloom.ggml.graph import F16, F32, Graph
-from gemloom.kernels.library import Attention, Stretch, Stretches
+from gemloom.kernels.library import Attention, DeltaStretch, Stretches
 
 I8, BF16 = GGMLQuantizationType.I8, GGMLQuantizationType.BF16
 _CELLS, _LANES = 32, 16  # of which attention takes whole multiples
@@ -54,7 +54,7 @@ def quantized(g: Graph, x: Tensor) -> Tensor:
     return g.once("quantized", x, make)
 
 
-def add_deltas(g: Graph, stretches: Sequence[Stretch], x: Tensor, y: Tensor) -> None:
+def add_deltas(g: Graph, stretches: Sequence[DeltaStretch], x: Tensor, y: Tensor) -> None:
     """y [m, n] += scale B (A x) on the rows of each stretch, of x [k, n]; in place."""
     assert g.kernels and x.shape[1] == y.shape[1], (x, y)
     g.custom_into(g.kernels.address("delta"), y, (x,), Stretches(stretches))

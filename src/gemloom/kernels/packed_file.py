@@ -33,7 +33,7 @@ import numpy as np
 
 from gemloom.files.blob import Origin
 from gemloom.ggml.device import address
-from gemloom.kernels.packing import Piece, Plan, Progress
+from gemloom.kernels.packing import PackingPlan, Progress, RowBlock
 
 SUFFIX = ".packed"
 _MAGIC = b"GemloomPacked\x00\x00\x01"  # the last byte is the version of this file's own form
@@ -55,7 +55,7 @@ class _Unusable(Exception):
     """Why a file is not used: what comes after its name in a sentence."""
 
 
-def find(plan: Plan, threads: int) -> memoryview | None:
+def find(plan: PackingPlan, threads: int) -> memoryview | None:
     """The packed bytes from the file beside the model, mapped; None where that cannot be used.
 
     Why not is logged in a line, unless there simply is no such file.
@@ -77,18 +77,18 @@ def find(plan: Plan, threads: int) -> memoryview | None:
     return None
 
 
-def is_there(plan: Plan) -> bool:
+def is_there(plan: PackingPlan) -> bool:
     """Whether there is such a file, usable or not."""
     origins = _origins(plan)
     return bool(origins) and os.path.exists(origins[0].path + SUFFIX)
 
 
-def can_keep(plan: Plan) -> bool:
+def can_keep(plan: PackingPlan) -> bool:
     """Whether there is a file beside which one can be made."""
     return bool(_origins(plan))
 
 
-def keep(plan: Plan, threads: int, progress: Progress | None) -> memoryview | None:
+def keep(plan: PackingPlan, threads: int, progress: Progress | None) -> memoryview | None:
     """Pack into the file beside the model, and map it; None where it cannot be written.
 
     Why not is logged in a line; nothing is left behind then.
@@ -109,7 +109,7 @@ def keep(plan: Plan, threads: int, progress: Progress | None) -> memoryview | No
     return None
 
 
-def _origins(plan: Plan) -> list[Origin]:
+def _origins(plan: PackingPlan) -> list[Origin]:
     """The files that the matrices are in; none if any of them is in no file."""
     blobs = {matrix.info.blob for matrix in plan.matrices}
     found = [blob.origin for blob in blobs if blob.origin]
@@ -119,7 +119,7 @@ def _origins(plan: Plan) -> list[Origin]:
 # -- form ----------------------------------------------------------------------------
 
 
-def _header(plan: Plan, origins: list[Origin]) -> bytes:
+def _header(plan: PackingPlan, origins: list[Origin]) -> bytes:
     """What the file begins with: whole pages, the last bytes of which are their checksum."""
     lines = [
         plan.layout(),
@@ -136,7 +136,7 @@ def _header(plan: Plan, origins: list[Origin]) -> bytes:
     return body + _digest(body)
 
 
-def _model_sample(plan: Plan) -> str:
+def _model_sample(plan: PackingPlan) -> str:
     """Of the model's weights: another model may be as large, and as old if it was unpacked."""
     digest = hashlib.blake2b(digest_size=16)
     for matrix in plan.matrices:
@@ -146,13 +146,13 @@ def _model_sample(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def _trailer(plan: Plan, payload: memoryview, sums: list[int]) -> bytes:
+def _trailer(plan: PackingPlan, payload: memoryview, sums: list[int]) -> bytes:
     """What the file ends with: a checksum of each piece, one of samples, and one of these."""
     body = np.array(sums, "<u4").tobytes() + _payload_sample(plan, payload)
     return body + _digest(body)
 
 
-def _payload_sample(plan: Plan, payload: memoryview) -> bytes:
+def _payload_sample(plan: PackingPlan, payload: memoryview) -> bytes:
     digest = hashlib.blake2b(digest_size=_DIGEST)
     for matrix in plan.matrices:
         for at in _sampled(matrix.nbytes):
@@ -177,7 +177,7 @@ def _pages(size: int) -> int:
 # -- reading -------------------------------------------------------------------------
 
 
-def _map(fd: int, plan: Plan, origins: list[Origin], threads: int) -> memoryview:
+def _map(fd: int, plan: PackingPlan, origins: list[Origin], threads: int) -> memoryview:
     """The packed bytes of an open file. Raises _Unusable, OSError."""
     status, header = os.fstat(fd), _header(plan, origins)
     _check_header(os.pread(fd, len(header), 0), header)
@@ -214,7 +214,7 @@ def _lines(header: bytes) -> list[bytes]:
     return header[_START.size :].split(b"\n")
 
 
-def _check_all(plan: Plan, payload: memoryview, sums: list[int], threads: int) -> None:
+def _check_all(plan: PackingPlan, payload: memoryview, sums: list[int], threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda p: zlib.crc32(payload[p.start : p.start + p.nbytes]), plan.pieces)
         if list(found) != sums:
@@ -267,7 +267,7 @@ def _is_named(path: str, fd: int) -> bool:
 
 
 def _write(
-    fd: int, plan: Plan, origins: list[Origin], threads: int, progress: Progress | None
+    fd: int, plan: PackingPlan, origins: list[Origin], threads: int, progress: Progress | None
 ) -> None:
     """Fill the file by all threads, and see it to the disk. OSError where that fails."""
     header = _header(plan, origins)
@@ -289,7 +289,9 @@ def _free(fd: int) -> int:
     return shutil.disk_usage(fd).free
 
 
-def _write_piece(fd: int, plan: Plan, base: int, sums: dict[int, int], piece: Piece) -> None:
+def _write_piece(
+    fd: int, plan: PackingPlan, base: int, sums: dict[int, int], piece: RowBlock
+) -> None:
     packed = np.empty(piece.nbytes, np.uint8).data
     rows = piece.rows()
     plan.pack_piece(piece, address(rows), address(packed))

@@ -50,7 +50,7 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class RowBlock:
     """Some rows of a matrix, in whole groups: a matrix too, with a place of its own."""
 
     matrix: Matrix
@@ -74,7 +74,7 @@ class Piece:
 class _Read:
     """Lets go of the file's pages behind those who read it."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[RowBlock]) -> None:
         self._pieces, self._done = pieces, 0
 
     def until(self, count: int) -> None:
@@ -84,7 +84,7 @@ class _Read:
         self._done = max(self._done, count)
 
 
-class Plan:
+class PackingPlan:
     """Where every packed matrix lies, one behind the other."""
 
     def __init__(self, own: Library, tensors: Iterable[tuple[TensorInfo, tuple[int, ...]]]) -> None:
@@ -99,11 +99,11 @@ class Plan:
             self.nbytes += -(-matrix.nbytes // ALIGNMENT) * ALIGNMENT
 
     @cached_property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[RowBlock]:
         """Everything there is to pack, in the order of its places."""
         return [piece for matrix in self.matrices for piece in self.cut(matrix)]
 
-    def cut(self, matrix: Matrix) -> Iterator[Piece]:
+    def cut(self, matrix: Matrix) -> Iterator[RowBlock]:
         """The pieces of one matrix, in the order of its bytes, none of which is in two."""
         info, whole = matrix.info, matrix.weight
         k, m = int(whole.k), int(whole.m)
@@ -113,7 +113,7 @@ class Plan:
             start = matrix.start + index * whole.groups * group
             for first in range(0, m, step):
                 weight = Weight(info.type, k, min(step, m - first))
-                yield Piece(
+                yield RowBlock(
                     matrix,
                     weight,
                     (index * m + first) * row,
@@ -147,7 +147,7 @@ class Plan:
                 packings.stop()
 
     def pack_apart(
-        self, put: Callable[[Piece], None], threads: int, progress: Progress | None
+        self, put: Callable[[RowBlock], None], threads: int, progress: Progress | None
     ) -> None:
         """Have ``put`` called with every piece, by so many threads."""
         done, total = 0, sum(piece.nbytes for piece in self.pieces)
@@ -157,7 +157,7 @@ class Plan:
                 if progress:
                     progress(done, total)
 
-    def pack_piece(self, piece: Piece, source: int, target: int) -> None:
+    def pack_piece(self, piece: RowBlock, source: int, target: int) -> None:
         """Pack one piece, whose rows are at the address ``source``, to the address ``target``."""
         self.own.pack(piece.weight, source, target, 0, piece.weight.groups)
 

@@ -25,7 +25,7 @@ from gemloom.ggml.proof import (
     normal,
     plain_device,
 )
-from gemloom.kernels.library import GROUP, TYPES, Library, Stretch, Weight, supported
+from gemloom.kernels.library import GROUP, TYPES, DeltaStretch, Library, Weight, supported
 from gemloom.kernels.operations import (
     BF16,
     I8,
@@ -126,7 +126,7 @@ def _delta(ours: Device, plain: Device) -> bool:
     n, m = 3, _M
     a, b = normal(_RANK, COLUMNS), normal(_RANK, m)
     scale, x, y = normal(n), normal(n, COLUMNS), normal(n, m)
-    stretch = Stretch(a.ctypes.data, b.ctypes.data, scale.ctypes.data, 0, n, _RANK, m, 0)
+    stretch = DeltaStretch(a.ctypes.data, b.ctypes.data, scale.ctypes.data, 0, n, _RANK, m, 0)
 
     def op(g: Graph, t: list[Tensor]) -> Tensor:
         add_deltas(g, [stretch], t[0], t[1])

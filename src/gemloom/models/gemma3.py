@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from gemloom.config import Config, LayerSpec
+from gemloom.compute.kv import KV, Rows
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from gemloom.kv import KV, Rows
-from gemloom.models.decoder import (
+from gemloom.models.config import Config, LayerSpec
+from gemloom.models.layers import (
     Block,
     Decoder,
     head_name,
@@ -21,7 +21,7 @@ from gemloom.models.decoder import (
     model_shapes,
     sliced_names,
 )
-from gemloom.weights import Layout
+from gemloom.weights.weights import Layout
 
 
 class Gemma3(Decoder):

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from math import sqrt
 
-from gemloom.config import Config, LayerSpec
+from gemloom.compute.kv import KV, Rows
+from gemloom.compute.linear import expert_linear, linear, table_rows
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from gemloom.kv import KV, Rows
-from gemloom.linear import expert_linear, linear, table_rows
-from gemloom.models.decoder import (
+from gemloom.models.config import Config, LayerSpec
+from gemloom.models.layers import (
     Block,
     Decoder,
     Shapes,
@@ -24,8 +24,8 @@ from gemloom.models.decoder import (
     model_shapes,
     sliced_names,
 )
-from gemloom.tensor_names import PER_LAYER_TABLE, kv_names
-from gemloom.weights import Layout
+from gemloom.models.tensor_names import PER_LAYER_TABLE, kv_names
+from gemloom.weights.weights import Layout
 
 
 class Gemma4(Decoder):

@@ -10,9 +10,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gemloom.engine.generation import Usage, call_body
+from gemloom.engine.request import Piece
 from gemloom.errors import GemloomError
-from gemloom.generation import Usage, call_body
-from gemloom.sequence import Piece
 from gemloom.server.bodies import error_body, timings_body, usage_body
 from gemloom.server.fields import Json
 from gemloom.text.router import Part, Reasoning, Splitter, ToolCall

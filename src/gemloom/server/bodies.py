@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gemloom.adapters.info import AdapterInfo
+from gemloom.engine.generation import Usage
 from gemloom.errors import GemloomError
-from gemloom.generation import Usage
 from gemloom.server.fields import Json
 
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 408: "timeout_error",

@@ -2,7 +2,7 @@
 
 All of it is slow enough (templates, tokenizing, grammars) to be done in a thread of its own, and
 all that can be wrong with a request is found here, before anything runs. What a chat means is
-said in ``gemloom/compose.py``.
+said in ``gemloom/text/compose.py``.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gemloom.adapters.info import Scales
-from gemloom.compose import ChatOptions, Composed, Form, seeded
+from gemloom.engine.generation import Run
 from gemloom.errors import OptionError, QueueFullError, RequestError
-from gemloom.generation import Run
 from gemloom.model import Model
-from gemloom.sampling import from_options
+from gemloom.sampling.params import from_options
 from gemloom.server.errors import FieldError
 from gemloom.server.fields import Json
-from gemloom.server.protocol import ChatRequest, CompletionRequest, Conversation, Ids, Sampled
+from gemloom.server.protocol import ChatRequest, CompletionRequest, Conversation, Ids, SampledBody
 from gemloom.text import conversation
+from gemloom.text.compose import ChatOptions, Composed, Form, seeded
 from gemloom.text.prompts import text_ids
 from gemloom.text.router import Splitter
 from gemloom.text.tools import tool_choice
@@ -116,7 +116,7 @@ def _chat_options(asked: ChatRequest) -> ChatOptions:
     )
 
 
-def _form(asked: Sampled) -> Form | None:
+def _form(asked: SampledBody) -> Form | None:
     """The bound of the text that the format, the regex or the grammar asks for."""
     kind = _kind(asked)
     if kind == "regex":
@@ -131,7 +131,7 @@ def _form(asked: Sampled) -> Form | None:
     return None
 
 
-def _kind(asked: Sampled) -> str:
+def _kind(asked: SampledBody) -> str:
     """What the answer must be: "text" for anything. RequestError where several are asked for."""
     given = [name for name in ("regex", "grammar") if getattr(asked, name) is not None]
     if asked.response_format and asked.response_format.form != "text":

@@ -17,8 +17,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gemloom.engine import Stats
-from gemloom.generation import Usage
+from gemloom.engine.engine import Stats
+from gemloom.engine.generation import Usage
 from gemloom.model import Model
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from gemloom.sampling import MAX_BIASES
+from gemloom.sampling.params import MAX_BIASES
 from gemloom.server import fields, other_names
 from gemloom.server.errors import FieldError
 from gemloom.server.fields import Json, Shape
@@ -163,7 +163,7 @@ class Sampling(Adapted):
         return {name: value for name, value in given.items() if value is not None}
 
 
-class Sampled(Sampling):
+class SampledBody(Sampling):
     """What requests for chats and completions have in common."""
 
     max_tokens: int | None = None
@@ -211,7 +211,7 @@ class Conversation(Body):
     enable_thinking: bool | None = None
 
 
-class ChatRequest(Conversation, Sampled):
+class ChatRequest(Conversation, SampledBody):
     """POST /v1/chat/completions."""
 
     OTHER_NAMES: ClassVar[other_names.Names] = other_names.CHAT
@@ -250,7 +250,7 @@ class Raw(Strict):
     parse_special: bool = True  # strings like <bos> are the tokens
 
 
-class CompletionRequest(Raw, Sampled):
+class CompletionRequest(Raw, SampledBody):
     """POST /v1/completions."""
 
     OTHER_NAMES: ClassVar[other_names.Names] = other_names.COMPLETION

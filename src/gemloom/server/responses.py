@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from gemloom.engine.generation import Usage
+from gemloom.engine.request import Piece
 from gemloom.errors import GemloomError, quoted
-from gemloom.generation import Usage
-from gemloom.sampling import GEMMA_DEFAULTS
-from gemloom.sequence import Piece
+from gemloom.sampling.params import GEMMA_DEFAULTS
 from gemloom.server import fields, other_names
 from gemloom.server.answers import Head, new_id, token_logprobs
 from gemloom.server.bodies import usage_body

@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gemloom.adapters.info import Scales
+from gemloom.engine.generation import Run
 from gemloom.errors import EngineError, GemloomError
-from gemloom.generation import Run
 from gemloom.model import Model
 from gemloom.server.adapters import AdapterFile, ServedAdapters
 from gemloom.server.answers import Head, new_id

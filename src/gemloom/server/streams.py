@@ -17,9 +17,9 @@ from typing import Any, Protocol, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gemloom.engine.generation import Run, Usage
+from gemloom.engine.request import Piece
 from gemloom.errors import GemloomError
-from gemloom.generation import Run, Usage
-from gemloom.sequence import Piece
 from gemloom.server.bodies import event_text
 from gemloom.server.errors import HungUpError, OverdueError, StoppedError
 from gemloom.server.fields import Json

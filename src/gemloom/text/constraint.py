@@ -24,7 +24,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from gemloom.errors import GemloomError, RequestError
 from gemloom.text import markup, tool_grammar
 from gemloom.text.bounds import AfterThought, CallsInText, CallsOrForm, Constraint, Mask
-from gemloom.text.grammar_vocabulary import Vocabulary
+from gemloom.text.grammar_vocabulary import GrammarVocabulary
 from gemloom.text.schemas import Schema, schema_of
 from gemloom.text.tokenizer import Tokenizer
 from gemloom.text.tools import check_tools, said
@@ -241,7 +241,7 @@ class Grammars:
         """The vocabulary as llguidance has it; takes a moment the first time."""
         with self._lock:
             if self._engine is None:
-                vocabulary = Vocabulary(self._tokenizer)
+                vocabulary = GrammarVocabulary(self._tokenizer)
                 self._special = vocabulary.special_token_ids
                 self._engine = LLTokenizer(
                     TokenizerWrapper(vocabulary), eos_token=sorted(self._tokenizer.eog)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gemloom.text.tokenizer import Tokenizer
 
 
-class Vocabulary:
+class GrammarVocabulary:
     """All tokens as bytes, which of them are special, and how a text is cut."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

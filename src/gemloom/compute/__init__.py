@@ -1,0 +1,1 @@
+"""What runs a forward pass: graphs, their inputs, K/V cells, products, and where each lies."""

@@ -1,0 +1,331 @@
+"""Which device holds what of a model, planned before anything is loaded. Pure: bytes in, plan out.
+
+A device is an index into those that were asked for, in their order; the one after the last is the
+host. What goes to devices are the head and the last layers, as one run: the first device has the
+first of them, and the head goes with the last layer. Token embeddings and the per-layer table,
+of which a step reads some rows, stay on the host; where the head is the same matrix, its device
+has a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, pairwise, repeat
+
+from gemloom.errors import OutOfMemoryError
+
+SHARED = ("rope_freqs.weight", "per_layer_model_proj.weight", "per_layer_proj_norm.weight")
+TABLES = ("token_embd.weight", "per_layer_token_embd.weight")
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """A device, or the host, as it is before loading."""
+
+    name: str
+    free: int | None  # bytes; None where it does not tell
+    total: int = 0
+    limiter: str = ""  # what sets the total, if that is told
+
+    @property
+    def usable(self) -> int | None:
+        """What may be planned with: drivers need some themselves, and more than they say."""
+        if self.free is None:
+            return None
+        return max(0, self.free - min(max(self.total // 20, 128 * _MIB), 1024 * _MIB))
+
+
+@dataclass(frozen=True, slots=True)
+class OnHost:
+    """Bytes of the host's own memory: what is there and is no page of a file."""
+
+    layers: tuple[int, ...] = ()  # of each layer's weights, if it is on the host; (): none
+    head: int = 0  # of the head, if it is on the host
+    tables: int = 0
+    tokenizer: int = 0  # while it is built, which is when the weights are packed
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes that a model takes, with one context and type of K/V cells."""
+
+    layers: tuple[int, ...]  # weights of each
+    cells: tuple[int, ...]  # K/V cells of each; 0 where it reads another's
+    head: int  # the matrix and the norm before it
+    shared: int  # what every device with layers has
+    tables: int  # of which rows are read, always on the host
+    compute: int  # for intermediate results, where layers run
+    inputs: int  # for those on a host where none do, and no cells are
+    duplicate: int = 0  # of the head's bytes, those of a matrix that the host has among its tables
+    on_host: OnHost = OnHost()
+    moves: tuple[bool, ...] = ()  # of each layer, if devices can compute with its cells; (): all
+    owners: tuple[int, ...] = ()  # of each layer, the one whose cells it reads; (): its own
+
+    def cells_move(self, layer: int) -> bool:
+        """Whether a layer's K/V cells may lie where it runs, if that is a device."""
+        return not self.moves or self.moves[layer]
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the user asked for."""
+
+    gpu_layers: int | None  # None: as many as fit
+    split: tuple[float, ...] | None  # None: by free memory
+    insists: bool  # on a device: an error where nothing fits on it
+
+
+@dataclass(frozen=True, slots=True)
+class CellChoice:
+    """One way to size the cells."""
+
+    context: int
+    kv_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Bytes on one device, by kind."""
+
+    name: str
+    layers: int
+    weights: int
+    kv: int
+    compute: int
+    free: int | None
+    own: int  # of the weights, what is no page of a file
+    tokenizer: int = 0  # on the host
+
+    @property
+    def needed(self) -> int:
+        """What has to be free for it."""
+        return self.own + self.kv + self.compute + self.tokenizer
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv + self.compute
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where everything goes."""
+
+    layers: tuple[int, ...]  # the device of each
+    head: int
+    host: int  # index of the host
+    choice: CellChoice
+    table: tuple[Use, ...]  # a row a device, the host's last
+    tied: bool  # the head is the matrix of the token embeddings
+    cells: tuple[int, ...]  # where the K/V cells of each layer are
+    kept: frozenset[str] = frozenset()  # on the host, since devices cannot multiply with them
+
+    @property
+    def on_host(self) -> bool:
+        """Whether no device has anything."""
+        return all(index == self.host for index in (*self.layers, self.head))
+
+    @property
+    def stranded(self) -> list[str]:
+        """The matrices that are on the host although it is devices whose layers need them."""
+        return sorted(name for name in self.kept if set(self._users(name)) != {self.host})
+
+    def places(self, name: str) -> tuple[int, ...]:
+        """The devices that hold a tensor of this name, the host last."""
+        return (self.host,) if name in self.kept else self._users(name)
+
+    def _users(self, name: str) -> tuple[int, ...]:
+        if name.startswith("blk."):
+            return (self.layers[int(name.split(".")[1])],)
+        if name == "token_embd.weight" and self.tied and self.head != self.host:
+            return (self.head, self.host)
+        if name in TABLES:
+            return (self.host,)
+        if name in SHARED:
+            return tuple(sorted(set(self.layers)))
+        return (self.head,)
+
+    def products(self, name: str) -> tuple[int, ...]:
+        """The devices on which products with a tensor run, or its rows are read."""
+        if name in TABLES:
+            return (self.host,)
+        return (self.logits,) if name == "output.weight" else self.places(name)
+
+    @property
+    def logits(self) -> int:
+        """The device on which the logits are made."""
+        return self.places("token_embd.weight" if self.tied else "output.weight")[0]
+
+    def runs(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The layers from ``first`` to ``stop`` in runs on one device: its index, first, stop."""
+        start = first
+        for i in range(first, stop):
+            if i + 1 == stop or self.layers[i + 1] != self.layers[start]:
+                yield self.layers[start], start, i + 1
+                start = i + 1
+
+
+def plan(
+    sizes: Callable[[CellChoice], Sizes],
+    choices: Sequence[CellChoice],
+    spaces: Sequence[Space],
+    wanted: Wishes,
+    tied: bool,
+    kept: frozenset[str] = frozenset(),
+) -> Placement:
+    """The first of ``choices`` with which all fits; ``spaces`` are the devices and the host.
+
+    With ``wanted.gpu_layers`` None as many layers go to devices as fit with it. OutOfMemoryError
+    where nothing does.
+    """
+    problem = ""
+    for choice in choices:
+        found = _fit(sizes(choice), choice, spaces, wanted, tied)
+        if isinstance(found, Placement):
+            return replace(found, kept=kept)
+        problem = found  # that of the last one, which asks for least
+    raise OutOfMemoryError(problem)
+
+
+def _fit(
+    sizes: Sizes, choice: CellChoice, spaces: Sequence[Space], wanted: Wishes, tied: bool
+) -> Placement | str:
+    """A placement, or why there is none."""
+    n, host = len(sizes.layers), len(spaces) - 1
+    most = n if wanted.gpu_layers is None else min(n, wanted.gpu_layers)
+    least = most if wanted.gpu_layers is not None else int(wanted.insists)
+    problem = ""
+    for count in range(most if host else 0, (least if host else 0) - 1, -1):
+        for layers in _splits(sizes, count, spaces, wanted):
+            head = layers[-1] if count else host
+            cells = tuple(at if sizes.cells_move(i) else host for i, at in enumerate(layers))
+            table = tuple(_table(sizes, layers, cells, head, spaces))
+            lacking = _lacking(table, spaces)
+            if lacking is None:
+                return Placement(layers, head, host, choice, table, tied, cells)
+            problem = _problem(*lacking, count if host else 0, choice)
+    return problem
+
+
+def _splits(
+    sizes: Sizes, count: int, spaces: Sequence[Space], wanted: Wishes
+) -> Iterator[tuple[int, ...]]:
+    """Ways to give the last ``count`` layers to the devices, best first.
+
+    By their shares, then filling up; with the layers that read others' cells beside those, then
+    without. Shares that were asked for are all there is.
+    """
+    n, host = len(sizes.layers), len(spaces) - 1
+    first = n - count
+    here = (host,) * first
+    if not count:
+        yield here
+        return
+    each = [sizes.layers[i] + sizes.cells[i] * sizes.cells_move(i) for i in range(first, n)]
+    each[-1] += sizes.head
+    devices = spaces[:host]
+    shares = wanted.split or tuple(float(space.usable or 0) for space in devices)
+    if not sum(shares):
+        shares = (1.0,) * host
+    if wanted.split is not None or host == 1:
+        yield here + _by_share(each, shares)
+        return
+    rooms = [_room(space, sizes) for space in devices]
+    for starts in (_cuts(sizes, first), range(first, n)):
+        lengths = [b - a for a, b in pairwise((*starts, n))]
+        sums = [sum(each[a - first : b - first]) for a, b in pairwise((*starts, n))]
+        for chosen in (_by_share(sums, shares), _filling(sums, rooms)):
+            yield here + tuple(chain.from_iterable(map(repeat, chosen, lengths)))
+
+
+def _cuts(sizes: Sizes, first: int) -> list[int]:
+    """The layers from ``first`` on before which no other one has cells that are read after it."""
+    n = len(sizes.layers)
+    owners = [i if first <= i and sizes.cells_move(i) else n for i in sizes.owners or range(n)]
+    return [i for i in range(first, n) if min(owners[i:]) >= i]
+
+
+def _room(space: Space, sizes: Sizes) -> float:
+    return float("inf") if space.usable is None else space.usable - sizes.shared - sizes.compute
+
+
+def _by_share(each: Sequence[int], shares: Sequence[float]) -> tuple[int, ...]:
+    """Each layer goes where its middle lies if the devices lie behind one another."""
+    bounds = list(accumulate(share / sum(shares) for share in shares))
+    last = max(i for i, share in enumerate(shares) if share)
+    total, before, layers = sum(each) or 1, 0.0, []
+    for size in each:
+        middle = (before + size / 2) / total
+        layers.append(next((i for i, bound in enumerate(bounds) if middle < bound), last))
+        before += size
+    return tuple(layers)
+
+
+def _filling(each: Sequence[int], rooms: Sequence[float]) -> tuple[int, ...]:
+    """One device is filled after another; what is left over goes to the last."""
+    left, index, layers = list(rooms), 0, []
+    for size in each:
+        while index < len(left) - 1 and size > left[index]:
+            index += 1
+        left[index] -= size
+        layers.append(index)
+    return tuple(layers)
+
+
+def _table(
+    sizes: Sizes, layers: Sequence[int], cells: Sequence[int], head: int, spaces: Sequence[Space]
+) -> Iterator[Use]:
+    host = len(spaces) - 1
+    for index, space in enumerate(spaces):
+        own = [i for i, device in enumerate(layers) if device == index]
+        weights = sum(sizes.layers[i] for i in own) + (sizes.shared if own else 0)
+        weights += sizes.head if index == head else 0
+        weights += sizes.tables - (sizes.duplicate if head == host else 0) if index == host else 0
+        kv = sum(size for size, at in zip(sizes.cells, cells, strict=True) if at == index)
+        idle = sizes.inputs if index == host else 0
+        compute = sizes.compute if own or kv else idle
+        if index == host:
+            held = _held(sizes, own, head == host)
+            yield Use(space.name, len(own), weights, kv, compute, space.free, *held)
+        else:
+            yield Use(space.name, len(own), weights, kv, compute, space.free, weights)
+
+
+def _held(sizes: Sizes, layers: Sequence[int], head: bool) -> tuple[int, int]:
+    """What the weights and the tokenizer take of the host's own memory."""
+    own, each = sizes.on_host, sizes.on_host.layers or (0,) * len(sizes.layers)
+    weights = sum(each[i] for i in layers) + own.tables + (own.head if head else 0)
+    return weights, own.tokenizer
+
+
+def _lacking(table: Sequence[Use], spaces: Sequence[Space]) -> tuple[Use, Space] | None:
+    """The first device without enough memory."""
+    for use, space in zip(table, spaces, strict=True):
+        on_host = space is spaces[-1]
+        usable = space.free if on_host else space.usable
+        if usable is not None and use.needed > usable and (use.layers or on_host):
+            return use, space
+    return None
+
+
+def _problem(use: Use, space: Space, moved: int, choice: CellChoice) -> str:
+    """One line: what needs how much, what limits it, and what to do. ``moved`` layers were."""
+    what = f"{moved} layers and the head on devices" if moved else "the model"
+    kinds = [f"{use.own / _MIB:,.0f} of weights"]
+    kinds += [f"{use.tokenizer / _MIB:,.0f} of tokenizer"] if use.tokenizer else []
+    kinds.append(
+        f"{use.kv / _MIB:,.0f} of K/V cells for a context of {choice.context:,} in {choice.kv_type}"
+    )
+    kinds.append(f"{use.compute / _MIB:,.0f} to compute")
+    usable = (space.free if space.limiter else space.usable) or 0
+    limit = f" of {space.total / _MIB:,.0f} ({space.limiter})" if space.limiter else ""
+    ways = ["fewer gpu_layers"] if moved else []
+    ways += ["a smaller context or chunk", *(["kv_type q8_0"] if choice.kv_type != "q8_0" else [])]
+    ways += [] if moved else ["a smaller file"]
+    return (
+        f"no memory for {what}: {use.name} needs {use.needed / _MIB:,.0f} MiB "
+        f"({', '.join(kinds)}), {usable / _MIB:,.0f}{limit} can be used; "
+        f"take {', '.join(ways[:-1])} or {ways[-1]}"
+    )

@@ -1,0 +1,1 @@
+"""What the process gets from the machine: cores, memory, signals."""

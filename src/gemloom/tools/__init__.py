@@ -1,0 +1,1 @@
+"""Offline work on files: converting, quantizing, adapters as files, measuring."""

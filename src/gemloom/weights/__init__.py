@@ -1,0 +1,1 @@
+"""A file's tensors as ggml tensors."""
