@@ -36,7 +36,7 @@ test-reference: $(REFERENCE)/.reference $(REFERENCE)/.demo
 	$(REFERENCE)/bin/python -m pytest tests/reference
 
 test-neon: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest tests/test_kernels_neon.py
+	$(VENV)/bin/python -m pytest tests/kernels/test_kernels_neon.py
 
 # Mesa's driver shows its one device twice, for a model over two. Half floats in products blur what is compared;
 # the second run is with them. Compiling the shaders takes most of the first run; they are kept beside the driver.

@@ -10,7 +10,7 @@ import pytest
 
 import gemloom
 import tiny
-from serving import serving
+from http_serving import serving
 
 PAGE = (Path(__file__).parent.parent / "docs" / "server.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8080"
