@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ def test_types_without_case_and_options_that_do_nothing(model: Path) -> None:
 
 
 def test_a_mistake_of_ours_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemloom.cli.inspect.open_file", lambda name: 1 / 0)
+    monkeypatch.setattr(import_module("gemloom.cli.inspect"), "open_file", lambda name: 1 / 0)
     result = call("inspect", "x")
     assert result.exit_code == 1
     assert result.stderr == (
@@ -465,7 +466,7 @@ def test_the_built_in_model() -> None:
     demo = "The eight planets of the Solar System are Mercury,"
     result = fine("run", demo, "-n", "14", *GREEDY)
     assert result.stdout == " Venus, Earth, Mars, Jupiter, Saturn, Uranus and Neptune.\n"
-    assert f'gemloom run "{demo}" -n 14' in (Path(__file__).parents[1] / "Makefile").read_text()
+    assert f'gemloom run "{demo}" -n 14' in (Path(__file__).parents[2] / "Makefile").read_text()
     result = fine("chat", "-n", "8", *GREEDY, input="Hello\n")
     assert result.stdout.strip()
 

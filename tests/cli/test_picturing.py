@@ -17,7 +17,7 @@ from matplotlib.text import Annotation
 
 from gemloom.cli.picture import Point, picture
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "quality.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "quality.json"
 
 
 def names(figure: Any) -> list[set[str]]:
