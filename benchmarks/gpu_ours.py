@@ -25,6 +25,7 @@ from gemloom.ggml.arena import Arena
 from gemloom.ggml.backends import devices, ggml_version
 from gemloom.ggml.device import Device
 from gemloom.ggml.graph import Graph
+from gemloom.testing import engine_of, parts_of
 from gemloom.tools.bench import COMPUTING, bench
 
 Job = dict[str, Any]
@@ -90,14 +91,14 @@ def _speed(job: Job, chunk: int, decoding: bool) -> Job:
         if decoding:
             found |= _decoding(model, job)
         return found | {
-            "load": loaded, "memory": model.memory(), "ranks": model._program.ranks,
+            "load": loaded, "memory": model.memory(), "ranks": parts_of(model).program.ranks,
             "fallbacks": dict(lacking | Counter(model.fallbacks)), "backends": model.backends,
         }  # fmt: skip
 
 
 def _decoding(model: gemloom.Model, job: Job) -> Job:
     """``decode`` by name, and ``whole`` as that with all logits read, where that is other."""
-    runner, counts = model._program, job["sequences"]
+    runner, counts = parts_of(model).program, job["sequences"]
     each = {f"{n} at {depth}": (n, depth) for depth in job["depths"] for n in counts}
     found = {"decode": {name: _together(model, *one, job) for name, one in each.items()}}
     if runner.ranks:
@@ -140,7 +141,7 @@ def _run(
     """Seconds from the first tokens to the last, and those of the whole run by phase."""
     bias = dict.fromkeys(model.tokenizer.eog, -100.0)
     gate = Event()
-    holding = Thread(target=model._engine.call, args=(gate.wait,))
+    holding = Thread(target=engine_of(model).call, args=(gate.wait,))
     holding.start()
     try:
         each = enumerate(prompts)

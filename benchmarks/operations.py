@@ -24,6 +24,7 @@ import gemloom
 from gemloom import testing
 from gemloom.compute.batch import Chunk
 from gemloom.errors import GemloomError
+from gemloom.testing import parts_of
 
 CHUNK = 512
 I8, BF16 = 24, 30  # ggml's numbers of the types
@@ -81,7 +82,7 @@ def profile(model: gemloom.Model, run: Any) -> tuple[Counter[str], Counter[str]]
         begun = perf_counter()
         return True
 
-    scheduler = model._device.scheduler
+    scheduler = parts_of(model).device.scheduler
     ggml.ggml_backend_sched_set_eval_callback(scheduler, watch, None)
     try:
         run()

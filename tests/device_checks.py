@@ -19,6 +19,7 @@ import tiny
 from conftest import Load, endless, prompt
 from gemloom import testing
 from gemloom.compute.batch import Chunk
+from gemloom.testing import engine_of, parts_of
 from random_lora import random_lora
 
 Names = str | list[str]
@@ -154,7 +155,7 @@ class Checks:
 
     @staticmethod
     def _cells(model: gemloom.Model, count: int) -> list[bytes]:
-        return [bytes(part) for part in model._store.export(0, count)]
+        return [bytes(part) for part in parts_of(model).store.export(0, count)]
 
     def snapshots(self, variant: str, **options: Any) -> None:
         """Coming back to an earlier turn after the rings have wrapped."""
@@ -176,7 +177,7 @@ class Checks:
         run(model, Chunk(0, 0, prompt(n)))
         host._store.restore(0, n, memoryview(b"".join(self._cells(model, n))))
         for opened in (model, host):
-            call(opened, lambda opened=opened: opened._program.shift(0, keep, drop, n))
+            call(opened, lambda opened=opened: parts_of(opened).program.shift(0, keep, drop, n))
         for got, wanted in zip(
             self._cells(model, n - drop), self._cells(host, n - drop), strict=True
         ):
@@ -191,7 +192,7 @@ class Checks:
 
 def call(model: gemloom.Model, function: Callable[[], Any]) -> Any:
     """In the thread that computes."""
-    return model._engine.call(function)
+    return engine_of(model).call(function)
 
 
 def run(model: gemloom.Model, *chunks: Chunk) -> np.ndarray:
@@ -206,7 +207,7 @@ def copied(model: gemloom.Model) -> tuple[list[str], set[str]]:
 
     The latter by the scheduler, where a device cannot read the other's memory.
     """
-    plan = model._program._last
+    plan = parts_of(model).program._last
     assert plan
     names, graph = set(), plan.graph._graph
     for i in range(ggml.ggml_graph_n_nodes(graph)):

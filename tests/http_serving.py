@@ -15,6 +15,7 @@ from conftest import until
 from gemloom.server.app import create_app
 from gemloom.server.connections import config
 from gemloom.server.service import Settings
+from gemloom.testing import engine_of
 
 NAME = "tiny"
 
@@ -67,4 +68,4 @@ def endless(model: gemloom.Model) -> dict[str, float]:
 
 def cancelled(model: gemloom.Model) -> bool:
     """Whether all that runs ends before the next step."""
-    return all(sequence.cancelled for sequence in model._engine._steps.running.values())
+    return all(sequence.cancelled for sequence in engine_of(model)._steps.running.values())

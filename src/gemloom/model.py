@@ -1,144 +1,70 @@
-"""The public face: generate, stream, chat, look inside. Loading one is in ``loading.py``.
+"""The public face of a loaded model: generate, stream, chat, look inside.
 
-Threads and coroutines may share a model: each request gets a slot of its own, and one thread
-(``engine.py``) computes for all of them together.
+Threads and coroutines may share a model. Each request gets a slot of its own, and one thread
+(``engine/engine.py``) computes for all of them. Not here: loading (``loading/build.py``).
 """
 
 from __future__ import annotations
 
 import weakref
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, replace
-from difflib import get_close_matches
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
-from gemloom.adapters.info import Named
-from gemloom.adapters.registry import Adapters
-from gemloom.adapters.request_adapters import marks
-from gemloom.compute.batch import Chunk
-from gemloom.compute.cells import Cells
-from gemloom.compute.fitting import place
-from gemloom.compute.kv import KV
-from gemloom.compute.kv_store import KVStore
-from gemloom.compute.placement import Placement
-from gemloom.compute.program import Program
-from gemloom.compute.slots import Slot
-from gemloom.compute.want import ALL, Output, Want
 from gemloom.engine import saved_state as state
-from gemloom.engine.engine import Engine, Stats
 from gemloom.engine.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
+from gemloom.engine.inspector import Inspector
 from gemloom.engine.request import Request
-from gemloom.errors import OptionError, RequestError
-from gemloom.files import gguf
-from gemloom.ggml.graph import SUMS
-from gemloom.ggml.memory import trim_memory
-from gemloom.ggml.rpc import speaking
-from gemloom.kernels.library import fastest
-from gemloom.kernels.packing import Progress
-from gemloom.models.config import Config, Kind, from_gguf
-from gemloom.models.registry import ARCHITECTURES, Architecture, check_own
-from gemloom.options import Options
+from gemloom.models.config import Kind
 from gemloom.sampling.params import SamplingParams, check_vocabulary
 from gemloom.sampling.params import from_options as sampling_params
-from gemloom.text.bounds import Constraint
-from gemloom.text.chat import Message
 from gemloom.text.compose import Composed, Composer, chat_options
-from gemloom.text.no_vocabulary import read_tokenizer
 from gemloom.text.prompts import integers, prompt_ids
-from gemloom.weights.weights import Weights
 
 if TYPE_CHECKING:
+    from gemloom.adapters.info import Named
+    from gemloom.adapters.registry import Adapters
+    from gemloom.engine.engine import Engine, Stats
+    from gemloom.loading.parts import Parts
+    from gemloom.text.bounds import Constraint
+    from gemloom.text.chat import Message
     from gemloom.text.constraint import Grammars
-
-LOGITS_BYTES = 64 << 20  # of one step, where many rows' logits are wanted
 
 
 class Model:
-    """A loaded model. Made by ``gemloom.load()``; free with ``close()`` or ``with``.
+    """A loaded model. ``gemloom.load()`` makes it; ``close()`` or ``with`` frees it.
 
-    Attributes: ``name`` (the file's), ``config`` (what the file says of the architecture),
-    ``tokenizer``, ``options`` (as it was loaded), ``context`` (positions a sequence may fill),
-    ``kv_type`` (of the K/V cells), ``placement`` (what lies on which device), ``adapters`` (the
-    LoRA adapters that requests can name), ``fingerprint`` (tells its saved state from others').
+    Attributes: ``name`` (the file's), ``config`` (the file's facts about the architecture),
+    ``tokenizer``, ``options`` (it was loaded with these), ``context`` (positions per sequence),
+    ``kv_type`` (of the K/V cells), ``placement`` (which device holds what), ``adapters`` (the
+    LoRA adapters that requests can name), ``fingerprint`` (saved state fits only this one).
     """
 
-    def __init__(
-        self,
-        file: gguf.GGUF,
-        options: Options,
-        progress: Progress | None = None,
-        planned: Callable[[Placement], None] | None = None,
-        architecture: Architecture | None = None,
-    ) -> None:
-        """``progress`` is told how many bytes of the weights are packed, and of how many.
-
-        ``planned`` is told where everything will go, before anything is loaded. ``architecture``
-        is as in ``load``.
-        """
-        self.name = file.name
-        self.options = options
-        self.config: Config = from_gguf(file)
-        options.context_for(self.config)  # told before any device is opened
-        if architecture is not None:
-            check_own(self.config, architecture)
-        with speaking(options.devices), ThreadPoolExecutor(1) as aside, ExitStack() as stack:
-            tokenizer = aside.submit(read_tokenizer, file.metadata, self.config.n_vocab)
-            own = fastest() if options.kernels == "auto" else None
-            kind = architecture or ARCHITECTURES[self.config.architecture]
-            layout = kind.layout(self.config, file.tensors)
-            self._device, self.placement = place(file, self.config, layout, options, own)
-            stack.callback(self._device.close)
-            self.context, self.kv_type = astuple(self.placement.choice)
-            if planned:
-                planned(self.placement)
-            self._weights = Weights(self._device, file, layout, options, self.placement, progress)
-            stack.callback(self._weights.close)
-            self._store = KVStore(
-                self._device, self.config, options.slots, options.chunk, self.placement
-            )
-            stack.callback(self._store.close)
-            kv = KV(self._store)
-            self._program = Program(self._device, self.config, self._weights, kv, architecture)
-            stack.callback(self._program.close)
-            self._program.reserve()
-            self.tokenizer = tokenizer.result()
-            self.fingerprint = state.fingerprint(file, self.config, self._weights.first_bytes)
-            self._program.check()
-            self._start_engine(layout.required, stack.pop_all())
-        trim_memory()  # the tokenizer was made from much that is not needed any more
-
-    def _start_engine(self, shapes: Mapping[str, tuple[int, ...]], free: ExitStack) -> None:
-        """Have requests computed. ``free`` is closed with the engine, or if it does not start."""
-        with ExitStack() as stack:
-            stack.enter_context(free)
-            cells = self._cells = Cells(self._store, self.options.snapshots << 20)
-            self._engine = Engine(self._program, cells, self.options, self.context, free.close)
-            stack.callback(self._engine.close)
-            self.adapters = Adapters(
-                self._device, self.placement, self.config, shapes, self._engine,
-                self._program.discard,
-            )  # fmt: skip
-            free.callback(self.adapters.close)
-            self._close = weakref.finalize(self, self._engine.close)
-            stack.pop_all()
+    def __init__(self, parts: Parts, engine: Engine, adapters: Adapters) -> None:
+        """Only ``loading/build.py`` makes one. Closing the model closes ``engine``."""
+        self.name, self.options, self.config = parts.name, parts.options, parts.config
+        self.tokenizer, self.fingerprint = parts.tokenizer, parts.fingerprint
+        self.placement, self.adapters = parts.placement, adapters
+        self.context, self.kv_type = parts.placement.choice.context, parts.placement.choice.kv_type
+        self._parts, self._engine = parts, engine
+        self._inspector = Inspector(engine, parts.program, adapters)
+        self._close = weakref.finalize(self, engine.close)
 
     # -- text --------------------------------------------------------------------------------
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Ids of ``text``, with no BOS. ``special`` reads strings like ``<bos>`` as the tokens."""
+        """Ids of ``text``, without BOS. ``special`` makes strings like ``<bos>`` control tokens."""
         return self.tokenizer.encode(text, special)
 
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
         """Text of ``ids``; ``special`` shows control tokens.
 
-        Gemma 3's ``<start_of_image>`` is none: files have it as text, and so has llama.cpp.
+        The file's token types decide which tokens are control tokens. Gemma 3's
+        ``<start_of_image>`` is text there, as it is in llama.cpp.
         """
         return self.tokenizer.decode(integers("ids", ids), special)
 
@@ -149,9 +75,9 @@ class Model:
     ) -> Completion:
         """Complete a prompt: text, which gets one BOS, or ids, which are used as they are.
 
-        How tokens are picked say ``params``, or the fields of ``SamplingParams`` by name, or both:
-        then those given by name count. ``constraint`` and ``adapters`` are as in ``stream``.
-        Raises RequestError, OptionError, ContextError, UnknownAdapterError.
+        Pass sampling settings as ``params``, as keyword arguments, or both; keyword arguments
+        win. ``constraint`` and ``adapters`` are as in ``stream``. Raises RequestError,
+        OptionError, ContextError, UnknownAdapterError.
         """
         return self.stream(prompt, params, **sampling).completion()
 
@@ -165,12 +91,13 @@ class Model:
         after: Run | None = None,
         **sampling: Any,
     ) -> Run:
-        """As ``generate``, piece by piece, with ``for``, ``async for`` or ``await`` for the whole.
+        """As ``generate``, piece by piece: ``for`` or ``async for``, or ``await`` the whole answer.
 
-        It starts at once, or waits for a slot in the order of coming; ``after`` another run it has
-        the turn of that, however many wait. ``constraint`` bounds what may be said. ``adapters``
-        are names of loaded ones, or by name their scales (None for an adapter's own); it keeps the
-        versions of now. Raises QueueFullError, UnknownAdapterError, EngineError, ClosedError too.
+        It starts at once, or waits for a slot: first come, first served. ``after`` names a run to
+        wait for first; the queue is never too full then. ``constraint`` bounds the text.
+        ``adapters``: names of loaded adapters, or a dict of name to scale (None for the default).
+        The request keeps the versions that the names mean now. Raises as ``generate``, and
+        QueueFullError, EngineError, ClosedError.
         """
         chosen = sampling_params(sampling, params)
         return self.answer(Composed(prompt, chosen, constraint), adapters, after)
@@ -203,16 +130,15 @@ class Model:
     ) -> ChatCompletion | ChatRun:
         """Answer a conversation: ``[{"role": "user", "content": "..."}, ...]``.
 
-        The prompt is made by the file's own template. A base model has none: it gets lines that
-        begin with "User:" and "Assistant:". A last message that is an assistant's is continued:
-        the answer is the text after it.
+        The file's own template makes the prompt. A base model has none: it gets lines that begin
+        with "User:" and "Assistant:". If the last message is the assistant's, the answer
+        continues it.
 
-        ``params`` and ``options`` are those of ``stream``, and the fields of
-        ``gemloom.text.compose.ChatOptions``: tools and which may be called, the form of the answer,
-        thoughts, the template's variables. A ``stop`` acts on the text alone, not on thoughts and
-        calls. With ``stream`` the parts come as they are said: text, thoughts and tool calls.
-        Raises RequestError for messages or tools that the template does not take, and for options
-        that do not go together; ContextError.
+        ``params`` and ``options`` are those of ``stream``, plus the fields of
+        ``gemloom.text.compose.ChatOptions``: tools, tool choice, the form of the answer, thoughts,
+        the template's variables. ``stop`` acts on the text, not on thoughts or calls. ``stream``
+        gives text, thoughts and tool calls while the model writes them. Raises as ``stream``, and
+        RequestError if the template refuses messages or tools, or if options contradict.
         """
         asked, sampling = chat_options(options)
         adapters = sampling.pop("adapters", None)
@@ -224,9 +150,10 @@ class Model:
     def answer(
         self, composed: Composed, adapters: Named | None = None, after: Run | None = None
     ) -> Run:
-        """Start an answer that ``composer`` has prepared. Raises what ``stream`` raises.
+        """Start an answer that ``composer`` has prepared. Raises as ``stream``.
 
-        The pieces' text has the markup of thoughts and calls; ``composed.splitter`` reads it.
+        The text of its pieces contains the markup of thoughts and calls. ``composed.splitter``
+        reads that.
         """
         check_vocabulary(composed.params, self.config.n_vocab)
         ids = self._ids(composed.prompt)
@@ -240,7 +167,7 @@ class Model:
                 ids, params, self.tokenizer, inbox.put,
                 constraint=composed.constraint, stops=composed.stops, held=lease,
             )  # fmt: skip
-            run = Run(request, inbox, self._engine.cancel, self)  # so that none is left alone
+            run = Run(request, inbox, self._engine.cancel, self)  # a run keeps its model alive
             self._engine.submit(request, after.request if after else None)
         except BaseException:
             lease.release()
@@ -249,12 +176,12 @@ class Model:
 
     @cached_property
     def composer(self) -> Composer:
-        """Makes prompts and bounds of chats, for ``chat`` and the server alike."""
+        """Makes the prompts and bounds of chats, for ``chat`` and the server."""
         return Composer(self.tokenizer, lambda: self.grammars, self.config.n_vocab, self.context)
 
     @cached_property
     def grammars(self) -> Grammars:
-        """Makes constraints: of a JSON schema, a regex, a Lark grammar or tools."""
+        """Makes constraints from a JSON schema, a regex, a Lark grammar or tools."""
         from gemloom.text.constraint import Grammars  # llguidance takes a while to load
 
         return Grammars(self.tokenizer, self.config.n_vocab)
@@ -266,7 +193,7 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The prompt that ``chat`` makes of a conversation, as ids. Raises as ``chat``."""
+        """The ids of the prompt that ``chat`` makes from a conversation. Raises as ``chat``."""
         return self.composer.prompt(messages, tools, variables or {})
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
@@ -282,26 +209,15 @@ class Model:
     ) -> np.ndarray:
         """Logits after each of ``rows`` (positions in ``ids``): float32 [rows, n_vocab].
 
-        ``adapters`` as in ``stream``, here and in what follows.
+        ``adapters`` are as in ``stream``, here and in the methods below.
         """
-        ids = self._ids(ids)
-        named = {"all": list(range(len(ids))), "last": [len(ids) - 1]}
-        wanted = named.get(rows, []) if isinstance(rows, str) else integers("rows", rows)
-        chosen = sorted(set(wanted))
-        parts = list(self.logits_in_parts(ids, chosen, adapters))
-        order = {row: i for i, row in enumerate(chosen)}
-        return np.concatenate(parts)[[order[row] for row in wanted]]
+        return self._inspector.logits(self._ids(ids), rows, adapters)
 
     def logits_in_parts(
         self, ids: Sequence[int], rows: Sequence[int], adapters: Named | None = None
     ) -> Iterator[np.ndarray]:
-        """As ``logits``, for ascending ``rows``, some of them at a time: never over 64 MiB."""
-        ids = self._ids(ids)
-        if not rows or rows[0] < 0 or rows[-1] >= len(ids):
-            raise OptionError(f'rows must be "all", "last" or from 0 to {len(ids) - 1}')
-        for output in self._pass(ids, rows, adapters=adapters):
-            if len(output.logits):
-                yield output.logits
+        """As ``logits``, for ascending ``rows``, in several arrays of at most 64 MiB."""
+        yield from self._inspector.logits_in_parts(self._ids(ids), rows, adapters)
 
     def trace(
         self, ids: Sequence[int], taps: Sequence[str], adapters: Named | None = None
@@ -310,157 +226,96 @@ class Model:
 
         ``tap_names()`` lists the names. OptionError for an unknown one.
         """
-        names = self.tap_names()
-        for tap in taps:
-            if tap not in names:
-                near = ", ".join(get_close_matches(str(tap), names, 3))
-                raise OptionError(f"no intermediate is named {tap!r}; near: {near or 'none'}")
-        ids = self._ids(ids)
-        want = Want(taps=frozenset(taps))
-        parts = [out.tapped for out in self._pass(ids, range(len(ids)), want, adapters=adapters)]
-        return {tap: np.concatenate([part[tap] for part in parts]) for tap in taps}
+        return self._inspector.trace(self._ids(ids), taps, adapters)
 
     def tap_names(self) -> list[str]:
-        """Every intermediate that ``trace`` can give, in the order they are computed."""
-        return self._engine.call(self._program.names)
+        """Every intermediate that ``trace`` can give, in the order of computing."""
+        return self._inspector.tap_names()
 
     def embed(self, text: str | Sequence[int], adapters: Named | None = None) -> np.ndarray:
         """Mean of the last hidden states of a text or of ids, of length 1: float32 [n_embd]."""
-        ids = self._ids(text)
-        total = np.zeros(self.config.n_embd, np.float64)
-        want = Want("none", hidden=True)
-        for output in self._pass(ids, range(len(ids)), want, adapters=adapters):
-            assert output.hidden is not None
-            total += output.hidden.sum(axis=0)
-        return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
+        return self._inspector.embed(self._ids(text), adapters)
 
     def input_squares(self, ids: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
-        """Step by step what every matrix is multiplied with: squares, summed over a step's rows.
+        """For each step and each matrix, the squared inputs, summed over the step's rows.
 
-        By tensor name and ``SUMS``: float32 [1, k]. Of experts [n_expert, k], and by name and
-        ``IDS`` which of them each row met.
+        By tensor name and ``SUMS``: float32 [1, k]. Experts have [n_expert, k]; name and ``IDS``
+        then give the experts of each row.
         """
-        ids = self._ids(ids)
-        want = Want("none", taps=frozenset(name + SUMS for name in self._weights.matrices))
-        for output in self._pass(ids, range(len(ids)), want):
-            yield dict(output.tapped)
-
-    def _pass(
-        self,
-        ids: Sequence[int],
-        wanted: Sequence[int],
-        want: Want = ALL,
-        *,
-        adapters: Named | None = None,
-    ) -> Iterator[Output]:
-        """Run ids from nothing in a slot of its own, and give what each step has of ``want``.
-
-        ``wanted`` are rows, ascending. A step ends before its logits are over LOGITS_BYTES.
-        """
-        most = max(1, LOGITS_BYTES // 4 // self.config.n_vocab)
-        most = len(ids) if want.logits == "none" else most
-        with self.adapters.lease(adapters, ids) as active, self._held_slot() as slot:
-            while (start := len(slot.tokens)) < len(ids):
-                first, stop = bisect_left(wanted, start), start + self._engine.allowance
-                if first + most < len(wanted):
-                    stop = min(stop, wanted[first + most])
-                rows = [row - start for row in wanted[first : bisect_left(wanted, stop)]]
-                chunk = Chunk(slot.index, start, ids[start:stop], rows, active)
-                yield self._engine.call(partial(self._compute, slot, chunk, want))
-
-    def _compute(self, slot: Slot, chunk: Chunk, want: Want) -> Output:
-        output = self._program.run([chunk], want)
-        self._cells.extend(slot, chunk.tokens, marks(chunk.adapters))
-        return output
-
-    @contextmanager
-    def _held_slot(self) -> Iterator[Slot]:
-        slot = self._engine.hold()
-        try:
-            yield slot
-        except BaseException:
-            self._engine.release(slot, forget=True)  # what a failed step wrote is not reused
-            raise
-        else:
-            self._engine.release(slot)
+        yield from self._inspector.input_squares(self._ids(ids), self._parts.weights.matrices)
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds since it was loaded by phase of a step, as ``Program.times``."""
-        return dict(self._program.times)
+        """Seconds since loading, by phase of a step, as ``Program.times``."""
+        return dict(self._parts.program.times)
 
     @property
     def backends(self) -> list[str]:
-        """What it computes on, preferred first."""
-        return self._device.names
+        """The devices it computes on, preferred first."""
+        return self._parts.device.names
 
     @property
     def fallbacks(self) -> dict[str, int]:
-        """Operations of the last step that a device lacks, and how many ran on the CPU instead."""
-        return self._program.fallbacks
+        """Operations that the last step ran on the CPU because a device lacks them, with counts."""
+        return self._parts.program.fallbacks
 
     @property
     def threads(self) -> int:
-        """Threads it computes with."""
-        return self._device.threads
+        """How many threads compute."""
+        return self._parts.device.threads
 
     def memory(self) -> dict[str, int]:
-        """Bytes by kind; ``mapped`` are pages of the file, and of that of packed weights."""
+        """Bytes by kind. ``mapped`` are pages of the file and of the file of packed weights."""
+        weights, store = self._parts.weights, self._parts.store
         return {
-            "weights": self._weights.bytes,
-            "per_layer_table": self._weights.per_layer_bytes,
-            "kv_full": self._store.nbytes(Kind.FULL),
-            "kv_sliding": self._store.nbytes(Kind.SLIDING),
+            "weights": weights.bytes,
+            "per_layer_table": weights.per_layer_bytes,
+            "kv_full": store.nbytes(Kind.FULL),
+            "kv_sliding": store.nbytes(Kind.SLIDING),
             "adapters": self.adapters.nbytes,
-            "compute": self._device.compute_bytes,
-            "mapped": self._weights.bytes_mapped,
-            "copied": self._weights.bytes_copied,
-            "on_devices": self._weights.bytes_on_devices,
-            "repacked": self._weights.bytes_repacked,
-            "packed": self._weights.bytes_packed,
+            "compute": self._parts.device.compute_bytes,
+            "mapped": weights.bytes_mapped,
+            "copied": weights.bytes_copied,
+            "on_devices": weights.bytes_on_devices,
+            "repacked": weights.bytes_repacked,
+            "packed": weights.bytes_packed,
         }
 
     def stats(self) -> Stats:
-        """What is running and waiting, and counts since the model was loaded."""
+        """Running and waiting requests, and counts since loading."""
         return self._engine.stats()
 
     def reset(self) -> None:
-        """Forget what was computed: kept graphs, prefixes in the cells and snapshots of windows.
+        """Forget all results: kept graphs, prefixes in the cells and snapshots of windows.
 
-        For when the forward pass was changed under a loaded model. RequestError while requests run.
+        Use it after changing the forward pass of a loaded model. RequestError while requests run.
         """
-        self._engine.call(self._reset)
-
-    def _reset(self) -> None:
-        if self._cells.busy:
-            raise RequestError("requests are under way: a model is reset between them")
-        self._cells.forget()
-        self._program.forget()
+        self._engine.reset()
 
     # -- state -------------------------------------------------------------------------------
 
     def save_state(self) -> bytes:
         """The tokens and K/V of the request that ended last. RequestError if none is held."""
-        return self._engine.call(
-            lambda: state.save(self.fingerprint, self._cells, self._cells.latest())
-        )
+        cells = self._engine.cells
+        return self._engine.call(lambda: state.save(self.fingerprint, cells, cells.latest()))
 
     def load_state(self, data: bytes) -> int:
-        """Put saved state into a slot, where the next prompt that begins with it finds it.
+        """Put saved state into a slot. The next prompt that begins with its tokens reuses it.
 
-        Returns how many tokens it has. StateError, and nothing changed, if it is damaged or of
-        another model.
+        Returns its number of tokens. Damaged state, or that of another model, is a StateError
+        and changes nothing.
         """
-        saved = state.parse(self.fingerprint, self._cells, data)
-        with self._held_slot() as slot:
-            self._engine.call(lambda: self._cells.restore(slot, saved))
+        cells = self._engine.cells
+        saved = state.parse(self.fingerprint, cells, data)
+        with self._engine.held_slot() as slot:
+            self._engine.call(lambda: cells.restore(slot, saved))
         return len(saved.tokens)
 
     # -- end ---------------------------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
-        """Whether it has been closed."""
+        """Whether it is closed."""
         return not self._close.alive
 
     def __repr__(self) -> str:
@@ -469,7 +324,7 @@ class Model:
         return f"<gemloom.Model {self.name}: {kind}, {'closed' if self.closed else state}>"
 
     def close(self) -> None:
-        """Free everything. What is under way ends with ClosedError; a second call does nothing."""
+        """Free everything. Running requests end with ClosedError. A second call does nothing."""
         self._close()
 
     def __enter__(self) -> Self:

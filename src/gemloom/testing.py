@@ -1,4 +1,7 @@
-"""What tests may use of the inside: computing chunks of one's own, and stopping the engine."""
+"""The one door to the inside of a model, for tests and benchmarks.
+
+It gives a model's parts and its engine, computes chunks, and holds the engine between steps.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,24 @@ from contextlib import contextmanager
 
 from gemloom.compute.batch import Chunk
 from gemloom.compute.want import ALL, Output, Want
+from gemloom.engine.engine import Engine
+from gemloom.loading.parts import Parts
 from gemloom.model import Model
+
+
+def parts_of(model: Model) -> Parts:
+    """The parts of a model: its device, weights, store and program."""
+    return model._parts
+
+
+def engine_of(model: Model) -> Engine:
+    """The engine of a model."""
+    return model._engine
 
 
 def run(model: Model, chunks: Sequence[Chunk], want: Want = ALL) -> Output:
     """Compute chunks as one step, in the engine's thread, whatever the slots hold."""
-    return model._engine.call(lambda: model._program.run(chunks, want))
+    return engine_of(model).call(lambda: parts_of(model).program.run(chunks, want))
 
 
 @contextmanager
@@ -23,7 +38,7 @@ def paced(model: Model, steps: int = 0) -> Iterator[threading.Semaphore]:
     When the block ends it goes on freely. So what happens in the block does not depend on which
     thread is the quicker.
     """
-    engine, allowed = model._engine, threading.Semaphore(steps)
+    engine, allowed = engine_of(model), threading.Semaphore(steps)
     step = engine.step
 
     def when_allowed() -> None:

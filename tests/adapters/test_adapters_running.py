@@ -29,6 +29,7 @@ from gemloom.errors import (
 )
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
+from gemloom.testing import engine_of
 from random_lora import merged, random_lora
 
 FEW = 6  # tokens
@@ -48,7 +49,7 @@ def greedy(model: gemloom.Model, n: int) -> dict[str, Any]:
 
 def memory(model: gemloom.Model) -> int:
     """Of adapters, when all that was given up is freed."""
-    model._engine.call(lambda: None)
+    engine_of(model).call(lambda: None)
     return model.memory()["adapters"]
 
 
@@ -120,7 +121,7 @@ def test_unloading_waits_for_nobody(load: Load) -> None:
         with pytest.raises(UnknownAdapterError, match="loaded: none"):
             model.stream(prompt(3), adapters={"a": 1})
         there: list[int] = []  # after what unloading wanted done between two steps
-        model._engine.post(lambda: there.append(model.memory()["adapters"]))
+        engine_of(model).post(lambda: there.append(model.memory()["adapters"]))
         allowed.release()
         first.append(next(run).token)
         assert there[0] > 0

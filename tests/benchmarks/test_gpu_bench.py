@@ -23,6 +23,7 @@ import cpu_devices
 import gemloom
 import tiny
 from gemloom.errors import DeviceError
+from gemloom.testing import parts_of
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -185,8 +186,8 @@ def test_a_window_of_one_cell_more_is_no_rounding(monkeypatch: pytest.MonkeyPatc
     @contextmanager
     def wider(source: Any, device: str, kernels: str, job: Any) -> Iterator[gemloom.Model]:
         with loaded(source, device, kernels, job) as model:
-            shape = model._store.shape
-            model._store.shape = replace(shape, window=shape.window + (kernels == "auto"))
+            shape = parts_of(model).store.shape
+            parts_of(model).store.shape = replace(shape, window=shape.window + (kernels == "auto"))
             yield model
 
     monkeypatch.setattr(gpu_parity, "_loaded", wider)

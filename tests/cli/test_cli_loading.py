@@ -18,7 +18,7 @@ from gemloom.cli.load import open_model
 from gemloom.cli.options import LoadOptions
 from gemloom.cli.progress import bar
 from gemloom.files import gguf, source
-from gemloom.model import Model
+from gemloom.loading.build import build_model
 from gemloom.options import Options
 from gemloom.text.tokenizer import Tokenizer
 from gemloom.weights.copying import Filling
@@ -46,7 +46,7 @@ def test_ctrl_c_is_heard_between_two_tensors(model: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Filling, "_use", use)
     file, options = gguf.read(source.resolve(model)), Options(threads=2, mmap=False, context=64)
     with pytest.raises(KeyboardInterrupt):
-        Model(file, options, interrupt)
+        build_model(file, options, progress=interrupt)
     assert len(used) < 5 < 50 < len(tiny.tensors(tiny.VARIANTS["e2b"]))
     assert [thread for thread in threading.enumerate() if "Pool" in thread.name] == []
 
@@ -58,7 +58,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
         time.sleep(seconds)
         return Tokenizer(metadata, rows)
 
-    monkeypatch.setattr("gemloom.model.read_tokenizer", read)
+    monkeypatch.setattr("gemloom.loading.build.read_tokenizer", read)
 
 
 @pytest.mark.parametrize("seen", [True, False])

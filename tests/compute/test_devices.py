@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import ggml
 import numpy as np
 import pytest
 
 import cpu_devices
 import gemloom
-import ggml
 import tiny
 from conftest import Load, prompt
 from device_checks import BOUND, Checks, copied, run
@@ -25,8 +25,9 @@ from gemloom.ggml import backends
 from gemloom.ggml import multi_device as spreading
 from gemloom.ggml import node_devices as pinning
 from gemloom.ggml.backends import DeviceInfo, Found
-from gemloom.model import Model
+from gemloom.loading.build import build_model
 from gemloom.options import Options
+from gemloom.testing import parts_of
 from gemloom.tools import bench
 from random_lora import random_lora
 
@@ -191,13 +192,13 @@ def test_the_plan_comes_before_the_model(load: Load) -> None:
     plans: list[Placement] = []
     file = gguf.read(resolve(tiny.gguf_bytes(tiny.VARIANTS["e2b"])))
     options = Options(device="cpu0", gpu_layers=4, context=512, threads=1, slots=2)
-    with Model(file, options, planned=plans.append) as model:
+    with build_model(file, options, planned=plans.append) as model:
         memory, (plan,) = model.memory(), plans
         device, host = plan.table
         assert (device.layers, host.layers) == (4, 6)
         assert device.kv + host.kv == memory["kv_full"] + memory["kv_sliding"]
         assert 0 <= memory["on_devices"] - device.weights < 8192  # aligned
-        assert device.compute >= max(model._device.compute_sizes())
+        assert device.compute >= max(parts_of(model).device.compute_sizes())
 
 
 @pytest.mark.parametrize("variant", sorted(tiny.VARIANTS))
@@ -212,8 +213,8 @@ def test_intermediate_results_take_what_was_planned(
             options = {"chunk": chunk, "slots": slots, "context": context, "gpu_layers": layers}
             model = load(variant, device="own0", **options)
             planned = [use.compute for use in model.placement.table]
-            taken = model._device.compute_sizes()
-            taken[0] += model._device.rooms[0].nbytes
+            taken = parts_of(model).device.compute_sizes()
+            taken[0] += parts_of(model).device.rooms[0].nbytes
             assert all(t <= p for t, p in zip(taken, planned, strict=True)), options
             assert planned[1] <= 2 * taken[1], options
             assert layers < n or planned[0] <= 2 * taken[0], options  # half may have few rows

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ggml
 import pytest
 
 import cpu_devices
 import gemloom
-import ggml
 import tiny
 from conftest import Load, endless, prompt
 from cpu_devices import Faults
@@ -20,6 +20,7 @@ from gemloom.errors import EngineError, OutOfMemoryError
 from gemloom.ggml import device
 from gemloom.server import recovery
 from gemloom.server.adapters import AdapterFile
+from gemloom.testing import parts_of
 from http_serving import events, http, serving, until
 from random_lora import random_lora
 
@@ -68,7 +69,7 @@ def test_a_step_without_memory_ends_its_requests_and_no_others(load: Load, own0:
     model = load("e2b", device="own0", slots=2, chunk=32)
     model.adapters.load("all", random_lora(model))
     wanted = model.generate(prompt(30), **GREEDY).tokens
-    own0.most = model._device.compute_sizes()[0]
+    own0.most = parts_of(model).device.compute_sizes()[0]
     for _ in range(2):
         with pytest.raises(OutOfMemoryError, match="on own0 for intermediate results") as told:
             model.generate(prompt(30), **GREEDY, adapters={"all": None})
@@ -90,24 +91,24 @@ def test_a_step_without_memory_ends_its_requests_and_no_others(load: Load, own0:
 @pytest.mark.usefixtures("own0")
 def test_plain_steps_take_no_more_than_was_reserved(load: Load) -> None:
     model = load("26b", device="own0", slots=3, chunk=32)
-    reserved = model._device.compute_sizes()
+    reserved = parts_of(model).device.compute_sizes()
     runs = [model.stream(prompt(n), **GREEDY) for n in (200, 31, 5, 90)]
     assert all(run.completion().tokens for run in runs)
-    assert model._device.compute_sizes() == reserved
+    assert parts_of(model).device.compute_sizes() == reserved
 
 
 def test_no_memory_for_a_context_shift_ends_that_request(
     load: Load, own0: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load("e2b", device="own0", slots=2, context=64, keep=4, chunk=8)
-    shift = model._program.shift
+    shift = parts_of(model).program.shift
 
     def refused(slot: int, *args: Any) -> None:
         own0.most = 0 if slot == 0 else 1 << 60
-        model._device._empty()
+        parts_of(model).device._empty()
         shift(slot, *args)
 
-    monkeypatch.setattr(model._program, "shift", refused)
+    monkeypatch.setattr(parts_of(model).program, "shift", refused)
     runs = [model.stream(prompt(40), max_tokens=60, **endless(model)) for _ in range(2)]
     with pytest.raises(OutOfMemoryError):
         list(runs[0])
@@ -136,7 +137,7 @@ def test_over_http(load: Load, own0: Faults, tmp_path: Path) -> None:
     write_gguf(random_lora(model), "gemma4", tmp_path / "all.gguf")
     adapters = {"all": AdapterFile(tmp_path / "all.gguf")}
     with serving(model, adapters=adapters) as url, http(url) as client:
-        own0.most = model._device.compute_sizes()[0]
+        own0.most = parts_of(model).device.compute_sizes()[0]
         told = client.post("/v1/completions", json=ASKED | {"model": "tiny:all"})
         assert told.status_code == 507, told.text
         assert told.json()["error"]["code"] == "out_of_memory"
@@ -169,7 +170,7 @@ def test_a_device_that_fails_in_the_middle_ends_all_requests(
 def test_the_cpu_that_fails_is_not_a_device_to_come_back(load: Load) -> None:
     faults = Faults()
     model = load("e2b", device="cpu")
-    faults.fail(model._device.backends[-1])
+    faults.fail(parts_of(model).device.backends[-1])
     faults.computes = 3
     with pytest.raises(EngineError, match=r"the CPU failed to compute: .*be loaded again"):
         model.generate(prompt(5), max_tokens=9, **endless(model))

@@ -9,13 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import ggml
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
 import cpu_devices
 import gemloom
-import ggml
 import tiny
 from conftest import Load, prompt
 from device_checks import Bound, Checks, call, run
@@ -28,6 +28,7 @@ from gemloom.files import gguf
 from gemloom.files.source import resolve
 from gemloom.kernels.library import supported
 from gemloom.options import Options
+from gemloom.testing import parts_of
 from random_lora import random_lora
 from worker_processes import needs_rpc, worker
 
@@ -122,7 +123,7 @@ def test_ggmls_repacked_weights_stay_with_their_layers(load: Load, variant: str)
 
 def nodes(model: gemloom.Model) -> Iterator[tuple[str, int, str]]:
     """Of the graph that is kept: name, operation and backend of what computes each named node."""
-    graph, device = model._program._last.graph, model._device
+    graph, device = parts_of(model).program._last.graph, parts_of(model).device
     for i in range(ggml.ggml_graph_n_nodes(graph._graph)):
         node = ggml.ggml_graph_node(graph._graph, i)
         name = node.contents.name.decode()
@@ -229,7 +230,7 @@ def test_a_type_that_a_device_lacks(
     assert found["blk.0.attn_norm"] == [ggml.GGML_OP_MUL, 0]
     assert bool(model.memory()["packed"]) == ours
     assert set(model.fallbacks) <= {"mul_mat", "mul_mat_id"}
-    assert not model._program.ranks  # the logits are on the CPU
+    assert not parts_of(model).program.ranks  # the logits are on the CPU
 
 
 def test_the_plan_tells_which_these_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from gemloom.errors import (
 )
 from gemloom.ggml.graph import Graph
 from gemloom.models.config import LayerSpec
+from gemloom.testing import engine_of, parts_of
 from tiny import VARIANTS
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -225,9 +226,9 @@ def test_context_shift_turns_every_key_back(load: Load, variant: str) -> None:
     keep, drop, n = 4, 20, 60
     model = load(variant, chunk=64)
     run(model, Chunk(0, 0, prompt(n)))
-    before = [np.frombuffer(part, np.float32).copy() for part in model._store.export(0, n)]
-    model._program.shift(0, keep, drop, n)
-    after = [np.frombuffer(part, np.float32) for part in model._store.export(0, n)]
+    before = [np.frombuffer(part, np.float32).copy() for part in parts_of(model).store.export(0, n)]
+    parts_of(model).program.shift(0, keep, drop, n)
+    after = [np.frombuffer(part, np.float32) for part in parts_of(model).store.export(0, n)]
     specs = [spec for spec in model.config.layers if spec.owns_kv]
     for spec, k, v, new_k, new_v in zip(
         specs, before[::2], before[1::2], after[::2], after[1::2], strict=True
@@ -246,7 +247,7 @@ def turned(model: gemloom.Model, spec: LayerSpec, k: np.ndarray, by: int) -> np.
     rope, half = spec.rope, spec.rope.n_dims // 2
     angle = by * rope.scale * rope.base ** (-2 * np.arange(half) / rope.n_dims)
     if rope.factors:
-        angle = angle / model._weights["rope_freqs.weight"].numpy()
+        angle = angle / parts_of(model).weights["rope_freqs.weight"].numpy()
     a, b = k[..., :half], k[..., half : 2 * half]
     turned_a = a * np.cos(angle) - b * np.sin(angle)
     return np.concatenate([turned_a, a * np.sin(angle) + b * np.cos(angle), k[..., 2 * half :]], -1)
@@ -344,7 +345,7 @@ def test_closing_in_the_middle_of_a_step(load: Load, monkeypatch: pytest.MonkeyP
 def test_models_nobody_holds_are_freed() -> None:
     data = tiny.gguf_bytes(VARIANTS["e2b"])
     model = gemloom.load(data, context=64, threads=1)
-    engine = weakref.ref(model._engine)
+    engine = weakref.ref(engine_of(model))
     model.generate([2], max_tokens=1)
     del model
     gc.collect()

@@ -13,6 +13,7 @@ from gemloom import testing
 from gemloom.compute.batch import Chunk
 from gemloom.compute.want import Want
 from gemloom.errors import OptionError
+from gemloom.testing import parts_of
 from random_lora import random_lora
 
 IDS = prompt(40)
@@ -25,8 +26,9 @@ STEPS = [  # slot, first, stop: shapes that come back, a larger one between them
 def built(model: gemloom.Model, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The keys of the graphs that are built from now on."""
     keys: list[Any] = []
-    build = model._program._build
-    monkeypatch.setattr(model._program, "_build", lambda key: keys.append(key) or build(key))
+    program = parts_of(model).program
+    build = program._build
+    monkeypatch.setattr(program, "_build", lambda key: keys.append(key) or build(key))
     return keys
 
 
@@ -47,10 +49,10 @@ def test_the_same_bits_as_with_one_graph(
     with monkeypatch.context() as patch:
         patch.setattr("gemloom.compute.program.GRAPH_BYTES", 0)
         wanted = logits(one)
-    assert len(one._program._plans) == 1
+    assert len(parts_of(one).program._plans) == 1
     for ours, reference in zip(logits(several), wanted, strict=True):
         assert np.array_equal(ours, reference)
-    assert len(several._program._plans) > 2
+    assert len(parts_of(several).program._plans) > 2
 
 
 def test_a_shape_is_built_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,24 +67,24 @@ def test_a_shape_is_built_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> N
 def test_they_are_bounded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("e2b", slots=3, chunk=64)
     logits(model, [(0, 0, 8)])
-    most = 3 * model._program.graph_bytes
+    most = 3 * parts_of(model).program.graph_bytes
     monkeypatch.setattr("gemloom.compute.program.GRAPH_BYTES", most)
     for rows in range(1, 12):
         logits(model, [(0, 0, rows)])
-        assert model._program.graph_bytes <= most
-    assert 1 < len(model._program._plans) < 11
+        assert parts_of(model).program.graph_bytes <= most
+    assert 1 < len(parts_of(model).program._plans) < 11
 
 
 def test_an_unloaded_adapter_takes_its_graphs_along(load: Load) -> None:
     model = load("e2b")
     model.adapters.load("a", random_lora(model))
     model.generate(IDS, max_tokens=2, adapters=["a"])
-    with_adapter = len(model._program._plans)
+    with_adapter = len(parts_of(model).program._plans)
     model.generate(IDS, max_tokens=2)
     model.adapters.unload("a")
     model.generate(IDS, max_tokens=2)
-    assert all(not key.adapters for key in model._program._plans)
-    assert 0 < len(model._program._plans) < 2 * with_adapter + 1
+    assert all(not key.adapters for key in parts_of(model).program._plans)
+    assert 0 < len(parts_of(model).program._plans) < 2 * with_adapter + 1
 
 
 @pytest.mark.parametrize("variant", ["e2b", "26b"])
@@ -93,7 +95,7 @@ def test_a_graph_gets_room_for_its_nodes(
     wanted = logits(load(variant, slots=3, chunk=64))
     monkeypatch.setattr("gemloom.compute.program.FEW_NODES", 16)
     model = load(variant, slots=3, chunk=64)
-    assert model._program._nodes > 16
+    assert parts_of(model).program._nodes > 16
     for ours, reference in zip(logits(model), wanted, strict=True):
         assert np.array_equal(ours, reference)
     names = model.tap_names()

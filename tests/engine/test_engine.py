@@ -19,6 +19,7 @@ from conftest import Load, endless, paced, prompt, until
 from gemloom.compute.batch import Batch
 from gemloom.errors import EngineError, GemloomError, OutOfMemoryError, QueueFullError
 from gemloom.ggml.graph import Graph
+from gemloom.testing import engine_of, parts_of
 from tiny import VARIANTS
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -31,9 +32,10 @@ def idle(model: gemloom.Model) -> None:
 
 def watch_batches(model: gemloom.Model, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     batches: list[Batch] = []
-    run = model._program.run
+    program = parts_of(model).program
+    run = program.run
     monkeypatch.setattr(
-        model._program, "run", lambda batch, *a, **k: batches.append(batch) or run(batch, *a, **k)
+        program, "run", lambda batch, *a, **k: batches.append(batch) or run(batch, *a, **k)
     )
     return batches
 
@@ -247,7 +249,7 @@ def test_what_escapes_from_the_loop_ends_everything_too(
 ) -> None:
     """A bug of ours outside of any step: nobody waits for ever, and health knows."""
     model = load(slots=1)
-    engine, freed = model._engine, threading.Event()
+    engine, freed = engine_of(model), threading.Event()
     free, right = engine._free, getattr(engine, where)
     runs = [model.stream(prompt(5, seed=i), max_tokens=200, **endless(model)) for i in range(3)]
     next(runs[0])
@@ -259,7 +261,7 @@ def test_what_escapes_from_the_loop_ends_everything_too(
     monkeypatch.setattr(engine, "_free", lambda: (free(), freed.set()))
     monkeypatch.setattr(engine, where, fail_once)
     if where == "_end_all":
-        monkeypatch.setattr(model._store, "mark", None)  # which fails a step
+        monkeypatch.setattr(parts_of(model).store, "mark", None)  # which fails a step
     for run in runs:
         with pytest.raises(EngineError, match="a bug"):
             list(run)
@@ -309,16 +311,16 @@ def test_no_memory_beside_a_grammar_that_fails_ends_two_requests_and_no_engine(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(slots=2)
-    run = model._program.run
+    run = parts_of(model).program.run
 
     def full(*args: Any) -> Any:
-        monkeypatch.setattr(model._program, "run", run)
+        monkeypatch.setattr(parts_of(model).program, "run", run)
         raise OutOfMemoryError("no memory on cpu")
 
     with paced(model):
         fails = model.stream(prompt(5), constraint=Broken(BrokenPipeError("no mask")))
         well = model.stream(prompt(6), max_tokens=4)
-        monkeypatch.setattr(model._program, "run", full)
+        monkeypatch.setattr(parts_of(model).program, "run", full)
     with pytest.raises(GemloomError, match="no mask"):
         fails.completion()
     with pytest.raises(OutOfMemoryError, match="no memory on cpu"):
@@ -452,7 +454,7 @@ def test_a_request_that_cannot_be_admitted_ends(
     def fail(*request: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(model._cells, "acquire", fail)
+    monkeypatch.setattr(engine_of(model).cells, "acquire", fail)
     with pytest.raises(EngineError, match="MemoryError"):
         model.generate(prompt(5))
     with pytest.raises(EngineError):

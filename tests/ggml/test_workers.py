@@ -11,11 +11,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import ggml
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-import ggml
 import tiny
 from command_line import ENVIRONMENT, call, fine, write
 from conftest import Load, endless, prompt
@@ -29,6 +29,7 @@ from gemloom.files.source import resolve
 from gemloom.ggml import relay, rpc
 from gemloom.ggml.graph import F32, Graph
 from gemloom.options import Options
+from gemloom.testing import parts_of
 from random_lora import random_lora
 from worker_processes import Worker, needs_rpc, worker
 
@@ -138,13 +139,13 @@ def test_signals_wait_while_doctor_asks_a_worker(
 def test_what_a_cpu_lacks_is_known_of_a_worker_too(load: Load, pair: tuple[Worker, Worker]) -> None:
     """ggml says that workers can do everything; they end at what they cannot."""
     model = load("e2b", device=pair[0].device, threads=1)
-    assert model._program.ranks
-    with closing(Graph(model._device, 8)) as g:
+    assert parts_of(model).program.ranks
+    with closing(Graph(parts_of(model).device, 8)) as g:
         x = g.input("x", F32, 256)
         for kind, can in ((GGMLQuantizationType.Q4_K, True), (GGMLQuantizationType.IQ2_XS, False)):
             copy = ggml.ggml_cpy(g._context, x.pointer, g.input("y", kind, 256).pointer)
-            assert model._device.supports(0, copy) is can
-            assert ggml.ggml_backend_dev_supports_op(model._device.found[0].pointer, copy)
+            assert parts_of(model).device.supports(0, copy) is can
+            assert ggml.ggml_backend_dev_supports_op(parts_of(model).device.found[0].pointer, copy)
 
 
 @needs_rpc
@@ -152,8 +153,8 @@ def test_a_device_of_which_nothing_is_known_gets_no_more_than_it_must(load: Load
     with closing(FakeWorker()) as fake:  # its addresses are not a CPU's
         model = load("e2b", device=f"rpc:127.0.0.1:{fake.port}")
         assert set(model.placement.layers) == {0}
-        assert not model._device.knows(0)
-        assert not model._program.ranks
+        assert not parts_of(model).device.knows(0)
+        assert not parts_of(model).program.ranks
 
 
 @needs_rpc

@@ -24,8 +24,10 @@ from gemloom.adapters.gguf_lora import write_gguf
 from gemloom.errors import ClosedError, DeviceError, EngineError, LostError, OutOfMemoryError
 from gemloom.ggml import relay
 from gemloom.ggml.wire import Command
+from gemloom.loading import build
 from gemloom.server import recovery
 from gemloom.server.adapters import AdapterFile
+from gemloom.testing import parts_of
 from http_serving import events, http, serving, until
 from random_lora import random_lora
 from worker_processes import Worker, needs_rpc, worker
@@ -102,14 +104,14 @@ def test_what_was_read_of_a_lost_worker_is_no_result(
     """State is read from cells: of a worker that dies meanwhile they are all zeros."""
     model = load("e2b", device=[w.device for w in pair], threads=1)
     model.generate(prompt(5), max_tokens=3)
-    read = model._store.export
+    read = parts_of(model).store.export
 
     def dying(*args: Any) -> Any:
         pair[1].process.kill()
         pair[1].process.wait()
         return read(*args)
 
-    monkeypatch.setattr(model._store, "export", dying)
+    monkeypatch.setattr(parts_of(model).store, "export", dying)
     with pytest.raises((LostError, EngineError), match="was lost"):
         model.save_state()
 
@@ -117,14 +119,14 @@ def test_what_was_read_of_a_lost_worker_is_no_result(
 def test_a_worker_lost_while_loading(
     load: Load, pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = gemloom.model.KVStore
+    made = build.KVStore
 
     def dying(*args: Any) -> Any:
         pair[1].process.kill()
         pair[1].process.wait()
         return made(*args)
 
-    monkeypatch.setattr(gemloom.model, "KVStore", dying)
+    monkeypatch.setattr(build, "KVStore", dying)
     with nothing_left(), pytest.raises(LostError, match=f"worker {pair[1].device[4:]} was lost"):
         load("e2b", device=[w.device for w in pair], threads=1)
 
@@ -152,7 +154,7 @@ def test_an_adapter_loaded_while_a_worker_is_lost_goes_with_the_model(
         loaded = made(*args)
         pair[1].process.kill()
         pair[1].process.wait()
-        until(lambda: any(worker._relay.lost for worker in model._device._workers))
+        until(lambda: any(worker._relay.lost for worker in parts_of(model).device._workers))
         return loaded
 
     monkeypatch.setattr(registry, "Loaded", dying)
@@ -170,7 +172,7 @@ def test_a_model_that_cannot_start_lets_its_workers_go(
     def fail(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(gemloom.model, part, fail)
+    monkeypatch.setattr(build, part, fail)
     with nothing_left(), pytest.raises(RuntimeError, match="new thread"):
         load("e2b", device=survivor.device, threads=1)
 
@@ -245,7 +247,7 @@ def test_whatever_a_device_is_not_well_of_ends_all_requests(
     def unwell() -> None:
         raise DeviceError("it is not well")
 
-    monkeypatch.setattr(model._device, "check", unwell)
+    monkeypatch.setattr(parts_of(model).device, "check", unwell)
     for run in runs:
         with pytest.raises(EngineError, match="the engine stopped: it is not well"):
             list(run)
@@ -382,7 +384,7 @@ def test_other_failures_are_not_cured_by_loading_again(
         raise RuntimeError("boom")
 
     with serving(model, load=again) as url, http(url) as client:
-        monkeypatch.setattr(model._program, "run", fail)
+        monkeypatch.setattr(parts_of(model).program, "run", fail)
         assert client.post("/v1/completions", json=ASKED).status_code == 503
         assert not tried.wait(0.3)
         message = client.get("/health").json()["error"]["message"]

@@ -27,7 +27,7 @@ from gemloom.files import gguf, source
 from gemloom.kernels import packed_file
 from gemloom.kernels.library import supported
 from gemloom.kernels.packing import PackingPlan
-from gemloom.model import Model
+from gemloom.loading.build import build_model
 from gemloom.options import Options
 from tiny import VARIANTS
 
@@ -148,7 +148,7 @@ def test_a_package_without_kernels_takes_no_notice(
 ) -> None:
     model = kept.with_suffix("")
     expected = logits(model, kernels="ggml")
-    monkeypatch.setattr("gemloom.model.fastest", lambda: None)
+    monkeypatch.setattr("gemloom.loading.build.fastest", lambda: None)
     for packed in ("auto", "keep"):
         assert np.array_equal(logits(model, packed=packed), expected)
 
@@ -420,7 +420,9 @@ def test_progress_goes_up_to_the_end(model: Path, packed: str) -> None:
     told: list[tuple[int, int]] = []
     options = Options(context=64, threads=1, packed=packed)
     file = gguf.read(source.resolve(model))
-    with Model(file, options, lambda done, total: told.append((done, total))) as loaded:
+    with build_model(
+        file, options, progress=lambda done, total: told.append((done, total))
+    ) as loaded:
         packed_bytes = loaded.memory()["packed"]
     assert told == sorted(told)
     assert told[-1][0] == told[-1][1] == packed_bytes

@@ -20,6 +20,7 @@ from gemloom.sampling import candidates
 from gemloom.sampling import params as sampling
 from gemloom.sampling.candidates import Candidates
 from gemloom.sampling.params import History, SamplingParams
+from gemloom.testing import parts_of
 
 VOCAB = 96
 FEW = 12  # candidates in these tests
@@ -175,7 +176,7 @@ def ranking(load: Load, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def of(variant: str, **options: Any) -> tuple[gemloom.Model, list[int]]:
         model, read = load(variant, threads=1, **options), []
-        runner = model._program
+        runner = parts_of(model).program
         whole = runner._read
         monkeypatch.setattr(
             runner, "_read", lambda logits, row=None: read.append(row) or whole(logits, row)
@@ -245,8 +246,8 @@ def test_a_device_ranks_as_the_host_does(load: Load) -> None:
     done = []
     for ranks in (True, False):
         if ranks:
-            assert model._program.ranks
-        model._program.ranks = ranks
+            assert parts_of(model).program.ranks
+        parts_of(model).program.ranks = ranks
         runs = [
             model.stream(prompt(9 + 5 * i, seed=i), seed=i, max_tokens=12, **kind)
             for i, kind in enumerate(KINDS)

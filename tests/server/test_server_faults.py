@@ -20,6 +20,7 @@ from conftest import Load, paced, until
 from gemloom.server import streams
 from gemloom.server.app import create_app
 from gemloom.server.service import Settings
+from gemloom.testing import parts_of
 from http_serving import cancelled, endless, events, serving
 from http_serving import http as connect
 
@@ -332,14 +333,14 @@ def test_a_queue_that_is_full(load: Load) -> None:
 def test_a_fault_reaches_everyone(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("e2b", slots=2)
     body = {"prompt": "a", "logit_bias": endless(model), "stream": True}
-    failing = False
+    failing, real = False, parts_of(model).program.run
 
-    def run(*args: Any, real: Any = model._program.run, **options: Any) -> Any:
+    def run(*args: Any, **options: Any) -> Any:
         if failing:
             raise MemoryError("no memory left")
         return real(*args, **options)
 
-    monkeypatch.setattr(model._program, "run", run)
+    monkeypatch.setattr(parts_of(model).program, "run", run)
     with serving(model) as url, connect(url) as client:
         with (
             paced(model) as allowed,

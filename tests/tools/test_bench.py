@@ -13,6 +13,7 @@ from conftest import Load
 from gemloom.cli.bench import tables
 from gemloom.cli.terminal import render
 from gemloom.errors import OptionError
+from gemloom.testing import parts_of
 from gemloom.tools import bench
 
 
@@ -67,9 +68,10 @@ def test_prompts_are_cold_and_depths_are_filled(
 ) -> None:
     """Rows computed, not rows asked for: a second benchmark of the same finds nothing cached."""
     rows: list[int] = []
-    compute = model._program.run
+    program = parts_of(model).program
+    compute = program.run
     monkeypatch.setattr(
-        model._program, "run", lambda b, *a: rows.append(len(b[0].tokens)) or compute(b, *a)
+        program, "run", lambda b, *a: rows.append(len(b[0].tokens)) or compute(b, *a)
     )
     cold = [16, 16, 8]
     for _ in range(2):

@@ -13,7 +13,7 @@ import gemloom
 import oracle
 import tiny
 from conftest import Load
-from gemloom import model as model_module
+from gemloom.engine import inspector
 from gemloom.errors import ContextError, OptionError, RequestError, TensorError
 from gemloom.tools.quantization.perplexity import (
     Comparison,
@@ -151,7 +151,7 @@ def test_few_logits_at_a_time(load: Load, monkeypatch: pytest.MonkeyPatch) -> No
     """However few fit into memory, the figures are the same; no part has more rows than fit."""
     model = load(threads=1)
     whole = perplexity(model, TEXT, CUT)
-    monkeypatch.setattr(model_module, "LOGITS_BYTES", 3 * 4 * model.config.n_vocab)
+    monkeypatch.setattr(inspector, "LOGITS_BYTES", 3 * 4 * model.config.n_vocab)
     ids = read_tokens(model.tokenizer, TEXT)[:50]
     parts = list(model.logits_in_parts(ids, [0, 1, 2, 3, 30, 48, 49]))
     assert [len(part) for part in parts] == [3, 3, 1]

@@ -15,7 +15,7 @@ from conftest import Load, prompt
 from gemloom.errors import FormatError, TensorError
 from gemloom.files import gguf
 from gemloom.files.blob import Blob
-from gemloom.model import Model
+from gemloom.loading.build import build_model
 from gemloom.options import Options
 from tiny import VARIANTS
 
@@ -103,7 +103,7 @@ def test_types_that_no_kernel_reads(kind: str, name: str, monkeypatch: pytest.Mo
     tensors[name] = replace(tensors[name], type=GGMLQuantizationType[kind])
     broken = replace(file, tensors=tensors)
     with pytest.raises(TensorError, match=f"{name} is of type {kind}"):
-        Model(broken, Options())
+        build_model(broken, Options())
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def summary(path: str, info: "AdapterInfo") -> str:
 def open_model(name: str, load: LoadOptions) -> "Model":
     """The model, with a bar if it takes long: of the bytes that come, or of what is packed."""
     from gemloom.files import gguf, source
-    from gemloom.model import Model
+    from gemloom.loading.build import build_model
     from gemloom.options import Options
 
     options = Options(**load.given())  # wrong ones are told before a file is fetched
@@ -107,9 +107,9 @@ def open_model(name: str, load: LoadOptions) -> "Model":
 
     if (coming := _coming(file)) is not None:
         with stoppable(), coming:
-            return Model(file, options, planned=planned)
+            return build_model(file, options, planned=planned)
     with progress(_loading(file), then=_THEN) as show, stoppable():
-        return Model(file, options, show, planned)
+        return build_model(file, options, progress=show, planned=planned)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import os
 import threading
 from collections import abc, deque
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from gemloom.errors import (
     GemloomError,
     LostError,
     QueueFullError,
+    RequestError,
 )
 from gemloom.options import Options
 from gemloom.system.signals import undisturbed
@@ -149,6 +150,18 @@ class Engine:
                 self.release(future.result())
             raise
 
+    @contextmanager
+    def held_slot(self) -> abc.Iterator[Slot]:
+        """``hold`` for a ``with`` block. After an error nobody reuses what the slot holds."""
+        slot = self.hold()
+        try:
+            yield slot
+        except BaseException:
+            self.release(slot, forget=True)  # a failed step may have written anything
+            raise
+        else:
+            self.release(slot)
+
     @property
     def allowance(self) -> int:
         """Rows that a ``call`` may compute at once: fewer where requests wait for their turn."""
@@ -157,6 +170,16 @@ class Engine:
     def release(self, slot: Slot, *, forget: bool = False) -> None:
         """Give back a slot that ``hold`` gave, after the step under way. Never waits."""
         self.post(partial(self.cells.release, slot, forget=forget))
+
+    def reset(self) -> None:
+        """Forget all results: kept graphs, prefixes and snapshots. RequestError if any runs."""
+        self.call(self._reset)
+
+    def _reset(self) -> None:
+        if self.cells.busy:
+            raise RequestError("requests are under way: a model is reset between them")
+        self.cells.forget()
+        self._program.forget()
 
     def stats(self) -> Stats:
         """Numbers of this moment."""

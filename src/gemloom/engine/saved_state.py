@@ -8,30 +8,16 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
-from hashlib import sha256
 
 import numpy as np
 
 from gemloom.compute.cells import Cells, Saved
 from gemloom.compute.slots import Slot
 from gemloom.errors import StateError
-from gemloom.files.gguf import GGUF
-from gemloom.models.config import Config
 
 MAGIC = b"GEMLOOM-STATE-2\n"
 _LENGTH = struct.Struct("<I")
 _MEANING = {"model": "model", "kv_type": "kv_type", "ring": "chunk or context"}
-
-
-def fingerprint(file: GGUF, config: Config, first_bytes: Mapping[str, bytes]) -> str:
-    """Tells models apart: config, and names, types, shapes and ``first_bytes`` of its tensors."""
-    digest = sha256(repr(config).encode())
-    for name, first in sorted(first_bytes.items()):
-        info = file.tensors[name]
-        digest.update(f"{info.name} {info.type} {info.shape} ".encode())
-        digest.update(first)
-    return digest.hexdigest()
 
 
 def save(model: str, cells: Cells, slot: Slot) -> bytes:

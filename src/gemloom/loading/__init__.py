@@ -1,4 +1,4 @@
-"""From what names a model, or is one, to a ``Model``: at once, or awaited."""
+"""Loads a model from whatever names or holds it, now (``load``) or awaited (``load_async``)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from gemloom.files import gguf
 from gemloom.files.awaited import AwaitedParts
 from gemloom.files.source import DEFAULT_MODEL, resolve
-from gemloom.model import Model
+from gemloom.loading.build import build_model
 from gemloom.options import from_options
 
 if TYPE_CHECKING:
+    from gemloom.model import Model
     from gemloom.models.registry import Architecture
 
 
@@ -36,9 +37,8 @@ def load(
     OptionError, DeviceError.
     """
     checked = from_options(options)  # wrong ones are told before anything is fetched
-    return Model(
-        gguf.read(resolve(source, key=key, forward=True)), checked, architecture=architecture
-    )
+    file = gguf.read(resolve(source, key=key, forward=True))
+    return build_model(file, checked, architecture=architecture)
 
 
 async def load_async(source: Any = DEFAULT_MODEL, **options: Any) -> Model:
