@@ -127,7 +127,7 @@ ARROWS = {
         "text",
     ],
     "engine.inspector": ["adapters", "compute", "engine", "errors", "ggml", "text"],
-    "model": ["engine", "models.config", "sampling", "text"],
+    "model": ["engine", "sampling", "text"],
     "loading": [
         "adapters",
         "compute",

@@ -19,7 +19,6 @@ from gemloom.engine import saved_state as state
 from gemloom.engine.generation import ChatCompletion, ChatRun, Completion, Inbox, Run
 from gemloom.engine.inspector import Inspector
 from gemloom.engine.request import Request
-from gemloom.models.config import Kind
 from gemloom.sampling.params import SamplingParams, check_vocabulary
 from gemloom.sampling.params import from_options as sampling_params
 from gemloom.text.compose import Composed, Composer, chat_options
@@ -266,20 +265,7 @@ class Model:
 
     def memory(self) -> dict[str, int]:
         """Bytes by kind. ``mapped`` are pages of the file and of the file of packed weights."""
-        weights, store = self._parts.weights, self._parts.store
-        return {
-            "weights": weights.bytes,
-            "per_layer_table": weights.per_layer_bytes,
-            "kv_full": store.nbytes(Kind.FULL),
-            "kv_sliding": store.nbytes(Kind.SLIDING),
-            "adapters": self.adapters.nbytes,
-            "compute": self._parts.device.compute_bytes,
-            "mapped": weights.bytes_mapped,
-            "copied": weights.bytes_copied,
-            "on_devices": weights.bytes_on_devices,
-            "repacked": weights.bytes_repacked,
-            "packed": weights.bytes_packed,
-        }
+        return self._parts.memory(self.adapters.nbytes)
 
     def stats(self) -> Stats:
         """Running and waiting requests, and counts since loading."""

@@ -8,7 +8,7 @@ from gemloom.compute.kv_store import KVStore
 from gemloom.compute.placement import Placement
 from gemloom.compute.program import Program
 from gemloom.ggml.device import Device
-from gemloom.models.config import Config
+from gemloom.models.config import Config, Kind
 from gemloom.options import Options
 from gemloom.text.tokenizer import Tokenizer
 from gemloom.weights.weights import Weights
@@ -28,3 +28,20 @@ class Parts:
     weights: Weights
     store: KVStore
     program: Program
+
+    def memory(self, adapters: int) -> dict[str, int]:
+        """Bytes by kind, as ``Model.memory``; ``adapters`` are those of the adapters."""
+        weights, store = self.weights, self.store
+        return {
+            "weights": weights.bytes,
+            "per_layer_table": weights.per_layer_bytes,
+            "kv_full": store.nbytes(Kind.FULL),
+            "kv_sliding": store.nbytes(Kind.SLIDING),
+            "adapters": adapters,
+            "compute": self.device.compute_bytes,
+            "mapped": weights.bytes_mapped,
+            "copied": weights.bytes_copied,
+            "on_devices": weights.bytes_on_devices,
+            "repacked": weights.bytes_repacked,
+            "packed": weights.bytes_packed,
+        }
