@@ -175,7 +175,7 @@ class Checks:
         keep, drop, n = 4, 20, 60
         model, host = self.model(variant, chunk=64, **options), self.host(variant, chunk=64)
         run(model, Chunk(0, 0, prompt(n)))
-        host._store.restore(0, n, memoryview(b"".join(self._cells(model, n))))
+        parts_of(host).store.restore(0, n, memoryview(b"".join(self._cells(model, n))))
         for opened in (model, host):
             call(opened, lambda opened=opened: parts_of(opened).program.shift(0, keep, drop, n))
         for got, wanted in zip(
