@@ -257,3 +257,13 @@ def test_no_two_classes_of_one_name() -> None:
             if isinstance(node, ast.ClassDef):
                 assert node.name not in homes, (node.name, homes[node.name], module)
                 homes[node.name] = module
+
+
+def test_only_testing_reaches_inside_a_model() -> None:
+    inside = {"_parts", "_inspector"}  # of ``Model``; those who use their own say ``self``
+    top = ROOT.parent.parent
+    for path in chain(*((top / name).rglob("*.py") for name in ("src", "tests", "benchmarks"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in inside:
+                own = isinstance(node.value, ast.Name) and node.value.id == "self"
+                assert own or path == FILES["testing"], f"{path}:{node.lineno}"
