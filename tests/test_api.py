@@ -13,9 +13,9 @@ import gemloom
 from conftest import Load
 from gemloom.errors import OptionError, RequestError
 from gemloom.sampling import params as sampling
+from gemloom.server.dialects.openai_completions import CompletionRequest
 from gemloom.server.errors import FieldError
 from gemloom.server.parsing import parse
-from gemloom.server.protocol import CompletionRequest
 from random_lora import random_lora
 
 HI = [{"role": "user", "content": "hello"}]

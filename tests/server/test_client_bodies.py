@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from gemloom.server.dialects.openai_chat import ChatRequest
+from gemloom.server.dialects.openai_responses import ResponsesRequest
 from gemloom.server.ignored import Ignored
 from gemloom.server.parsing import parse
-from gemloom.server.protocol import Body, ChatRequest
-from gemloom.server.responses import ResponsesRequest
+from gemloom.server.protocol import Body
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 

@@ -10,18 +10,15 @@ from hypothesis import strategies as st
 
 from gemloom.errors import RequestError
 from gemloom.server import fields
+from gemloom.server.dialects.llamacpp import TokenizeRequest
+from gemloom.server.dialects.openai_chat import ChatRequest
+from gemloom.server.dialects.openai_completions import CompletionRequest
+from gemloom.server.dialects.openai_embeddings import EmbeddingRequest
+from gemloom.server.dialects.openai_responses import ResponsesRequest
 from gemloom.server.errors import FieldError
 from gemloom.server.ignored import MAX_LENGTH, MAX_NAMES, MORE, Ignored
 from gemloom.server.parsing import parse, parse_scales
-from gemloom.server.protocol import (
-    Body,
-    ChatRequest,
-    CompletionRequest,
-    Conversation,
-    EmbeddingRequest,
-    TokenizeRequest,
-)
-from gemloom.server.responses import ResponsesRequest
+from gemloom.server.protocol import Body, Conversation
 
 BARE: dict[type[Body], dict[str, Any]] = {
     ChatRequest: {"messages": [{"role": "user", "content": "hi"}]},

@@ -12,17 +12,17 @@ from gemloom.engine.generation import Usage
 from gemloom.engine.request import Piece
 from gemloom.errors import GemloomError, RequestError
 from gemloom.server import fields, protocol
-from gemloom.server.answers import (
-    ChatAnswer,
-    ChatChoice,
+from gemloom.server.dialects.openai import Head
+from gemloom.server.dialects.openai_chat import ChatAnswer, ChatChoice, ChatRequest
+from gemloom.server.dialects.openai_completions import (
     CompletionAnswer,
     CompletionChoice,
-    Head,
+    CompletionRequest,
 )
+from gemloom.server.dialects.openai_embeddings import EmbeddingRequest
+from gemloom.server.dialects.openai_responses import ResponseAnswer, ResponsesRequest
 from gemloom.server.errors import FieldError
 from gemloom.server.parsing import parse
-from gemloom.server.protocol import ChatRequest, CompletionRequest, EmbeddingRequest
-from gemloom.server.responses import ResponseAnswer, ResponsesRequest
 from gemloom.text.router import Content, Plain, Reasoning, Router
 
 HEAD = Head("id-1", 1_700_000_000, "tiny")

@@ -15,7 +15,7 @@ from typing import Any
 from gemloom.adapters.info import AdapterInfo, Scales
 from gemloom.adapters.registry import check_name
 from gemloom.errors import AdapterError, OptionError, UnknownAdapterError, WeightsError
-from gemloom.model import Model
+from gemloom.server.backend import Backend
 from gemloom.server.errors import FieldError
 from gemloom.server.fields import Json
 from gemloom.server.protocol import Adapted, LoraScale
@@ -34,11 +34,12 @@ class AdapterFile:
 class ServedAdapters:
     """Loads all registered adapters; then what requests may do with them. Any thread may call.
 
+    ``backend`` is the model that has them, the only place where the server keeps it.
     ``_defaults`` act on requests that say nothing of adapters; at first there are none.
     """
 
-    def __init__(self, model: Model, registered: Mapping[str, AdapterFile]) -> None:
-        self._adapters, self._registered = model.adapters, dict(registered)
+    def __init__(self, backend: Backend, registered: Mapping[str, AdapterFile]) -> None:
+        self.backend, self._registered = backend, dict(registered)
         self._ids: dict[str, int] = {}  # as llama.cpp's clients know them; none is ever reused
         self._defaults: dict[str, float] = {}
         self._from: dict[str, AdapterFile | None] = {}  # each that is there; None: a client
@@ -46,7 +47,7 @@ class ServedAdapters:
         for name in registered:
             self.load(name, None)
 
-    def move(self, model: Model) -> None:
+    def move(self, backend: Backend) -> None:
         """Go on with the model loaded again: with all that were there, but those clients sent.
 
         Raises what ``load`` raises, and changes nothing then.
@@ -55,24 +56,24 @@ class ServedAdapters:
             there = dict(self._from)
         for name, file in there.items():
             if file:
-                model.adapters.load(name, file.source, file.scale)
+                backend.adapters.load(name, file.source, file.scale)
         for name in [name for name, file in there.items() if not file]:
             _log.warning("the adapter %s was sent by a client, and must be sent again", name)
             self._forget(name)
         with self._lock:
             for name in [name for name, file in there.items() if file and name not in self._from]:
-                model.adapters.unload(name)  # as somebody has done meanwhile
-            self._adapters = model.adapters
+                backend.adapters.unload(name)  # as somebody has done meanwhile
+            self.backend = backend
 
     # -- what there is -------------------------------------------------------------------------
 
     def there(self) -> list[AdapterInfo]:
         """All that requests can name."""
-        return self._adapters.list()
+        return self.backend.adapters.list()
 
     def check(self, name: str) -> None:
         """UnknownAdapterError unless requests can name it."""
-        self._adapters.check(name)
+        self.backend.adapters.check(name)
 
     def load(self, name: str, scale: float | None) -> AdapterInfo:
         """Load, or load again, the file that was registered under a name. UnknownAdapterError."""
@@ -101,13 +102,13 @@ class ServedAdapters:
         return info
 
     def _load(self, name: str, file: AdapterFile) -> AdapterInfo:
-        info = self._adapters.load(name, file.source, file.scale)
+        info = self.backend.adapters.load(name, file.source, file.scale)
         self._ids.setdefault(name, len(self._ids))
         return info
 
     def unload(self, name: str) -> None:
         """Take a name away. UnknownAdapterError."""
-        self._adapters.unload(name)
+        self.backend.adapters.unload(name)
         self._forget(name)
 
     def _forget(self, name: str) -> None:

@@ -6,6 +6,7 @@ The engine's numbers are read when somebody asks; only times and HTTP counts are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -17,9 +18,11 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gemloom.engine.engine import Stats
 from gemloom.engine.generation import Usage
-from gemloom.model import Model
+from gemloom.server.backend import Backend
+
+if TYPE_CHECKING:
+    from gemloom.engine.engine import Stats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -36,10 +39,10 @@ _GAUGES = {
 class Metrics:
     """The metrics of one server, in a registry of its own."""
 
-    def __init__(self, model: Callable[[], Model]) -> None:
-        """``model`` gives the one that is served now."""
+    def __init__(self, backend: Callable[[], Backend]) -> None:
+        """``backend`` gives the one that is served now."""
         self._registry = registry = CollectorRegistry()
-        registry.register(_Engine(model))
+        registry.register(_Engine(backend))
         self._requests = Counter(
             "gemloom_http_requests", "Requests answered", ["path", "status"], registry=registry
         )
@@ -78,22 +81,22 @@ class Metrics:
 class _Engine(Collector):
     """What the model knows of itself, read at the moment of asking."""
 
-    def __init__(self, model: Callable[[], Model]) -> None:
-        self._model = model
+    def __init__(self, backend: Callable[[], Backend]) -> None:
+        self._backend = backend
 
     def describe(self) -> Iterator[Metric]:
         return iter(())  # or registering would read the model
 
     def collect(self) -> Iterator[Metric]:
-        model = self._model()
-        stats = model.stats()
+        backend = self._backend()
+        stats = backend.stats()
         for name, what in _GAUGES.items():
             yield GaugeMetricFamily(f"gemloom_{name}", what, value=getattr(stats, name))
         failed = float(stats.error is not None)
         yield GaugeMetricFamily("gemloom_engine_failed", "1 after the engine stopped", value=failed)
         yield CounterMetricFamily("gemloom_steps", "Steps computed", value=stats.steps)
         yield _tokens(stats)
-        there = model.adapters.list()
+        there = backend.adapters.list()
         yield GaugeMetricFamily("gemloom_adapters", "Adapters that are loaded", value=len(there))
         requests = CounterMetricFamily(
             "gemloom_adapter_requests", "Requests that have named an adapter", labels=["adapter"]
@@ -102,7 +105,7 @@ class _Engine(Collector):
             requests.add_metric([info.name], info.requests)
         yield requests
         memory = GaugeMetricFamily("gemloom_memory_bytes", "Memory by kind", labels=["kind"])
-        for kind, size in model.memory().items():
+        for kind, size in backend.memory().items():
             memory.add_metric([kind], size)
         yield memory
 

@@ -1,7 +1,7 @@
-"""What clients may send, as typed values: the fields of each request. Pure, no HTTP.
+"""What requests of several dialects have in common, as typed values. Pure, no HTTP.
 
-Not here: how a body becomes one (``parsing.py``), names that are no field of it (``fields.py``,
-``other_names.py``), the bodies of answers (``bodies.py``) and /v1/responses (``responses.py``).
+Not here: the request of each dialect (``dialects/``), how a body becomes one (``parsing.py``), and
+names that are no field of it (``fields.py``, ``other_names.py``).
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from gemloom.sampling.params import MAX_BIASES
 from gemloom.server import fields, other_names
 from gemloom.server.errors import FieldError
 from gemloom.server.fields import Json, Shape
+from gemloom.text import conversation
 from gemloom.text.chat import ROLES
 
 MAX_CHOICES = 16  # of one prompt
-MAX_RUNS = 128  # of one request: prompts times choices
-MAX_INPUTS = 2_048  # texts of one embeddings request
 MAX_TOP_LOGPROBS = 20
 MAX_ADAPTERS = 256  # named in one request
 
@@ -210,37 +209,12 @@ class Conversation(Body):
     reasoning_effort: str | None = None
     enable_thinking: bool | None = None
 
-
-class ChatRequest(Conversation, SampledBody):
-    """POST /v1/chat/completions."""
-
-    OTHER_NAMES: ClassVar[other_names.Names] = other_names.CHAT
-
-    max_completion_tokens: int | None = None
-    tool_choice: str | Json | None = None
-    parallel_tool_calls: bool | None = None  # false: at most one call in an answer
-    thinking_budget: int | None = Field(None, ge=0)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-
-    def sampling(self) -> Json:
-        """As before, with the names a chat has for them."""
-        given = super().sampling()
-        if self.max_completion_tokens is not None:
-            _check_same(self.max_tokens, self.max_completion_tokens)
-            given["max_tokens"] = self.max_completion_tokens
-        if self.logprobs:
-            given["logprobs"] = self.top_logprobs or 0
-        elif self.top_logprobs:
-            raise FieldError("top_logprobs", "top_logprobs needs logprobs to be true")
-        return given
-
-
-def _check_same(old: int | None, new: int) -> None:
-    if old not in (None, new):
-        raise FieldError(
-            "max_tokens",
-            "max_tokens and max_completion_tokens say different things: send one of them",
+    def variables(self) -> Json:
+        """What the chat template is given besides messages and tools. OptionError."""
+        return conversation.variables(
+            reasoning_effort=self.reasoning_effort,
+            enable_thinking=self.enable_thinking,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
 
 
@@ -248,63 +222,6 @@ class Raw(Strict):
     """What requests have whose text is no chat."""
 
     parse_special: bool = True  # strings like <bos> are the tokens
-
-
-class CompletionRequest(Raw, SampledBody):
-    """POST /v1/completions."""
-
-    OTHER_NAMES: ClassVar[other_names.Names] = other_names.COMPLETION
-
-    prompt: Prompts
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-
-    def sampling(self) -> Json:
-        """As before, with logprobs."""
-        given = super().sampling()
-        return given if self.logprobs is None else given | {"logprobs": self.logprobs}
-
-    def prompts(self) -> list[str | Ids]:
-        """Each prompt by itself. FieldError where they are too many, or none."""
-        found = one_or_many(self.prompt)
-        if not found or len(found) * self.choices > MAX_RUNS:
-            raise FieldError(
-                "prompt", f"prompt: from 1 to {MAX_RUNS} answers can be asked for in one request"
-            )
-        return found
-
-
-class EmbeddingRequest(Raw, Adapted):
-    """POST /v1/embeddings."""
-
-    input: Prompts
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None  # the model's own are the only ones there are
-
-    def check_dimensions(self, own: int) -> None:
-        """FieldError where vectors of another length are asked for."""
-        if self.dimensions not in (None, own):
-            raise FieldError("dimensions", f"dimensions: vectors have {own} here")
-
-    def inputs(self) -> list[str | Ids]:
-        """Each text by itself. FieldError where they are too many, or none."""
-        found = one_or_many(self.input)
-        if not 1 <= len(found) <= MAX_INPUTS:
-            raise FieldError("input", f"input: from 1 to {MAX_INPUTS:,} texts, not {len(found):,}")
-        return found
-
-
-class TokenizeRequest(Raw, Body):
-    """POST /tokenize."""
-
-    content: str
-    add_special: bool = False  # with a BOS before it
-    with_pieces: bool = False
-
-
-class DetokenizeRequest(Body):
-    """POST /detokenize."""
-
-    tokens: Ids
 
 
 class AdapterRequest(Strict):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from gemloom.errors import GemloomError
-from gemloom.model import Model
+from gemloom.server.backend import Backend
 
 _LOOK = 0.5  # seconds between two looks at the engine
 _PAUSES = (1, 2, 4, 8, 15, 30)  # seconds before each try, the last of them for good
@@ -27,9 +27,9 @@ class Recovery:
 
     def __init__(
         self,
-        current: Callable[[], Model],
-        load: Callable[[], Model],
-        take: Callable[[Model], None],
+        current: Callable[[], Backend],
+        load: Callable[[], Backend],
+        take: Callable[[Backend], None],
     ) -> None:
         self._current, self._load, self._take = current, load, take
         self._stop = threading.Event()
@@ -62,8 +62,8 @@ class Recovery:
 
     def _replace(self) -> None:
         with ExitStack() as stack:
-            model = stack.enter_context(self._load())
+            backend = stack.enter_context(closing(self._load()))
             if not self._stop.is_set():
-                self._take(model)
+                self._take(backend)
                 _log.warning("the model was loaded again")
                 stack.pop_all()

@@ -20,9 +20,9 @@ from starlette.responses import Response
 from gemloom.adapters.info import Scales
 from gemloom.engine.generation import Run
 from gemloom.errors import EngineError, GemloomError
-from gemloom.model import Model
 from gemloom.server.adapters import AdapterFile, ServedAdapters
-from gemloom.server.answers import Head, new_id
+from gemloom.server.backend import Backend
+from gemloom.server.dialects.dialect import Answer
 from gemloom.server.errors import ForbiddenError, StoppedError, UnknownModelError
 from gemloom.server.guard import (
     LOOPBACK_NAMES,
@@ -34,21 +34,20 @@ from gemloom.server.guard import (
     site_name,
 )
 from gemloom.server.ignored import Ignored
-from gemloom.server.jobs import Job, Preparer, start
 from gemloom.server.metrics import Metrics
 from gemloom.server.parsing import parse
 from gemloom.server.protocol import Adapted, Body
 from gemloom.server.recovery import Recovery
+from gemloom.server.runs import start
 from gemloom.server.streams import (
-    Answer,
     EventStream,
     Limits,
     attended,
     before,
-    events,
     reading,
     whole,
 )
+from gemloom.text.compose import Composed
 
 _log = logging.getLogger("gemloom.server")
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -86,17 +85,13 @@ class Service:
     """
 
     def __init__(
-        self, model: Model, settings: Settings, load: Callable[[], Model] | None = None
+        self, backend: Backend, settings: Settings, load: Callable[[], Backend] | None = None
     ) -> None:
-        model.tokenizer.needs_text("a server")
-        model.grammars.warm()  # before there are streams that would stand still meanwhile
-        self.model, self.settings = model, settings
-        self.keys, self.metrics, self.prepare = (
-            Keys(settings.api_keys),
-            Metrics(lambda: self.model),
-            Preparer(model),
-        )
-        self.adapters = ServedAdapters(model, settings.adapters)
+        backend.tokenizer.needs_text("a server")
+        backend.grammars.warm()  # before there are streams that would stand still meanwhile
+        self.settings, self.keys = settings, Keys(settings.api_keys)
+        self.adapters = ServedAdapters(backend, settings.adapters)
+        self.metrics = Metrics(lambda: self.backend)
         let_in = [name for origin in settings.cors if (name := site_name(origin))]
         self._hosts = (*settings.hosts, *let_in) if settings.hosts else ()
         self.created = int(time.time())
@@ -104,26 +99,32 @@ class Service:
         self._large = CapacityLimiter(1)
         self.stopping = False  # whether new ones are refused
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
-        self._recovery = load and Recovery(lambda: self.model, load, self._take)
+        self._recovery = load and Recovery(lambda: self.backend, load, self._take)
 
-    def _take(self, model: Model) -> None:
-        """Go on with a model that was loaded again, and the adapters there were."""
-        model.grammars.warm()
-        self.adapters.move(model)
-        self.prepare = Preparer(model)
-        self.model = model
+    @property
+    def backend(self) -> Backend:
+        """The model that is served now."""
+        return self.adapters.backend
+
+    def _take(self, backend: Backend) -> None:
+        """Go on with a model that was loaded again, and the adapters there were.
+
+        Both are taken in one assignment: no request sees one of them without the other.
+        """
+        backend.grammars.warm()
+        self.adapters.move(backend)
 
     def close(self) -> None:
         """End what runs in the background, and close the model."""
         if self._recovery:
             self._recovery.close()
-        self.model.close()
+        self.backend.close()
 
     def failure(self) -> GemloomError | None:
         """Why no requests are answered; None where they are."""
         if self.stopping:
             return StoppedError("the server is stopping")
-        stats = self.model.stats()
+        stats = self.backend.stats()
         if stats.error is None:
             return None
         again = self._recovery and stats.lost
@@ -193,7 +194,7 @@ class Service:
         deadline: float | None,
     ) -> _T:
         """What ``read`` makes of a body. The answer and the log name the fields nobody knows."""
-        template = self.model.tokenizer.chat_template or ""
+        template = self.backend.tokenizer.chat_template or ""
         ignored = Ignored(strict=self.settings.strict, template=template)
         limiter = self._large if len(data) > _LARGE else None
         result = await in_thread(partial(read, data, ignored), deadline, limiter)
@@ -222,22 +223,27 @@ class Service:
         """The adapters that a request means."""
         return self.adapters.of(asked, self.check_name(asked.model))
 
-    def head(self, prefix: str, asked: Body) -> Head:
-        """The beginning of a new answer, under the name that was asked for."""
+    def answering(self, asked: Body) -> str:
+        """The name that an answer says the model has: the server's, with the adapter asked for."""
         adapter = self.check_name(asked.model)
-        name = self.settings.name if adapter is None else f"{self.settings.name}:{adapter}"
-        return Head(new_id(prefix), int(time.time()), name)
+        return self.settings.name if adapter is None else f"{self.settings.name}:{adapter}"
+
+    async def start(
+        self, answers: Sequence[Composed], adapters: Scales, deadline: float | None
+    ) -> list[Run]:
+        """Start all runs of a request, or none; ``stop`` ends those that are left."""
+        runs = await in_thread(partial(start, self.backend, answers, adapters), deadline)
+        self._runs.update(runs)
+        return runs
 
     async def answer(
-        self, request: Request, answer: Answer, jobs: Sequence[Job], *,
+        self, request: Request, answer: Answer, runs: Sequence[Run], *,
         stream: bool, deadline: float | None,
     ) -> Response:  # fmt: skip
-        """Run the jobs, and answer with what they make: as events, or whole."""
+        """Answer with what the runs make: as events, or whole."""
         limits = Limits(deadline, self.settings.beat)
-        runs = await in_thread(partial(start, self.model, jobs), deadline)
-        self._runs.update(runs)
         if stream:
-            return EventStream(events(answer, runs, limits, self.metrics), runs, deadline)
+            return EventStream(answer, runs, limits, self.metrics)
         with reading(runs):
             body = await attended(request.receive, whole(answer, runs, limits, self.metrics))
             return await json_answer(body)

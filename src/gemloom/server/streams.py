@@ -1,4 +1,4 @@
-"""From runs to what a client gets: their pieces as they come, and server-sent events.
+"""From runs to what a client gets: their pieces as they come, and the events of an answer.
 
 A run that nobody waits for any more is cancelled: whoever leaves ``reading`` for whatever reason
 (the answer is whole, the client hung up, time is up, an error) leaves no run behind.
@@ -20,37 +20,14 @@ from starlette.types import Receive, Scope, Send
 from gemloom.engine.generation import Run, Usage
 from gemloom.engine.request import Piece
 from gemloom.errors import GemloomError
-from gemloom.server.bodies import event_text
+from gemloom.server.dialects.dialect import Answer
 from gemloom.server.errors import HungUpError, OverdueError, StoppedError
 from gemloom.server.fields import Json
 
-DONE = b"data: [DONE]\n\n"  # after the last event, where clients expect it
-_KEEP_ALIVE = b": keep-alive\n\n"
 _HANG_GRACE = 5.0  # seconds over the limit until a client that does not read is dropped
 
 _T = TypeVar("_T")
 _log = logging.getLogger("gemloom.server")
-
-
-class Answer(Protocol):
-    """What makes events and a body of pieces (``answers.py``, ``responses.py``)."""
-
-    done: bool  # whether its stream ends with DONE
-
-    def begin(self) -> list[Json]:
-        """The events before the first piece."""
-
-    def push(self, index: int, piece: Piece) -> list[Json]:
-        """The events of one piece of the run ``index``."""
-
-    def end(self, usages: Sequence[Usage]) -> list[Json]:
-        """The events after the last piece."""
-
-    def body(self, usages: Sequence[Usage]) -> Json:
-        """The whole answer."""
-
-    def failed(self, error: GemloomError) -> Json:
-        """The event that ends a stream which an error cut short."""
 
 
 class Observer(Protocol):
@@ -68,7 +45,7 @@ class Limits:
     """Of one request: ``deadline`` by the event loop's clock; ``beat`` in seconds."""
 
     deadline: float | None
-    beat: float  # how long a stream may be silent before a comment shows that it lives
+    beat: float  # how long a stream may be silent before it shows that it lives
 
 
 @contextmanager
@@ -143,33 +120,37 @@ async def whole(answer: Answer, runs: Sequence[Run], limits: Limits, observer: O
 async def events(
     answer: Answer, runs: Sequence[Run], limits: Limits, observer: Observer
 ) -> AsyncGenerator[bytes, None]:
-    """The answer as server-sent events; an error is one of them, and the last."""
+    """The answer as events, as its dialect writes them; an error is one, and the last."""
     try:
-        yield b"".join(map(event_text, answer.begin()))
+        yield _written(answer, answer.begin())
         async with aclosing(pieces(runs, limits, observer)) as coming:
             async for item in coming:
-                yield _KEEP_ALIVE if item is None else b"".join(map(event_text, answer.push(*item)))
-        yield b"".join(map(event_text, answer.end([run.usage for run in runs])))
-        if answer.done:
-            yield DONE
+                yield answer.beat if item is None else _written(answer, answer.push(*item))
+        yield _written(answer, answer.end([run.usage for run in runs]))
+        yield answer.done
     except GemloomError as error:
-        yield event_text(answer.failed(error))
+        yield answer.encode(answer.failed(error))
     except Exception:
         _log.exception("a stream failed")
-        yield event_text(answer.failed(GemloomError("internal error; the server's log has more")))
+        told = answer.failed(GemloomError("internal error; the server's log has more"))
+        yield answer.encode(told)
+
+
+def _written(answer: Answer, some: list[Json]) -> bytes:
+    return b"".join(map(answer.encode, some))
 
 
 class EventStream(Response):
-    """Sends server-sent events; ends the runs behind them when they end or the client hangs up."""
-
-    media_type = "text/event-stream"
+    """Sends an answer's events; ends the runs behind it when they end or the client hangs up."""
 
     def __init__(
-        self, source: AsyncGenerator[bytes, None], runs: Sequence[Run], deadline: float | None
+        self, answer: Answer, runs: Sequence[Run], limits: Limits, observer: Observer
     ) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(headers=headers, media_type=answer.media_type)
         del self.headers["content-length"]
-        self._source, self._runs, self._deadline = source, runs, deadline
+        self._source = events(answer, runs, limits, observer)
+        self._runs, self._deadline = runs, limits.deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it all."""

@@ -1,4 +1,4 @@
-"""/v1/responses: its requests as chat requests, its answers and stream events. Pure, no HTTP.
+"""/v1/responses: its requests as chat requests, its answers and stream events.
 
 Nothing is stored, so ``previous_response_id`` is refused: a client sends the earlier items back.
 """
@@ -16,18 +16,22 @@ from gemloom.engine.request import Piece
 from gemloom.errors import GemloomError, quoted
 from gemloom.sampling.params import GEMMA_DEFAULTS
 from gemloom.server import fields, other_names
-from gemloom.server.answers import Head, new_id, token_logprobs
-from gemloom.server.bodies import usage_body
+from gemloom.server.backend import Backend
+from gemloom.server.dialects import openai_chat
+from gemloom.server.dialects.dialect import Dialect
+from gemloom.server.dialects.openai import Head, new_id, token_logprobs, usage_body
+from gemloom.server.dialects.openai_chat import ChatRequest
+from gemloom.server.dialects.sse import ServerSent
 from gemloom.server.errors import FieldError
 from gemloom.server.fields import Json, Shape
 from gemloom.server.protocol import (
     MAX_TOP_LOGPROBS,
-    ChatRequest,
     Objects,
     ResponseFormat,
     Sampling,
     Strict,
 )
+from gemloom.text.compose import Composed
 from gemloom.text.router import Content, Part, Reasoning, Splitter, ToolCall
 from gemloom.text.tokenizer import Tokenizer
 
@@ -187,10 +191,8 @@ def _parts(content: Any, place: str) -> list[Json]:
     return list(content)
 
 
-class ResponseAnswer:
+class ResponseAnswer(ServerSent):
     """One response as it grows: an item for each run of reasoning or text, and each tool call."""
-
-    done = False
 
     def __init__(
         self, head: Head, request: ResponsesRequest, tokenizer: Tokenizer, splitter: Splitter
@@ -361,3 +363,23 @@ def _response(head: Head, request: ResponsesRequest) -> Json:
         "truncation": "disabled",
         "usage": None,
     }
+
+
+def _compose(asked: ResponsesRequest, backend: Backend) -> list[Composed]:
+    return openai_chat.compose(asked.chat(), backend)
+
+
+def _answer(
+    asked: ResponsesRequest, runs: Sequence[Composed], model: str, tokenizer: Tokenizer
+) -> ResponseAnswer:
+    (run,) = runs
+    return ResponseAnswer(Head.new("resp", model), asked, tokenizer, run.splitter)
+
+
+DIALECT = Dialect(
+    name="responses",
+    about="Answer a conversation in the form of the responses API; nothing is stored.",
+    body=ResponsesRequest,
+    compose=_compose,
+    answer=_answer,
+)
