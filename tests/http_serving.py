@@ -13,6 +13,7 @@ import uvicorn
 import gemloom
 from conftest import until
 from gemloom.server.app import create_app
+from gemloom.server.backend import Backend
 from gemloom.server.connections import config
 from gemloom.server.service import Settings
 from gemloom.testing import engine_of
@@ -22,9 +23,9 @@ NAME = "tiny"
 
 @contextmanager
 def serving(
-    model: gemloom.Model,
+    model: Backend,
     buffer: int = 0,
-    load: Callable[[], gemloom.Model] | None = None,
+    load: Callable[[], Backend] | None = None,
     **settings: Any,
 ) -> Iterator[str]:
     """The URL of a server of ``model`` for as long as the block runs.

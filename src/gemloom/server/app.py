@@ -76,13 +76,6 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-# In the order of the OpenAPI page.
-_ROUTES = (
-    _open_to_all, dialect_routes.routes, openai_routes.routes, llamacpp_routes.routes, _admitted,
-    adapter_routes.routes, llamacpp_routes.adapter_routes,
-)  # fmt: skip
-
-
 class _App(FastAPI):
     """FastAPI, with the bodies that the routes read by themselves on its OpenAPI page."""
 
@@ -143,7 +136,10 @@ def create_app(
     """
     app = _App(title="Gemloom", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service = Service(backend, settings, load)
-    for routes in _ROUTES:
+    for routes in (  # in the order of the OpenAPI page
+        _open_to_all, dialect_routes.dialect_routes(), openai_routes.routes,
+        llamacpp_routes.routes, _admitted, adapter_routes.routes, llamacpp_routes.adapter_routes,
+    ):  # fmt: skip
         app.include_router(routes)
     _add_page(app)
     app.add_exception_handler(GemloomError, _on_error)

@@ -1,4 +1,4 @@
-"""The routes that make text, one for each dialect, with and without /v1 before its path."""
+"""The routes that make text: a table of dialects, and the one way to serve them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def _speaking(dialect: Dialect[Any]) -> Callable[[Request], Awaitable[Response]]
     return answer
 
 
-def _routes() -> APIRouter:
+def dialect_routes() -> APIRouter:
+    """A route for each dialect, with and without /v1 before its path."""
     made = APIRouter(dependencies=ADMITTED)
     for path, dialect in DIALECTS.items():
         answer, shown = _speaking(dialect), told(dialect.body)
@@ -59,6 +60,3 @@ def _routes() -> APIRouter:
         )
         made.post(path, include_in_schema=False)(answer)
     return made
-
-
-routes = _routes()
