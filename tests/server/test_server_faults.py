@@ -232,20 +232,6 @@ def test_a_hang_up_cancels(url: str, model: gemloom.Model, stream: bool) -> None
     assert model.stats().steps == before + 5
 
 
-def test_a_silent_stream_shows_that_it_lives(model: gemloom.Model) -> None:
-    body = {"prompt": "a", "max_tokens": 2, "stream": True}
-    with (
-        serving(model, beat=0.05) as url,
-        connect(url) as client,
-        paced(model) as allowed,
-        client.stream("POST", COMPLETIONS, json=body) as answer,
-    ):
-        lines = answer.iter_lines()
-        assert [next(lines) for _ in range(4)] == [": keep-alive", ""] * 2
-        allowed.release(2)
-        assert list(lines)[-2] == "data: [DONE]"
-
-
 def test_a_request_that_takes_too_long(model: gemloom.Model) -> None:
     body = {"prompt": "a", "logit_bias": endless(model)}
     with serving(model, timeout=0.2) as url, connect(url) as client:

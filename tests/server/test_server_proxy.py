@@ -11,8 +11,7 @@ from contextlib import contextmanager, suppress
 import httpx
 import pytest
 
-import gemloom
-from conftest import Load
+from fake_backend import FakeBackend
 from gemloom.server.guard import LOOPBACK_NAMES
 from http_serving import http, serving
 
@@ -23,8 +22,8 @@ OWN = {"hosts": LOOPBACK_NAMES, "slot_state": True}
 
 
 @pytest.fixture
-def model(load: Load) -> gemloom.Model:
-    return load("e2b", context=256)
+def backend() -> FakeBackend:
+    return FakeBackend("hello")
 
 
 @contextmanager
@@ -77,36 +76,36 @@ def status(url: str, path: str = "/v1/completions", **headers: str) -> int:
         return client.post(path, json=ASKED, headers=PAGE | headers).status_code
 
 
-def test_the_page_works_where_its_site_is_named(model: gemloom.Model) -> None:
+def test_the_page_works_where_its_site_is_named(backend: FakeBackend) -> None:
     """Whichever Host the proxy passes on."""
     for host in ("localhost", "127.0.0.1:8080", None):
-        with serving(model, **OWN) as url, proxy(url, host) as public:
+        with serving(backend, **OWN) as url, proxy(url, host) as public:
             assert (status(public), host) == (403, host)
-        with serving(model, cors=(SITE,), **OWN) as url, proxy(url, host) as public:
+        with serving(backend, cors=(SITE,), **OWN) as url, proxy(url, host) as public:
             assert (status(public), host) == (200, host)
             assert status(public, Origin="https://other.example") == 403
-        with serving(model, api_keys=("k",), **OWN) as url, proxy(url, host) as public:
+        with serving(backend, api_keys=("k",), **OWN) as url, proxy(url, host) as public:
             assert (status(public, Authorization="Bearer k"), host) == (200, host)
             assert status(public) == 401
 
 
-def test_a_stream_goes_through(model: gemloom.Model) -> None:
-    with serving(model, cors=(SITE,), **OWN) as url, proxy(url) as public, http(public) as client:
+def test_a_stream_goes_through(backend: FakeBackend) -> None:
+    with serving(backend, cors=(SITE,), **OWN) as url, proxy(url) as public, http(public) as client:
         answer = client.post("/v1/completions", json=ASKED | {"stream": True}, headers=PAGE)
         assert answer.text.endswith("data: [DONE]\n\n")
         assert answer.headers["x-accel-buffering"] == "no"  # nginx would keep it to the end
 
 
 @pytest.mark.parametrize("header", ["X-Forwarded-For", "X-Real-IP", "Forwarded", "Via"])
-def test_who_comes_through_a_proxy_is_not_local(model: gemloom.Model, header: str) -> None:
+def test_who_comes_through_a_proxy_is_not_local(backend: FakeBackend, header: str) -> None:
     save = "/slots?action=save"
-    with serving(model, cors=(SITE,), **OWN) as url:
+    with serving(backend, cors=(SITE,), **OWN) as url:
         assert status(url, "/v1/completions", Host="localhost") == 200
         assert status(url, save, Host="localhost") == 200
         with proxy(url, more=f"{header}: 127.0.0.1\r\n") as public:
             assert status(public) == 200
             assert status(public, save) == 403
-    with serving(model, api_keys=("k",), **OWN) as url, proxy(url) as public:
+    with serving(backend, api_keys=("k",), **OWN) as url, proxy(url) as public:
         assert status(public, save, Authorization="Bearer k") != 401
         assert status(public, save) == 401
 
@@ -128,10 +127,10 @@ CHANGES = [
     ],
 )
 def test_changes_are_for_this_machine_whatever_the_address(
-    model: gemloom.Model, method: str, path: str, headers: dict[str, str]
+    backend: FakeBackend, method: str, path: str, headers: dict[str, str]
 ) -> None:
     """A server that all machines reach, without a key, that lets all pages in."""
-    with serving(model, cors=("*",), slot_state=True) as url, http(url) as client:
+    with serving(backend, cors=("*",), slot_state=True) as url, http(url) as client:
         refused = client.request(method, path, json={}, headers=headers)
         assert refused.status_code == 403, refused.text
         assert client.post("/v1/completions", json=ASKED, headers=headers).status_code == 200
