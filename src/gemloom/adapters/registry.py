@@ -6,7 +6,6 @@ ends, whatever the names mean by then. A version goes when it has neither name n
 
 from __future__ import annotations
 
-import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from gemloom.adapters.checking import check
 from gemloom.adapters.device_factors import Loaded
 from gemloom.adapters.factors import Lora
 from gemloom.adapters.info import AdapterInfo, Named
+from gemloom.adapters.names import check_name, check_scale
 from gemloom.adapters.reading import read
 from gemloom.adapters.request_adapters import Active
 from gemloom.compute.placement import Placement
@@ -28,8 +28,6 @@ from gemloom.models.config import Config
 
 T = TypeVar("T")
 MOST = 8  # adapters of one request
-_LARGEST = 3.4e38  # of f32, in which it is computed
-NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Owner(Protocol):
@@ -259,24 +257,6 @@ class Adapters:
     def _unknown(self, name: object) -> UnknownAdapterError:
         there = ", ".join(sorted(self._named)) or "none"
         return UnknownAdapterError(f"no adapter is named {reprlib.repr(name)}; loaded: {there}")
-
-
-def check_name(name: object) -> None:
-    """OptionError unless it is one that a command line, a URL and JSON can carry as it is."""
-    if not isinstance(name, str) or not NAME.fullmatch(name) or not name.strip("."):
-        raise OptionError(
-            f"an adapter's name is 1 to 64 letters, digits, dots, dashes and underscores, "
-            f"not {reprlib.repr(name)}"
-        )
-
-
-def check_scale(name: str, scale: object) -> float:
-    """The scale as a number. OptionError where it is none, or not finite."""
-    number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if not number or not abs(scale) <= _LARGEST:  # type: ignore[arg-type]
-        shown = reprlib.repr(scale)
-        raise OptionError(f"the scale of {name} must be a finite number, is {shown}")
-    return float(scale)  # type: ignore[arg-type]
 
 
 def _last(sought: Sequence[int], tokens: Sequence[int]) -> int:

@@ -208,7 +208,7 @@ def serve(
 
 def _adapters(given: list[str]) -> "dict[str, AdapterFile]":
     """NAME=PATH[@SCALE]s by name. OptionError for one that is not so, or a name given twice."""
-    from gemloom.adapters.registry import check_name, check_scale
+    from gemloom.adapters.names import check_name, check_scale
     from gemloom.files.names import is_url, shown
     from gemloom.server.adapters import AdapterFile
 

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Any
 
 from gemloom.adapters.info import AdapterInfo, Scales
-from gemloom.adapters.registry import check_name
+from gemloom.adapters.names import check_name
 from gemloom.errors import AdapterError, OptionError, UnknownAdapterError, WeightsError
 from gemloom.server.backend import Backend
 from gemloom.server.errors import FieldError
