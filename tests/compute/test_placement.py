@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 
 from gemloom.compute.placement import CellChoice, Placement, Sizes, Space, Wishes, plan
 from gemloom.errors import DeviceError
+from gemloom.models.layout import Role, Roles
 
 MIB = 1 << 20
+TIED: Roles = {
+    "token_embd.weight": Role.TABLE,
+    "per_layer_token_embd.weight": Role.PER_LAYER_TABLE,
+    "output_norm.weight": Role.FINAL,
+    "rope_freqs.weight": Role.SHARED,
+}
+UNTIED = {**TIED, "output.weight": Role.HEAD}
 CHOICES = [
     CellChoice(8192, "f16"),
     CellChoice(4096, "f16"),
@@ -59,12 +67,12 @@ def cases(draw: st.DrawFn) -> tuple[object, list[Space], Wishes]:
     return sizes, spaces, Wishes(count, None, insists)
 
 
-def attempt(case: tuple, tied: bool = True) -> Placement | None:
+def attempt(case: tuple, roles: Roles = TIED) -> Placement | None:
     sizes, spaces, wanted = case
     with suppress(DeviceError):
-        return plan(sizes, CHOICES, spaces, wanted, tied)
+        return plan(sizes, CHOICES, spaces, wanted, roles)
     with pytest.raises(DeviceError, match=r"^no memory for [^\n]* needs [^\n]*$"):
-        plan(sizes, CHOICES, spaces, wanted, tied)
+        plan(sizes, CHOICES, spaces, wanted, roles)
     return None
 
 
@@ -141,15 +149,15 @@ def test_a_cut_moves_to_before_the_owners_of_cells() -> None:
     """As on E2B: 15 layers with cells of their own, 20 that read those of the last two."""
     spaces = [Space("a", 4000 * MIB), Space("b", 4000 * MIB), Space("cpu", None)]
     sizes = sizes_for((20 * MIB,) * 35, MIB, 20)
-    placed = plan(sizes, CHOICES, spaces, Wishes(None, None, False), tied=True)
+    placed = plan(sizes, CHOICES, spaces, Wishes(None, None, False), TIED)
     assert placed.layers == (0,) * 13 + (1,) * 22
     # What was asked for is not changed, nor where it would not fit.
-    asked = plan(sizes, CHOICES, spaces, Wishes(None, (1, 1), False), tied=True)
+    asked = plan(sizes, CHOICES, spaces, Wishes(None, (1, 1), False), TIED)
     assert 16 <= asked.layers.count(0) <= 22
     small = [Space("a", 800 * MIB), Space("b", 620 * MIB), Space("cpu", None)]
-    assert plan(sizes, CHOICES, small, Wishes(None, None, False), tied=True).layers.count(0) > 13
+    assert plan(sizes, CHOICES, small, Wishes(None, None, False), TIED).layers.count(0) > 13
     swapped = [small[1], small[0], small[2]]
-    more = plan(sizes, CHOICES, swapped, Wishes(None, None, False), tied=True)
+    more = plan(sizes, CHOICES, swapped, Wishes(None, None, False), TIED)
     assert more.layers.count(0) == 13
 
 
@@ -171,7 +179,7 @@ def test_more_free_memory_never_moves_fewer_layers(case: tuple) -> None:
 
 def test_the_tables_stay_and_a_tied_head_is_copied() -> None:
     spaces = [Space("gpu0", 8000 * MIB, 8000 * MIB), Space("cpu", None)]
-    placed = plan(sizes_for((MIB,) * 4, MIB), CHOICES, spaces, Wishes(2, None, False), tied=True)
+    placed = plan(sizes_for((MIB,) * 4, MIB), CHOICES, spaces, Wishes(2, None, False), TIED)
     assert placed.layers == (1, 1, 0, 0) and placed.choice == CHOICES[0]
     assert placed.places("token_embd.weight") == (0, 1)
     assert placed.places("per_layer_token_embd.weight") == (1,)
@@ -179,7 +187,7 @@ def test_the_tables_stay_and_a_tied_head_is_copied() -> None:
     assert placed.places("output_norm.weight") == (0,)
     assert placed.places("blk.0.attn_q.weight") == (1,)
     assert placed.products("token_embd.weight") == (1,)
-    untied = plan(sizes_for((MIB,) * 4, MIB), CHOICES, spaces, Wishes(2, None, False), tied=False)
+    untied = plan(sizes_for((MIB,) * 4, MIB), CHOICES, spaces, Wishes(2, None, False), UNTIED)
     assert untied.places("token_embd.weight") == (1,)
     assert untied.places("output.weight") == (0,)
 
@@ -190,7 +198,7 @@ def test_what_is_left_open_gives_way_in_order() -> None:
     def choice(free: int, layers: int | None) -> tuple[int, CellChoice]:
         spaces = [Space("gpu0", free * MIB, 0), Space("cpu", None)]
         sizes = sizes_for((10 * MIB,) * 10, 100 * MIB)
-        placed = plan(sizes, CHOICES, spaces, Wishes(layers, None, False), tied=True)
+        placed = plan(sizes, CHOICES, spaces, Wishes(layers, None, False), TIED)
         return sum(at == 0 for at in placed.layers), placed.choice
 
     assert choice(3000, None) == (10, CHOICES[0])
@@ -203,15 +211,15 @@ def test_what_is_left_open_gives_way_in_order() -> None:
 def test_shares_are_of_bytes() -> None:
     spaces = [Space("gpu0", None), Space("gpu1", None), Space("cpu", None)]
     sizes = sizes_for((100 * MIB,) * 10, 0, head=0)
-    placed = plan(sizes, CHOICES, spaces, Wishes(10, (3, 1), False), tied=True)
+    placed = plan(sizes, CHOICES, spaces, Wishes(10, (3, 1), False), TIED)
     assert placed.layers.count(0) in (7, 8)
-    one = plan(sizes, CHOICES, spaces, Wishes(10, (0, 1), False), tied=True)
+    one = plan(sizes, CHOICES, spaces, Wishes(10, (0, 1), False), TIED)
     assert set(one.layers) == {1}
 
 
 def test_a_named_device_is_not_passed_over_in_silence() -> None:
     spaces = [Space("gpu0", 100 * MIB, 0), Space("cpu", None)]
     sizes = sizes_for((200 * MIB,) * 3, MIB)
-    assert plan(sizes, CHOICES, spaces, Wishes(None, None, False), tied=True).on_host
+    assert plan(sizes, CHOICES, spaces, Wishes(None, None, False), TIED).on_host
     with pytest.raises(DeviceError, match="gpu0 needs"):
-        plan(sizes, CHOICES, spaces, Wishes(None, None, True), tied=True)
+        plan(sizes, CHOICES, spaces, Wishes(None, None, True), TIED)

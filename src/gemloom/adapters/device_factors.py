@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemloom.adapters.factors import Lora, Pair
-from gemloom.compute.placement import TABLES, Placement
+from gemloom.compute.placement import Placement
 from gemloom.ggml.arena import Arena
 from gemloom.ggml.device import Device, Tensor
 from gemloom.ggml.graph import F16, F32
@@ -45,6 +45,7 @@ class Loaded:
         self.name, self.version, self.invocation = name, version, lora.invocation
         self.rank = max(pair.rank for pair in lora.pairs.values())
         self._own, self._host = device.kernels is not None, device.host
+        self._placement = placement
         places = {matrix: placement.products(matrix) for matrix in lora.pairs}
         self._arenas = {
             index: Arena(device, 2 * len(lora.pairs), weights=True, where=index)
@@ -73,7 +74,7 @@ class Loaded:
 
     def _factors(self, name: str, pair: Pair, where: int) -> Factors:
         arena = self._arenas[where]
-        upright = where == self._host and name not in TABLES and pair.a.ndim == 2
+        upright = where == self._host and not self._placement.by_row(name) and pair.a.ndim == 2
         halves = upright and self._own and pair.a.dtype == pair.b.dtype == np.float16
         kind = F16 if halves else F32
 

@@ -14,8 +14,8 @@ from gemloom.compute.fitting import estimate
 from gemloom.compute.kv_shape import cell_bytes, slot_cells
 from gemloom.errors import WeightsError
 from gemloom.files.gguf import GGUF, Metadata, StringArray, TensorInfo
-from gemloom.models.config import Config, Kind, from_gguf
-from gemloom.models.registry import ARCHITECTURES
+from gemloom.models.config import Config, Kind
+from gemloom.models.network import Network
 from gemloom.options import Options
 from gemloom.text import template, vocabulary
 from gemloom.tools.quantization.parts import PARTS, part
@@ -38,7 +38,8 @@ def describe(file: GGUF, options: Options, list_tensors: bool = False) -> Facts:
     Raises ConfigError for an architecture that is not supported, OptionError for a context that
     the model has not.
     """
-    config = from_gguf(file)
+    network = Network.of(file)
+    config = network.config
     metadata = file.metadata
     facts: Facts = {
         "file": file.name,
@@ -49,7 +50,7 @@ def describe(file: GGUF, options: Options, list_tensors: bool = False) -> Facts:
         "chat_template": bool(template.named(metadata)),
         "notes": _notes(metadata, config.n_vocab),
         "tensors": _tensors(file),
-        "memory": plan(file, config, options),
+        "memory": plan(file, network, options),
     }
     if list_tensors:
         facts["tensors"]["list"] = [
@@ -59,15 +60,14 @@ def describe(file: GGUF, options: Options, list_tensors: bool = False) -> Facts:
     return facts
 
 
-def plan(file: GGUF, config: Config, options: Options) -> Facts:
+def plan(file: GGUF, network: Network, options: Options) -> Facts:
     """The memory that a process with this model will take on the CPU, in bytes by kind.
 
     ``weights`` and ``per_layer_table`` are what the tensors have. ``copied`` is memory that they
     get, packed or not, ``mapped`` pages of files. ``total`` is what has to be there at the peak.
     """
-    taken = estimate(file, config, options)
-    layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
-    weights, table = planned_bytes(file, layout)
+    config, taken = network.config, estimate(file, network, options)
+    weights, table = planned_bytes(file, network.layout)
     context = options.context_for(config)
     cells, kv_type = slot_cells(config, context, options.chunk), options.kv_type or "f16"
     full, sliding = (

@@ -11,8 +11,6 @@ from functools import partial
 
 from gemloom.compute.kv_shape import KV_TYPES, layer_cell_bytes, slot_cells
 from gemloom.compute.placement import (
-    SHARED,
-    TABLES,
     CellChoice,
     OnHost,
     Placement,
@@ -28,12 +26,14 @@ from gemloom.ggml.capabilities import Probe
 from gemloom.ggml.device import Device
 from gemloom.ggml.rpc import speaking
 from gemloom.kernels.library import Library, fastest
-from gemloom.models.config import Config, LayerSpec, from_gguf
-from gemloom.models.registry import ARCHITECTURES
+from gemloom.models.config import Config, LayerSpec
+from gemloom.models.layout import Layout, Role
+from gemloom.models.network import Network
+from gemloom.models.tensor_names import layer_of
 from gemloom.options import Options
 from gemloom.system import limits
 from gemloom.weights.homes import Homes, Own
-from gemloom.weights.weights import Layout, check, tensor_bytes
+from gemloom.weights.weights import check, tensor_bytes
 
 SMALLEST = 1024  # positions, to which a context nobody asked for may be cut
 _FLOAT, _HALF = 4, 2  # bytes
@@ -52,19 +52,19 @@ class MemoryEstimate:
 
 
 def place(
-    file: GGUF, config: Config, layout: Layout, options: Options, own: Library | None
+    file: GGUF, network: Network, options: Options, own: Library | None
 ) -> tuple[Device, Placement]:  # fmt: skip
     """Open the devices that are asked for, and plan what goes where; the CPU alone where none does.
 
-    ``own`` are our kernels. TensorError for a file that does not fit ``layout``; DeviceError for
+    ``own`` are our kernels. TensorError for a file that does not fit its layout; DeviceError for
     a device that is not there, OutOfMemoryError where there is not enough memory.
     """
-    check(file, layout)
+    check(file, network.layout)
     names = ("cpu",) if options.gpu_layers == 0 else options.devices
     while True:
         device = Device(names, options.threads, kernels=own)
         try:
-            placement = fit(file, config, layout, options, device)
+            placement = fit(file, network, options, device)
         except BaseException:
             device.close()
             raise
@@ -76,15 +76,14 @@ def place(
 
 def propose(file: GGUF, options: Options) -> Placement:
     """Where a model would go, from its header; raises what ``place`` does."""
-    config = from_gguf(file)
-    layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
+    network = Network.of(file)
     with speaking(options.devices):
-        device, placement = place(file, config, layout, options, None)
+        device, placement = place(file, network, options, None)
         device.close()
     return placement
 
 
-def fit(file: GGUF, config: Config, layout: Layout, options: Options, device: Device) -> Placement:
+def fit(file: GGUF, network: Network, options: Options, device: Device) -> Placement:
     """Where everything goes on ``device``, with what context and K/V cells.
 
     What the options leave open is fitted to what is free. OutOfMemoryError where it cannot be.
@@ -96,24 +95,24 @@ def fit(file: GGUF, config: Config, layout: Layout, options: Options, device: De
     shares = None if split is None else tuple(float(share) for share in split)
     insists = "auto" not in options.devices and options.gpu_layers is None
     wanted = Wishes(options.gpu_layers, shares, insists)
-    probe, tied = Probe(device), layout.head == "token_embd.weight"
+    config, layout, probe = network.config, network.layout, Probe(device)
     kept = frozenset(_kept(file, layout, probe)) if device.host else frozenset()
     own = Homes(device, layout, options).own(file)
-    sizes = partial(measure, config, tensor_bytes(file, layout), own, options, kept)
+    sizes = partial(measure, network, tensor_bytes(file, layout), own, options, kept)
     if device.host:
         sizes = partial(_with_cells, sizes, config, options, probe)
-    return plan(sizes, choices(config, options), spaces, wanted, tied, kept)
+    return plan(sizes, choices(config, options), spaces, wanted, layout.roles, kept)
 
 
-def estimate(file: GGUF, config: Config, options: Options) -> MemoryEstimate:
+def estimate(file: GGUF, network: Network, options: Options) -> MemoryEstimate:
     """What a model takes that is on the host as a whole; nothing is held against what is free."""
-    layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
     kernels = fastest() if options.kernels == "auto" else None
     device = Device("cpu", options.threads, 64, kernels)
-    own = Homes(device, layout, options).own(file)
+    own = Homes(device, network.layout, options).own(file)
     device.close()
-    held = on_host(config, own)
+    held = on_host(network, own)
     weights = sum(held.layers) + held.head + held.tables
+    config = network.config
     compute, _ = compute_bytes(config, options, options.context_for(config))
     return MemoryEstimate(weights, own.mapped, compute, held.tokenizer)
 
@@ -121,7 +120,7 @@ def estimate(file: GGUF, config: Config, options: Options) -> MemoryEstimate:
 def _kept(file: GGUF, layout: Layout, probe: Probe) -> Iterator[str]:
     """The matrices that some device cannot multiply with."""
     for name, shape in layout.required.items():
-        matrix = len(shape) > 1 and (name not in TABLES or name == layout.head)
+        matrix = len(shape) > 1 and (not layout.role(name).by_row or name == layout.head)
         if matrix and name in file.tensors and not probe.multiplies(file.tensors[name].type, shape):
             yield name
 
@@ -165,13 +164,13 @@ def choices(config: Config, options: Options) -> list[CellChoice]:
 
 
 def measure(
-    config: Config, tensors: dict[str, int], own: Own, options: Options, kept: frozenset[str],
+    network: Network, tensors: dict[str, int], own: Own, options: Options, kept: frozenset[str],
     choice: CellChoice,
 ) -> Sizes:  # fmt: skip
     """Bytes of a model: ``tensors`` are those of its tensors by name, ``kept`` on the host."""
-    layers, head, shared, tables = _sums(config, tensors, kept)
-    tied = "output.weight" not in tensors and "token_embd.weight" not in kept
-    duplicate = tensors["token_embd.weight"] if tied else 0
+    config, layout = network.config, network.layout
+    layers, head, shared, tables = _sums(network, tensors, kept)
+    duplicate = tensors[layout.head] if layout.tied and layout.head not in kept else 0
     cells = slot_cells(config, choice.context, options.chunk)
     each = (
         options.slots * cells.of(spec.kind) * layer_cell_bytes(spec, choice.kv_type)
@@ -181,32 +180,35 @@ def measure(
     inputs = compute if kept else inputs
     return Sizes(
         layers, tuple(each), head + duplicate, shared, tables, compute, inputs, duplicate,
-        on_host(config, own, kept), owners=tuple(spec.kv_owner for spec in config.layers),
+        on_host(network, own, kept), owners=tuple(spec.kv_owner for spec in config.layers),
     )  # fmt: skip
 
 
-def on_host(config: Config, own: Own, kept: frozenset[str] = frozenset()) -> OnHost:
+def on_host(network: Network, own: Own, kept: frozenset[str] = frozenset()) -> OnHost:
     """The host's own memory that a model takes, by what may go to devices."""
-    packed, copied = (_sums(config, sizes, kept) for sizes in (own.packed, own.copied))
+    packed, copied = (_sums(network, sizes, kept) for sizes in (own.packed, own.copied))
     # A tied head is packed from the table, and goes where the head goes.
-    tied = 0 if "token_embd.weight" in kept else own.packed.get("token_embd.weight", 0)
+    layout = network.layout
+    moves = layout.tied and layout.head not in kept
+    tied = own.packed.get(layout.head, 0) if moves else 0
     layers = tuple(a + b for a, b in zip(packed[0], copied[0], strict=True))
     tables = packed[3] + copied[3] + packed[2] + copied[2] - tied
-    return OnHost(layers, packed[1] + copied[1] + tied, tables, config.n_vocab * _TOKEN)
+    return OnHost(layers, packed[1] + copied[1] + tied, tables, network.config.n_vocab * _TOKEN)
 
 
 def _sums(
-    config: Config, sizes: Mapping[str, int], kept: frozenset[str]
+    network: Network, sizes: Mapping[str, int], kept: frozenset[str]
 ) -> tuple[tuple[int, ...], int, int, int]:
     """Bytes of the tensors of each layer, of the head, of what devices share, and of tables."""
-    layers = [0] * config.n_layer
+    layers = [0] * network.config.n_layer
     head = shared = tables = 0
     for name, size in sizes.items():
-        if name in TABLES or name in kept:
+        role = network.layout.role(name)
+        if role.by_row or name in kept:
             tables += size
-        elif name.startswith("blk."):
-            layers[int(name.split(".")[1])] += size
-        elif name in SHARED:
+        elif (layer := layer_of(name)) is not None:
+            layers[layer] += size
+        elif role is Role.SHARED:
             shared += size
         else:
             head += size

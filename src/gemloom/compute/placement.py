@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise, repeat
 
 from gemloom.errors import OutOfMemoryError
+from gemloom.models.layout import Role, Roles, head_of
+from gemloom.models.tensor_names import HEAD, layer_of
 
-SHARED = ("rope_freqs.weight", "per_layer_model_proj.weight", "per_layer_proj_norm.weight")
-TABLES = ("token_embd.weight", "per_layer_token_embd.weight")
 _MIB = 1 << 20
 
 
@@ -118,7 +118,7 @@ class Placement:
     host: int  # index of the host
     choice: CellChoice
     table: tuple[Use, ...]  # a row a device, the host's last
-    tied: bool  # the head is the matrix of the token embeddings
+    roles: Roles  # of the tensors outside the layers
     cells: tuple[int, ...]  # where the K/V cells of each layer are
     kept: frozenset[str] = frozenset()  # on the host, since devices cannot multiply with them
 
@@ -137,26 +137,30 @@ class Placement:
         return (self.host,) if name in self.kept else self._users(name)
 
     def _users(self, name: str) -> tuple[int, ...]:
-        if name.startswith("blk."):
-            return (self.layers[int(name.split(".")[1])],)
-        if name == "token_embd.weight" and self.tied and self.head != self.host:
-            return (self.head, self.host)
-        if name in TABLES:
-            return (self.host,)
-        if name in SHARED:
+        if (layer := layer_of(name)) is not None:
+            return (self.layers[layer],)
+        if self.by_row(name):
+            copy = name == head_of(self.roles) and self.head != self.host
+            return (self.head, self.host) if copy else (self.host,)
+        if self.roles.get(name) is Role.SHARED:
             return tuple(sorted(set(self.layers)))
         return (self.head,)
 
+    def by_row(self, name: str) -> bool:
+        """Whether rows of a tensor are read, which the host does."""
+        role = self.roles.get(name)
+        return role is not None and role.by_row
+
     def products(self, name: str) -> tuple[int, ...]:
         """The devices on which products with a tensor run, or its rows are read."""
-        if name in TABLES:
+        if self.by_row(name):
             return (self.host,)
-        return (self.logits,) if name == "output.weight" else self.places(name)
+        return (self.logits,) if name == HEAD else self.places(name)
 
     @property
     def logits(self) -> int:
         """The device on which the logits are made."""
-        return self.places("token_embd.weight" if self.tied else "output.weight")[0]
+        return self.places(head_of(self.roles))[0]
 
     def runs(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The layers from ``first`` to ``stop`` in runs on one device: its index, first, stop."""
@@ -172,7 +176,7 @@ def plan(
     choices: Sequence[CellChoice],
     spaces: Sequence[Space],
     wanted: Wishes,
-    tied: bool,
+    roles: Roles,
     kept: frozenset[str] = frozenset(),
 ) -> Placement:
     """The first of ``choices`` with which all fits; ``spaces`` are the devices and the host.
@@ -182,7 +186,7 @@ def plan(
     """
     problem = ""
     for choice in choices:
-        found = _fit(sizes(choice), choice, spaces, wanted, tied)
+        found = _fit(sizes(choice), choice, spaces, wanted, roles)
         if isinstance(found, Placement):
             return replace(found, kept=kept)
         problem = found  # that of the last one, which asks for least
@@ -190,7 +194,7 @@ def plan(
 
 
 def _fit(
-    sizes: Sizes, choice: CellChoice, spaces: Sequence[Space], wanted: Wishes, tied: bool
+    sizes: Sizes, choice: CellChoice, spaces: Sequence[Space], wanted: Wishes, roles: Roles
 ) -> Placement | str:
     """A placement, or why there is none."""
     n, host = len(sizes.layers), len(spaces) - 1
@@ -204,7 +208,7 @@ def _fit(
             table = tuple(_table(sizes, layers, cells, head, spaces))
             lacking = _lacking(table, spaces)
             if lacking is None:
-                return Placement(layers, head, host, choice, table, tied, cells)
+                return Placement(layers, head, host, choice, table, roles, cells)
             problem = _problem(*lacking, count if host else 0, choice)
     return problem
 

@@ -25,8 +25,8 @@ from gemloom.errors import OptionError
 from gemloom.ggml.device import Device, Tensor
 from gemloom.ggml.executable import GraphFullError
 from gemloom.ggml.graph import F32, I32, I64, Graph
-from gemloom.models.config import Config, Kind
-from gemloom.models.registry import ARCHITECTURES, Architecture
+from gemloom.models.config import Kind
+from gemloom.models.network import Network
 from gemloom.sampling.candidates import COUNT, Candidates, candidates
 from gemloom.sampling.params import Floats, Ids
 from gemloom.weights.weights import Tensors
@@ -65,20 +65,14 @@ class Program:
     that wanting the "largest" saves reading them all. ``times`` are the seconds since it was made
     by phase of ``run``: build (and allocate), input, launch (handing the graph to devices, and
     what of it runs on the CPU; nothing where all does), ahead (Python's work on the next step
-    meanwhile), compute, read. ``own`` is a forward pass in place of the architecture's class.
+    meanwhile), compute, read.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        config: Config,
-        weights: Tensors,
-        kv: KV,
-        own: Architecture | None = None,
-    ) -> None:
+    def __init__(self, device: Device, network: Network, weights: Tensors, kv: KV) -> None:
+        config = network.config
         self.config, self.kv = config, kv
         self._device = device
-        self._model = (own or ARCHITECTURES[config.architecture])(config, weights)
+        self._model = network.architecture(config, weights)
         self._reserved = False
         self._nodes = FEW_NODES  # what the largest graph so far needed, rounded up
         self._plans: OrderedDict[GraphKey, _Plan] = OrderedDict()  # the one used last at the end

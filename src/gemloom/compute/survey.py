@@ -12,8 +12,7 @@ from gemloom.compute.program import Program
 from gemloom.files.gguf import GGUF
 from gemloom.ggml import backends
 from gemloom.ggml.device import Device
-from gemloom.models.config import from_gguf
-from gemloom.models.registry import ARCHITECTURES
+from gemloom.models.network import Network
 from gemloom.options import Options
 from gemloom.weights.weights import Sketch, check
 
@@ -35,12 +34,12 @@ def survey(file: GGUF, options: Options) -> dict[str, Survey]:
 
 
 def _survey(file: GGUF, options: Options, name: str) -> Survey:
-    config = from_gguf(file)
-    layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
+    network = Network.of(file)
+    config, layout = network.config, network.layout
     check(file, layout)
     choice = CellChoice(options.context_for(config), options.kv_type or "f16")
-    here, tied = (0,) * config.n_layer, layout.head == "token_embd.weight"
-    placement = Placement(here, 0, 1, choice, (), tied, here)
+    here = (0,) * config.n_layer
+    placement = Placement(here, 0, 1, choice, (), layout.roles, here)
     with ExitStack() as stack:
         device = stack.enter_context(closing(Device(name, options.threads)))
         weights = stack.enter_context(closing(Sketch(device, file, layout, placement)))
@@ -49,5 +48,5 @@ def _survey(file: GGUF, options: Options, name: str) -> Survey:
                 KVStore(device, config, options.slots, options.chunk, placement, allocate=False)
             )
         )
-        lacking, nodes = Program(device, config, weights, KV(store)).survey()
+        lacking, nodes = Program(device, network, weights, KV(store)).survey()
     return Survey(nodes, dict(lacking))

@@ -22,8 +22,8 @@ from gemloom.kernels.packing import Progress
 from gemloom.loading.fingerprint import fingerprint
 from gemloom.loading.parts import Parts
 from gemloom.model import Model
-from gemloom.models.config import from_gguf
-from gemloom.models.registry import ARCHITECTURES, Architecture, check_own
+from gemloom.models.network import Network
+from gemloom.models.registry import Architecture
 from gemloom.options import Options
 from gemloom.text.no_vocabulary import read_tokenizer
 from gemloom.weights.weights import Weights
@@ -42,15 +42,13 @@ def build_model(
     ``progress`` gets the bytes of weights packed so far, and their total. ``planned`` gets the
     placement before any weight is loaded. ``architecture`` is as in ``load``.
     """
-    config = from_gguf(file)
+    network = Network.of(file, architecture)
+    config, layout = network.config, network.layout
     options.context_for(config)  # refused before any device is opened
-    if architecture is not None:
-        check_own(config, architecture)
     with speaking(options.devices), ThreadPoolExecutor(1) as aside, ExitStack() as stack:
         tokenizer = aside.submit(read_tokenizer, file.metadata, config.n_vocab)
         own = fastest() if options.kernels == "auto" else None
-        layout = (architecture or ARCHITECTURES[config.architecture]).layout(config, file.tensors)
-        device, placement = place(file, config, layout, options, own)
+        device, placement = place(file, network, options, own)
         stack.callback(device.close)
         if planned:
             planned(placement)
@@ -58,7 +56,7 @@ def build_model(
         stack.callback(weights.close)
         store = KVStore(device, config, options.slots, options.chunk, placement)
         stack.callback(store.close)
-        program = Program(device, config, weights, KV(store), architecture)
+        program = Program(device, network, weights, KV(store))
         stack.callback(program.close)
         program.reserve()
         parts = Parts(

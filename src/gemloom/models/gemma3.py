@@ -13,15 +13,8 @@ from gemloom.compute.kv import KV, Rows
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
 from gemloom.models.config import Config, LayerSpec
-from gemloom.models.layers import (
-    Block,
-    Decoder,
-    head_name,
-    layer_shapes,
-    model_shapes,
-    sliced_names,
-)
-from gemloom.weights.weights import Layout
+from gemloom.models.layers import Block, Decoder
+from gemloom.models.layout import Layout, layer_shapes, model_tensors, sliced_names
 
 
 class Gemma3(Decoder):
@@ -58,7 +51,7 @@ class Gemma3(Decoder):
     @staticmethod
     def layout(config: Config, there: Collection[str]) -> Layout:
         """The tensors of this architecture; ``there`` are the file's, where it has a choice."""
-        shapes = model_shapes(config, there)
+        shapes, roles = model_tensors(config, there)
         for spec in config.layers:
             shapes |= layer_shapes(config, spec, there)
-        return Layout(shapes, sliced=sliced_names(shapes), head=head_name(shapes))
+        return Layout(required=shapes, roles=roles, sliced=sliced_names(shapes))

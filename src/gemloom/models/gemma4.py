@@ -15,17 +15,23 @@ from gemloom.compute.linear import expert_linear, linear, table_rows
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
 from gemloom.models.config import Config, LayerSpec
-from gemloom.models.layers import (
-    Block,
-    Decoder,
+from gemloom.models.layers import Block, Decoder
+from gemloom.models.layout import (
+    Layout,
+    Role,
     Shapes,
-    head_name,
     layer_shapes,
-    model_shapes,
+    model_tensors,
     sliced_names,
 )
 from gemloom.models.tensor_names import PER_LAYER_TABLE, kv_names
-from gemloom.weights.weights import Layout
+
+_PROJECTION, _PROJECTION_NORM = "per_layer_model_proj.weight", "per_layer_proj_norm.weight"
+_PER_LAYER_ROLES = {
+    PER_LAYER_TABLE: Role.PER_LAYER_TABLE,
+    _PROJECTION: Role.SHARED,
+    _PROJECTION_NORM: Role.SHARED,
+}
 
 
 class Gemma4(Decoder):
@@ -102,11 +108,11 @@ class Gemma4(Decoder):
             t = table_rows(g, table, rows.tokens, rows.deltas, part)
             g.expand(t)  # with all else of the host, before the devices take over
         t = g.scale(t, sqrt(p))  # [P * n, T]
-        projection = self.weights.on("per_layer_model_proj.weight", g.place)
+        projection = self.weights.on(_PROJECTION, g.place)
         y = linear(g, projection, embedded, rows.deltas, part)
         y = g.scale(y, self.config.n_embd**-0.5)
         y = g.reshape(y, p, n, rows.count)
-        y = self.norm(g, self.weights.on("per_layer_proj_norm.weight", g.place), y)
+        y = self.norm(g, self.weights.on(_PROJECTION_NORM, g.place), y)
         mixed = g.scale(g.add(y, g.reshape(t, p, n, rows.count)), sqrt(0.5))  # [P, n, T]
         by_layer = g.cont(g.swap(mixed))  # [P, T, n]
         slices = (g.slice(by_layer, 2, i, i + 1) for i in range(n))
@@ -162,19 +168,32 @@ class Gemma4(Decoder):
     @staticmethod
     def layout(config: Config, there: Collection[str]) -> Layout:
         """The tensors of this architecture; ``there`` are the file's, where it has a choice."""
-        shapes = model_shapes(config, there)
+        shapes, roles = model_tensors(config, there)
         ignored: set[str] = set()
-        if p := config.n_per_layer:
-            n = p * config.n_layer
-            shapes[PER_LAYER_TABLE] = (n, config.n_vocab)
-            shapes["per_layer_model_proj.weight"] = (config.n_embd, n)
-            shapes["per_layer_proj_norm.weight"] = (p,)
+        if config.n_per_layer:
+            shapes |= _per_layer_shapes(config)
+            roles |= _PER_LAYER_ROLES
         for spec in config.layers:
             shapes |= layer_shapes(config, spec, there) | _gemma4_shapes(config, spec, there)
             if not spec.owns_kv:  # some converters keep these, which nothing reads
                 ignored |= kv_names(spec.index)
-        sliced = sliced_names(shapes) | {PER_LAYER_TABLE, "per_layer_model_proj.weight"}
-        return Layout(shapes, frozenset(ignored), sliced, head_name(shapes), config.n_per_layer)
+        return Layout(
+            required=shapes,
+            roles=roles,
+            ignored=frozenset(ignored),
+            sliced=sliced_names(shapes) | {PER_LAYER_TABLE, _PROJECTION},
+            per_layer=config.n_per_layer,
+        )
+
+
+def _per_layer_shapes(config: Config) -> Shapes:
+    """What the per-layer inputs are made of."""
+    n = config.n_per_layer * config.n_layer
+    return {
+        PER_LAYER_TABLE: (n, config.n_vocab),
+        _PROJECTION: (config.n_embd, n),
+        _PROJECTION_NORM: (config.n_per_layer,),
+    }
 
 
 def _gemma4_shapes(config: Config, spec: LayerSpec, there: Collection[str]) -> Shapes:

@@ -1,12 +1,13 @@
-"""What the Gemma decoders have in common, and the tensors they expect in a file.
+"""What the Gemma decoders have in common.
 
-Not a forward pass: those are in the files named after their architecture.
+Not a forward pass: those are in the files named after their architecture. Nor the tensors that
+they want of a file: ``layout.py``.
 Shapes are in ggml order: T rows, D = n_embd, H query heads, KV key/value heads, hd = head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,10 +16,10 @@ from gemloom.compute.linear import linear, table_rows
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
 from gemloom.models.config import Config, LayerSpec
+from gemloom.models.tensor_names import HEAD, ROPE_FREQS, TABLE
 from gemloom.weights.weights import Tensors
 
 Block = dict[str, Tensor]  # one layer's tensors, by name without "blk.N." and ".weight"
-Shapes = dict[str, tuple[int, ...]]
 
 
 class Decoder:
@@ -38,7 +39,7 @@ class Decoder:
     def embed(self, g: Graph, rows: Rows) -> Tensor:
         """Token embeddings, scaled: [D, T]."""
         with g.on(self.placement.host):
-            x = table_rows(g, self.weights["token_embd.weight"], rows.tokens, rows.deltas)
+            x = table_rows(g, self.weights[TABLE], rows.tokens, rows.deltas)
             g.expand(x)
         g.at(self.placement.layers[0])
         return g.name(g.scale(x, self.config.embed_scale), "embd")
@@ -78,7 +79,7 @@ class Decoder:
     def rope(self, g: Graph, spec: LayerSpec, positions: Tensor, x: Tensor) -> Tensor:
         """Rotate x [hd, heads, T] as this layer does."""
         rope = spec.rope
-        factors = self.weights.on("rope_freqs.weight", g.place) if rope.factors else None
+        factors = self.weights.on(ROPE_FREQS, g.place) if rope.factors else None
         return g.rope(x, positions, rope.n_dims, rope.base, rope.scale, factors)
 
     def attention(
@@ -99,9 +100,8 @@ class Decoder:
         """x [D, T] -> [n_vocab, T], still to go through ``softcap``."""
         g.at(self.placement.head)
         h = self.norm(g, self.weights["output_norm.weight"], x)
-        name = "token_embd.weight" if self.placement.tied else "output.weight"
-        head = self.weights.on(name, g.place)
-        return g.name(linear(g, head, h, rows.deltas, name="output.weight"), "logits")
+        head = self.weights.on(self.weights.head, g.place)
+        return g.name(linear(g, head, h, rows.deltas, name=HEAD), "logits")
 
     def softcap(self, logits: np.ndarray) -> np.ndarray:
         """The last operation, cap * tanh(logits / cap), in place on what was read back.
@@ -120,44 +120,3 @@ class Decoder:
         The names are attn_kqv [hd * H, T], attn_out and out [D, T]. A subclass may change them.
         """
         return g.name(x, f"blk.{spec.index}.{name}")
-
-
-def model_shapes(config: Config, there: Collection[str]) -> Shapes:
-    """The tensors outside the layers. ``there`` are the names in the file."""
-    d, v = config.n_embd, config.n_vocab
-    shapes: Shapes = {"token_embd.weight": (d, v), "output_norm.weight": (d,)}
-    if "output.weight" in there:  # else the embedding table is the head as well
-        shapes["output.weight"] = (d, v)
-    for spec in config.layers:
-        if spec.rope.factors:
-            shapes["rope_freqs.weight"] = (spec.rope.n_dims // 2,)
-    return shapes
-
-
-def head_name(shapes: Shapes) -> str:
-    """The matrix that makes logits."""
-    return "output.weight" if "output.weight" in shapes else "token_embd.weight"
-
-
-def sliced_names(shapes: Shapes) -> frozenset[str]:
-    """The tensors that are read by row, or in slices, and not only multiplied whole."""
-    return frozenset(n for n in shapes if n == "token_embd.weight" or n.endswith("attn_qkv.weight"))
-
-
-def layer_shapes(config: Config, spec: LayerSpec, there: Collection[str]) -> Shapes:
-    """Attention, dense feed-forward and norms of one layer, by their full names."""
-    d, q, k = config.n_embd, spec.n_head * spec.head_dim, spec.n_kv * spec.head_dim
-    shapes: Shapes = {
-        "attn_norm": (d,), "attn_q_norm": (spec.head_dim,), "attn_output": (q, d),
-        "post_attention_norm": (d,), "ffn_norm": (d,), "ffn_gate": (d, spec.n_ff),
-        "ffn_up": (d, spec.n_ff), "ffn_down": (spec.n_ff, d), "post_ffw_norm": (d,),
-    }  # fmt: skip
-    if f"blk.{spec.index}.attn_qkv.weight" in there:
-        shapes["attn_qkv"] = (d, q + 2 * k)
-    else:
-        shapes["attn_q"] = (d, q)
-        if spec.owns_kv:
-            shapes |= {"attn_k": (d, k)} | ({"attn_v": (d, k)} if spec.has_v else {})
-    if spec.owns_kv:
-        shapes["attn_k_norm"] = (spec.head_dim,)
-    return {f"blk.{spec.index}.{name}.weight": shape for name, shape in shapes.items()}

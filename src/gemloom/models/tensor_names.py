@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import re
 
+TABLE = "token_embd.weight"  # token embeddings, and the head as well where there is no HEAD
 PER_LAYER_TABLE = "per_layer_token_embd.weight"
+HEAD = "output.weight"
+ROPE_FREQS = "rope_freqs.weight"
 
+_LAYER = re.compile(r"blk\.(\d+)\.")
 # What stands before a module's own name: classes in classes, in any number and order.
 _CLASSES = frozenset(("base_model", "model", "language_model"))
 # What training wraps around modules at any depth, and takes off again.
@@ -39,6 +43,12 @@ def modality(name: str) -> str | None:
     first, dot, _ = inner(name).partition(".")
     found = _MODALITY.fullmatch(first) if dot else None
     return found.lastgroup if found else None
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a GGUF tensor belongs to, if it is of one."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
 
 
 def kv_names(layer: int) -> frozenset[str]:

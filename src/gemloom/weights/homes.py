@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gguf.constants import GGMLQuantizationType
 
@@ -19,11 +19,9 @@ from gemloom.ggml.joining import can_join
 from gemloom.ggml.repacking import Repacking
 from gemloom.kernels import packed_file
 from gemloom.kernels.packing import PackingPlan
+from gemloom.models.layout import Layout
 from gemloom.models.tensor_names import PER_LAYER_TABLE
 from gemloom.options import Options
-
-if TYPE_CHECKING:
-    from gemloom.weights.weights import Layout
 
 
 @dataclass(frozen=True, slots=True)

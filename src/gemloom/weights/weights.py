@@ -6,8 +6,6 @@ want another layout, ``copying.py`` copies and packs them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -23,6 +21,7 @@ from gemloom.kernels import packed_file
 from gemloom.kernels.operations import I8
 from gemloom.kernels.packing import ALIGNMENT as PACKED_ALIGNMENT
 from gemloom.kernels.packing import PackingPlan, Progress
+from gemloom.models.layout import Layout
 from gemloom.models.tensor_names import PER_LAYER_TABLE, modality, unit
 from gemloom.options import Options
 from gemloom.weights.copying import FIRST_BYTES, Filling
@@ -32,17 +31,6 @@ F32 = GGMLQuantizationType.F32
 _FLOATS = {F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 # Quantized forms that ggml gives activations; it cannot multiply with weights of these types.
 _ACTIVATIONS = {GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K}
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The tensors an architecture wants: name -> shape (ggml order), and how it uses some."""
-
-    required: Mapping[str, tuple[int, ...]]
-    ignored: frozenset[str] = frozenset()
-    sliced: frozenset[str] = frozenset()  # not only multiplied whole: read by row or in slices
-    head: str = ""  # of these, the one that is multiplied whole as well
-    per_layer: int = 0  # values of the per-layer table that one layer reads
 
 
 class Tensors:
@@ -79,6 +67,11 @@ class Tensors:
     def matrices(self) -> list[str]:
         """Names of the tensors of two dimensions or three."""
         return [name for name, tensor in self._tensors.items() if len(tensor.shape) > 1]
+
+    @property
+    def head(self) -> str:
+        """Name of the matrix that makes logits."""
+        return self._layout.head
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

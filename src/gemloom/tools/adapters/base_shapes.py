@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from gemloom.errors import AdapterError
 from gemloom.files.gguf import GGUF
-from gemloom.models.config import Config, from_gguf
-from gemloom.models.registry import ARCHITECTURES
+from gemloom.models.config import Config
+from gemloom.models.network import Network
 from gemloom.weights import weights
 
 ROUTER = "ffn_gate_inp.weight"  # small, and kept as it is by quantizers too
@@ -33,7 +33,6 @@ def open_base(file: GGUF) -> Base:
     kind = file.metadata.string("general.type", "model")
     if kind == "adapter":
         raise AdapterError(f"{file.name}: an adapter, not a model")
-    config = from_gguf(file)
-    layout = ARCHITECTURES[config.architecture].layout(config, file.tensors)
-    weights.check(file, layout)
-    return Base(file, config, layout.required)
+    network = Network.of(file)
+    weights.check(file, network.layout)
+    return Base(file, network.config, network.layout.required)

@@ -20,9 +20,11 @@ from gemloom.errors import FormatError, OptionError, TensorError
 from gemloom.files.blob import Blob
 from gemloom.files.gguf import GGUF, Metadata, TensorInfo, Value
 from gemloom.files.writing import Planned
-from gemloom.models.config import Config, from_gguf
+from gemloom.models.config import Config
+from gemloom.models.layout import Shapes
+from gemloom.models.network import Network
 from gemloom.models.registry import ARCHITECTURES
-from gemloom.models.tensor_names import unit
+from gemloom.models.tensor_names import HEAD, ROPE_FREQS, TABLE, unit
 from gemloom.text.tokenizer import Tokenizer
 from gemloom.tools.convert import names, settings, vocabulary
 from gemloom.tools.convert.checkpoint import Checkpoint, Stored
@@ -35,11 +37,8 @@ FILE_TYPES = {
     Type.Q8_0: LlamaFileType.MOSTLY_Q8_0,
 }
 _FALLBACK = Type.F16  # for rows that are no whole blocks
-_ROPE_FREQS = "rope_freqs.weight"
 _NEVER = 1e30  # an angle divided by this is none
 _QUANTIZATION_VERSION = 2  # of ggml's block formats
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ def plan(folder: str | os.PathLike[str], kind: Type | None = None) -> Conversion
     # Before a token is made for each row that the config speaks of, however many.
     d = found.keys[f"{found.architecture}.embedding_length"]
     assert isinstance(d, int)
-    _check_tensor(checkpoint, stored, "token_embd.weight", (d, found.n_vocab))
+    _check_tensor(checkpoint, stored, TABLE, (d, found.n_vocab))
     tokens, ends, more = vocabulary.read(
         checkpoint, "llama" if found.architecture == "gemma3" else "gemma4", found.n_vocab
     )
@@ -115,7 +114,7 @@ def _by_gguf_name(checkpoint: Checkpoint, tied: bool) -> tuple[dict[str, Stored]
             raise FormatError(f"{tensor.path}: the index does not say that it holds {tensor.name}")
         elif name is None:
             raise TensorError(f"{tensor.path}: the tensor {tensor.name[:120]} is unknown")
-        elif name == "output.weight" and tied:
+        elif name == HEAD and tied:
             others["output (tied to embeddings)"] += 1
         elif name in stored:
             raise TensorError(f"{tensor.path}: {tensor.name} and {stored[name].name} are the same")
@@ -135,11 +134,11 @@ def _shapes(
         name: TensorInfo(name, tensor.type, tensor.shape[::-1], nothing, 0)
         for name, tensor in stored.items()
     }
-    config = from_gguf(GGUF(metadata.name, metadata, infos))
-    layout = ARCHITECTURES[found.architecture].layout(config, stored)
+    network = Network.of(GGUF(metadata.name, metadata, infos))
+    config, layout = network.config, network.layout
     shapes = dict(layout.required)
     if not found.tied:
-        shapes["output.weight"] = (config.n_embd, config.n_vocab)
+        shapes[HEAD] = (config.n_embd, config.n_vocab)
     if found.architecture == "gemma4":
         shapes |= {f"blk.{spec.index}.layer_output_scale.weight": (1,) for spec in config.layers}
         _check_values(metadata.name, config, found.k_is_v)
@@ -167,9 +166,9 @@ def _assistant_shapes(metadata: Metadata, found: CheckpointSettings) -> Shapes:
         )
     )  # fmt: skip
     shapes: Shapes = {
-        "token_embd.weight": (d, found.n_vocab),
+        TABLE: (d, found.n_vocab),
         "output_norm.weight": (d,),
-        _ROPE_FREQS: (full // 2,),
+        ROPE_FREQS: (full // 2,),
         "nextn.pre_projection.weight": (2 * out, d),
         "nextn.post_projection.weight": (d, out),
     }
@@ -190,7 +189,7 @@ def _check(
 ) -> None:
     """Hold the checkpoint against the tensors wanted, both ways."""
     for name, shape in shapes.items():
-        if name != _ROPE_FREQS:
+        if name != ROPE_FREQS:
             _check_tensor(checkpoint, stored, name, shape)
     if extra := stored.keys() - shapes.keys() - unused:
         tensor = stored[min(extra)]
@@ -217,7 +216,7 @@ def _item(
     found: CheckpointSettings,
     kind: Type | None,
 ) -> Item:
-    if name == _ROPE_FREQS:
+    if name == ROPE_FREQS:
         assert found.rotated is not None
         pairs = shape[0]
         turning = int(found.rotated * pairs)
