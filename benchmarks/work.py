@@ -12,7 +12,8 @@ from math import prod
 from pathlib import Path
 
 from gemloom.files import gguf, source
-from gemloom.models.config import Config, LayerSpec, from_gguf
+from gemloom.models.config import Config, LayerSpec
+from gemloom.models.facts import from_gguf
 from gemloom.models.tensor_names import PER_LAYER_TABLE
 
 F16_BYTES = 2  # of one value in the K/V cells

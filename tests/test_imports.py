@@ -53,6 +53,7 @@ PURE = [  # what decides, and what only reads: none of it needs a native library
     "engine.waiting",
     "files",
     "models.config",
+    "models.facts",
     "models.layout",
     "models.tensor_names",
     "options",
@@ -62,6 +63,15 @@ PURE = [  # what decides, and what only reads: none of it needs a native library
     "text",
     "tools.quantization.recipes",
 ]
+PURE_MODELS = [  # of which an architecture's facts are made
+    "models.config",
+    "models.gemma3_facts",
+    "models.gemma4_facts",
+    "models.keys",
+    "models.layout",
+    "models.module_names",
+    "models.tensor_names",
+]
 # A module or package: all it may import of this package, besides itself. The longest name counts.
 ARROWS = {
     "errors": [],
@@ -69,8 +79,13 @@ ARROWS = {
     "files": ["errors"],
     "sampling": ["errors"],
     "text": ["errors", "files", "sampling"],
-    "models.config": ["errors", "files"],
+    "models.config": ["errors"],
+    "models.facts": [*PURE_MODELS, "errors", "files"],
+    "models.gemma3_facts": [*PURE_MODELS, "files"],
+    "models.gemma4_facts": [*PURE_MODELS, "errors", "files"],
+    "models.keys": ["errors", "files", "models.config", "models.tensor_names"],
     "models.layout": ["models.config", "models.tensor_names"],
+    "models.module_names": [],
     "models.tensor_names": [],
     "options": ["errors", "models.config"],
     "ggml": ["errors", "files", "system"],
@@ -82,6 +97,7 @@ ARROWS = {
         "ggml",
         "kernels",
         "models.config",
+        "models.facts",
         "models.tensor_names",
     ],
     "adapters.request_adapters": [],

@@ -14,7 +14,8 @@ import tiny
 from gemloom.errors import ConfigError, TensorError
 from gemloom.files import gguf
 from gemloom.files.blob import Blob
-from gemloom.models.config import Config, Rope, from_gguf
+from gemloom.models.config import Config, Rope
+from gemloom.models.facts import from_gguf
 from tiny import VARIANTS
 
 variants = pytest.mark.parametrize("variant", VARIANTS)

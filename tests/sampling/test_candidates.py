@@ -158,11 +158,11 @@ def test_the_soft_cap_keeps_to_the_margin(start: float, steps: np.ndarray, cap: 
         np.float32
     )
     model = SimpleNamespace(config=SimpleNamespace(softcap=cap))
-    capped = Decoder.softcap(model, near.copy())  # type: ignore[arg-type]
+    capped = Decoder.finish(model, near.copy())  # type: ignore[arg-type]
     before = np.maximum.accumulate(capped)
     assert (before - capped <= abs(capped) * 2**-20).all()
     for size in (1, 7, 128):
-        few = Decoder.softcap(model, near[3 : 3 + size].copy())  # type: ignore[arg-type]
+        few = Decoder.finish(model, near[3 : 3 + size].copy())  # type: ignore[arg-type]
         np.testing.assert_array_equal(few, capped[3 : 3 + size])
 
 

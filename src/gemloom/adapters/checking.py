@@ -17,9 +17,9 @@ from gemloom.adapters import fusing
 from gemloom.adapters.factors import Lora, Pair
 from gemloom.errors import AdapterError
 from gemloom.models.config import Config
+from gemloom.models.tensor_names import HEAD, TABLE
 
 Shapes = Mapping[str, tuple[int, ...]]
-_OUTPUT, _TABLE = "output.weight", "token_embd.weight"
 # Checkpoints of Gemma 3 from 4B up have so many rows more than tokens; no token reads them.
 _PADDING = {"gemma3": 64}
 
@@ -130,7 +130,7 @@ def _fitting(name: str, config: Config, shapes: Shapes, tensor: str, pair: Pair)
         why = f"has {config.n_layer} layers" if beyond else "has no such matrix"
         raise AdapterError(f"{name}: {tensor[:200]}: the model {why}; another base?")
     surplus = pair.b.shape[-2] - shape[1]
-    if tensor in (_TABLE, _OUTPUT) and surplus == _PADDING.get(config.architecture):
+    if tensor in (TABLE, HEAD) and surplus == _PADDING.get(config.architecture):
         pair = Pair(pair.a, pair.b[: shape[1]], pair.scale)
     if delta_shape(pair) != shape:
         raise AdapterError(
@@ -142,8 +142,8 @@ def _fitting(name: str, config: Config, shapes: Shapes, tensor: str, pair: Pair)
 
 def _expected(shapes: Shapes, tensor: str) -> tuple[int, ...] | None:
     """The shape of a matrix of the model, be it a part of a fused one; None if there is none."""
-    if tensor == _OUTPUT and tensor not in shapes:
-        tensor = _TABLE
+    if tensor == HEAD and tensor not in shapes:
+        tensor = TABLE
     shape = shapes.get(tensor) or fusing.part_shape(tensor, shapes)
     return shape if shape and len(shape) > 1 else None
 

@@ -24,7 +24,7 @@ from gemloom.adapters.factors import Lora, Pair
 from gemloom.adapters.limits import room
 from gemloom.errors import AdapterError
 from gemloom.files.gguf import GGUF, Metadata, TensorInfo
-from gemloom.models.tensor_names import modality
+from gemloom.models.tensor_names import TABLE, modality
 
 NORM = "a norm, which is no matrix"
 OTHER_MODALITY = "of the vision or audio part"
@@ -110,7 +110,7 @@ def _pair(name: str, base: str, halves: Mapping[str, TensorInfo], alpha: float) 
 
 def read_by_row(base: str) -> bool:
     """Whether the matrix is a table whose lora_a and lora_b lie the other way round."""
-    return base.endswith("token_embd.weight")
+    return base.endswith(TABLE)
 
 
 def paired(name: str, base: str, a: np.ndarray, b: np.ndarray, scale: float) -> Pair:

@@ -1,7 +1,6 @@
 """Names of matrices: those of transformers' modules, which PEFT uses, and those of GGUF.
 
-Not a reader of files. The modules are those of transformers' modeling_gemma3.py and
-modeling_gemma4.py; the GGUF names those of llama.cpp's converter.
+Not a reader of files. The names themselves are with the architectures (``models/*_facts.py``).
 """
 
 from __future__ import annotations
@@ -10,30 +9,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gemloom.models.facts import module_names
 from gemloom.models.tensor_names import inner, unwrapped
 
-_LAYER = {  # below layers.N
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "per_layer_input_gate": "inp_gate",
-    "per_layer_projection": "proj",
-    "router.proj": "ffn_gate_inp",
-    "experts.gate_up_proj": "ffn_gate_up_exps",
-    "experts.down_proj": "ffn_down_exps",
-}
-_TOP = {
-    "embed_tokens": "token_embd",
-    "embed_tokens_per_layer": "per_layer_token_embd",
-    "per_layer_model_projection": "per_layer_model_proj",
-    "lm_head": "output",
-}
-_GGUF_LAYER = {gguf: module for module, gguf in _LAYER.items()}
-_GGUF_TOP = {gguf: module for module, gguf in _TOP.items()}
 _EXPERT = {  # below experts.M
     "gate_proj": "ffn_gate_exps",
     "up_proj": "ffn_up_exps",
@@ -87,11 +65,10 @@ def plain(module: str) -> str:
 def gguf_name(module: str) -> str | None:
     """The GGUF tensor of a module, whatever the classes around it; None if unknown."""
     layer, name = _place(module)
-    if layer is None:
-        top = _TOP.get(name)
-        return top and f"{top}.weight"
-    short = _LAYER.get(name)
-    return short and f"blk.{layer}.{short}.weight"
+    short = module_names().matrix(name, in_layer=layer is not None)
+    if short is None or layer is None:
+        return short and f"{short}.weight"
+    return f"blk.{layer}.{short}.weight"
 
 
 def expert(module: str) -> tuple[str, int] | None:
@@ -118,8 +95,8 @@ def module_name(tensor: str, *, multimodal: bool) -> str | None:
     """The module of a GGUF tensor in transformers' causal or multimodal class, if it is one."""
     prefix = "model.language_model." if multimodal else "model."
     name = tensor.removesuffix(".weight")
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", name):
-        module = _GGUF_LAYER.get(match[2])
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", name)
+    module = module_names().module(match[2] if match else name, in_layer=match is not None)
+    if match:
         return module and f"{prefix}layers.{match[1]}.{module}"
-    top = _GGUF_TOP.get(name)
-    return top if top in (None, "lm_head") else f"{prefix}{top}"
+    return module if module in (None, "lm_head") else f"{prefix}{module}"

@@ -132,7 +132,7 @@ class Program:
         ids, values = ranked.ids.numpy(), ranked.values.numpy()[..., 0]
         sound = np.isfinite(ranked.sums.numpy()[:, 0])
         self.check()
-        values = self._model.softcap(values)
+        values = self._model.finish(values)
         self.check()
         self._lap("read", start)
         return [self._row(plan, i, ids[i], values[i], bool(sound[i])) for i in range(len(ids))]
@@ -147,7 +147,7 @@ class Program:
     def _read(self, logits: Tensor, row: int | None = None) -> np.ndarray:
         """All logits, float32 [rows, n_vocab], or those of one row, [n_vocab]."""
         start = perf_counter()
-        values = self._model.softcap(logits.numpy() if row is None else logits.numpy_row(row))
+        values = self._model.finish(logits.numpy() if row is None else logits.numpy_row(row))
         self.check()
         self._lap("read", start)
         return values
@@ -268,7 +268,7 @@ class Program:
         """Values of a step's taps; slowest dimension, the rows, first."""
         values = {name: tensor.numpy() for name, tensor in plan.graph.tapped.items()}
         if "logits" in values:
-            self._model.softcap(values["logits"])
+            self._model.finish(values["logits"])
         if values:
             self.check()
         return values

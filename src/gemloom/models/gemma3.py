@@ -7,18 +7,18 @@ them (1 already added).
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from gemloom.compute.kv import KV, Rows
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from gemloom.models.config import Config, LayerSpec
+from gemloom.models.config import LayerSpec
+from gemloom.models.gemma3_facts import layout
 from gemloom.models.layers import Block, Decoder
-from gemloom.models.layout import Layout, layer_shapes, model_tensors, sliced_names
 
 
 class Gemma3(Decoder):
     """The text models from 270M to 27B."""
+
+    layout = staticmethod(layout)
 
     def forward(self, g: Graph, rows: Rows, wanted: Rows | None, kv: KV) -> Tensor | None:
         """Logits [n_vocab, wanted rows]; None if no row's are wanted.
@@ -47,11 +47,3 @@ class Gemma3(Decoder):
         """K, normed and rotated, and V; [hd, KV, T] both."""
         k = self.norm(g, w["attn_k_norm"], self.project(g, spec, w, rows, "k", h))
         return self.rope(g, spec, rows.positions, k), self.project(g, spec, w, rows, "v", h)
-
-    @staticmethod
-    def layout(config: Config, there: Collection[str]) -> Layout:
-        """The tensors of this architecture; ``there`` are the file's, where it has a choice."""
-        shapes, roles = model_tensors(config, there)
-        for spec in config.layers:
-            shapes |= layer_shapes(config, spec, there)
-        return Layout(required=shapes, roles=roles, sliced=sliced_names(shapes))

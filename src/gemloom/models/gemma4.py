@@ -7,35 +7,22 @@ modeling_gemma4.py); every fact that differs between layers is in their LayerSpe
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from math import sqrt
 
 from gemloom.compute.kv import KV, Rows
 from gemloom.compute.linear import expert_linear, linear, table_rows
 from gemloom.ggml.device import Tensor
 from gemloom.ggml.graph import Graph
-from gemloom.models.config import Config, LayerSpec
+from gemloom.models.config import LayerSpec
+from gemloom.models.gemma4_facts import PROJECTION, PROJECTION_NORM, layout
 from gemloom.models.layers import Block, Decoder
-from gemloom.models.layout import (
-    Layout,
-    Role,
-    Shapes,
-    layer_shapes,
-    model_tensors,
-    sliced_names,
-)
-from gemloom.models.tensor_names import PER_LAYER_TABLE, kv_names
-
-_PROJECTION, _PROJECTION_NORM = "per_layer_model_proj.weight", "per_layer_proj_norm.weight"
-_PER_LAYER_ROLES = {
-    PER_LAYER_TABLE: Role.PER_LAYER_TABLE,
-    _PROJECTION: Role.SHARED,
-    _PROJECTION_NORM: Role.SHARED,
-}
+from gemloom.models.tensor_names import PER_LAYER_TABLE
 
 
 class Gemma4(Decoder):
     """E2B, E4B, 12B, 26B-A4B, 31B and any other size with the same keys."""
+
+    layout = staticmethod(layout)
 
     def forward(self, g: Graph, rows: Rows, wanted: Rows | None, kv: KV) -> Tensor | None:
         """Logits [n_vocab, wanted rows]; None if no row's are wanted.
@@ -108,11 +95,11 @@ class Gemma4(Decoder):
             t = table_rows(g, table, rows.tokens, rows.deltas, part)
             g.expand(t)  # with all else of the host, before the devices take over
         t = g.scale(t, sqrt(p))  # [P * n, T]
-        projection = self.weights.on(_PROJECTION, g.place)
+        projection = self.weights.on(PROJECTION, g.place)
         y = linear(g, projection, embedded, rows.deltas, part)
         y = g.scale(y, self.config.n_embd**-0.5)
         y = g.reshape(y, p, n, rows.count)
-        y = self.norm(g, self.weights.on(_PROJECTION_NORM, g.place), y)
+        y = self.norm(g, self.weights.on(PROJECTION_NORM, g.place), y)
         mixed = g.scale(g.add(y, g.reshape(t, p, n, rows.count)), sqrt(0.5))  # [P, n, T]
         by_layer = g.cont(g.swap(mixed))  # [P, T, n]
         slices = (g.slice(by_layer, 2, i, i + 1) for i in range(n))
@@ -164,55 +151,3 @@ class Gemma4(Decoder):
         else:
             gate, up = each("ffn_gate_exps", m), each("ffn_up_exps", m)
         return each("ffn_down_exps", g.gelu_mul(gate, up))
-
-    @staticmethod
-    def layout(config: Config, there: Collection[str]) -> Layout:
-        """The tensors of this architecture; ``there`` are the file's, where it has a choice."""
-        shapes, roles = model_tensors(config, there)
-        ignored: set[str] = set()
-        if config.n_per_layer:
-            shapes |= _per_layer_shapes(config)
-            roles |= _PER_LAYER_ROLES
-        for spec in config.layers:
-            shapes |= layer_shapes(config, spec, there) | _gemma4_shapes(config, spec, there)
-            if not spec.owns_kv:  # some converters keep these, which nothing reads
-                ignored |= kv_names(spec.index)
-        return Layout(
-            required=shapes,
-            roles=roles,
-            ignored=frozenset(ignored),
-            sliced=sliced_names(shapes) | {PER_LAYER_TABLE, _PROJECTION},
-            per_layer=config.n_per_layer,
-        )
-
-
-def _per_layer_shapes(config: Config) -> Shapes:
-    """What the per-layer inputs are made of."""
-    n = config.n_per_layer * config.n_layer
-    return {
-        PER_LAYER_TABLE: (n, config.n_vocab),
-        _PROJECTION: (config.n_embd, n),
-        _PROJECTION_NORM: (config.n_per_layer,),
-    }
-
-
-def _gemma4_shapes(config: Config, spec: LayerSpec, there: Collection[str]) -> Shapes:
-    """What a Gemma 4 layer has beyond attention and dense feed-forward."""
-    d, p, blk = config.n_embd, config.n_per_layer, f"blk.{spec.index}"
-    shapes: Shapes = {}
-    if f"{blk}.layer_output_scale.weight" in there:
-        shapes["layer_output_scale.weight"] = (1,)
-    if p:
-        shapes |= {"inp_gate.weight": (d, p), "proj.weight": (p, d), "post_norm.weight": (d,)}
-    if e := spec.experts:
-        shapes |= {
-            "ffn_gate_inp.weight": (d, e.count), "ffn_gate_inp.scale": (d,),
-            "pre_ffw_norm_2.weight": (d,), "post_ffw_norm_1.weight": (d,),
-            "post_ffw_norm_2.weight": (d,), "ffn_down_exps.weight": (e.n_ff, d, e.count),
-            "ffn_down_exps.scale": (e.count,),
-        }  # fmt: skip
-        if f"{blk}.ffn_gate_exps.weight" in there:
-            shapes |= {f"ffn_{x}_exps.weight": (d, e.n_ff, e.count) for x in ("gate", "up")}
-        else:
-            shapes["ffn_gate_up_exps.weight"] = (d, 2 * e.n_ff, e.count)
-    return {f"{blk}.{name}": shape for name, shape in shapes.items()}

@@ -97,13 +97,13 @@ class Decoder:
         return linear(g, w["ffn_down"], g.gelu_mul(gate, up), rows.deltas)
 
     def logits(self, g: Graph, rows: Rows, x: Tensor) -> Tensor:
-        """x [D, T] -> [n_vocab, T], still to go through ``softcap``."""
+        """x [D, T] -> [n_vocab, T], still to go through ``finish``."""
         g.at(self.placement.head)
         h = self.norm(g, self.weights["output_norm.weight"], x)
         head = self.weights.on(self.weights.head, g.place)
         return g.name(linear(g, head, h, rows.deltas, name=HEAD), "logits")
 
-    def softcap(self, logits: np.ndarray) -> np.ndarray:
+    def finish(self, logits: np.ndarray) -> np.ndarray:
         """The last operation, cap * tanh(logits / cap), in place on what was read back.
 
         ggml's tanh is scalar and runs on one thread: 2.7 ms a row of 262,144, numpy's 0.1.

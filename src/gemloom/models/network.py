@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from gemloom.files.gguf import GGUF
-from gemloom.models.config import Config, from_gguf
+from gemloom.models.config import Config
+from gemloom.models.facts import from_gguf
 from gemloom.models.layout import Layout
 from gemloom.models.registry import ARCHITECTURES, Architecture, check_own
 

@@ -17,6 +17,7 @@ from gemloom.adapters.factors import Lora, Pair
 from gemloom.errors import AdapterError, OptionError
 from gemloom.files.gguf import TensorInfo
 from gemloom.ggml.quants import READABLE
+from gemloom.models.tensor_names import HEAD, TABLE
 from gemloom.tools.adapters.base_shapes import Base
 from gemloom.tools.adapters.merging import rows
 
@@ -24,7 +25,6 @@ Advance = Callable[[int], None]
 _BLOCK = 32 << 20  # values of the difference in memory, float32
 _SPARE = 10  # directions more than the rank: the last wanted ones converge sooner
 _MOST, _SETTLED = 12, 1e-6  # iterations; change of the norm kept that is none
-_TABLE, _OUTPUT = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def extract(base: Base, tuned: Base, rank: int, advance: Advance = lambda done: 
     for name in tuned.file.tensors:
         if name not in tuned.shapes:
             continue
-        old = base.file.tensors[name if name in base.shapes else _TABLE]
+        old = base.file.tensors[name if name in base.shapes else TABLE]
         difference = Difference(old, tuned.file.tensors[name])
         if difference.none():
             pass
@@ -88,8 +88,8 @@ def extract(base: Base, tuned: Base, rank: int, advance: Advance = lambda done: 
         advance(old.nbytes)
     if not pairs:
         raise AdapterError(f"{tuned.file.name}: no matrix differs from {base.file.name}'s")
-    if _TABLE in pairs and _OUTPUT not in tuned.shapes:
-        pairs[_OUTPUT] = pairs[_TABLE]
+    if TABLE in pairs and HEAD not in tuned.shapes:
+        pairs[HEAD] = pairs[TABLE]
     lora = Lora(tuned.file.name, base.config.architecture, pairs)
     return Extracted(lora, tuple(kept), tuple(left))
 
@@ -100,7 +100,7 @@ def _check_alike(base: Base, tuned: Base) -> None:
             f"{tuned.file.name} is a {tuned.config.architecture}, {base.file.name} a "
             f"{base.config.architecture}"
         )
-    optional = {_OUTPUT}
+    optional = {HEAD}
     for name in dict.fromkeys((*base.shapes, *tuned.shapes)):
         first, second = base.shapes.get(name), tuned.shapes.get(name)
         if first != second and not (name in optional and first is None):

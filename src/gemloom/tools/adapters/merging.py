@@ -23,13 +23,12 @@ from gemloom.errors import AdapterError, OptionError, TensorError
 from gemloom.files.gguf import TensorInfo, nbytes
 from gemloom.files.writing import GGUFWriter, Planned
 from gemloom.ggml.quants import NEEDS_IMPORTANCE, QUANTIZABLE, READABLE, dequantize, quantize
-from gemloom.models.tensor_names import unit
+from gemloom.models.tensor_names import HEAD, TABLE, unit
 from gemloom.system.limits import usable_cores
 from gemloom.tools.adapters.base_shapes import ROUTER, Base
 
 Advance = Callable[[int], None]
 _BLOCK = 4 << 20  # values that are in memory as float32 for each thread
-_TABLE, _OUTPUT = "token_embd.weight", "output.weight"
 _DROPPED = ("split.no", "split.count", "split.tensors.count")
 
 
@@ -125,9 +124,9 @@ def _jobs(
     jobs = []
     for name, info in base.file.tensors.items():
         jobs.append(_job(base, name, info, changes.get(name, ()), kind))
-        tied = name == _TABLE and _OUTPUT not in base.file.tensors
-        if tied and not _alike(changes.get(_TABLE, ()), changes.get(_OUTPUT, ())):
-            jobs.append(_job(base, _OUTPUT, info, changes.get(_OUTPUT, ()), kind))
+        tied = name == TABLE and HEAD not in base.file.tensors
+        if tied and not _alike(changes.get(TABLE, ()), changes.get(HEAD, ())):
+            jobs.append(_job(base, HEAD, info, changes.get(HEAD, ()), kind))
     return jobs
 
 

@@ -4,42 +4,9 @@ from __future__ import annotations
 
 import re
 
+from gemloom.models.facts import module_names
 from gemloom.models.tensor_names import inner, modality
 
-_TOP = {
-    "embed_tokens.weight": "token_embd.weight",
-    "norm.weight": "output_norm.weight",
-    "embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
-    "per_layer_model_projection.weight": "per_layer_model_proj.weight",
-    "per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
-}
-_BLOCK = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.q_norm.weight": "attn_q_norm.weight",
-    "self_attn.k_norm.weight": "attn_k_norm.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "post_attention_layernorm.weight": "post_attention_norm.weight",
-    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
-    "layer_scalar": "layer_output_scale.weight",
-    "per_layer_input_gate.weight": "inp_gate.weight",
-    "per_layer_projection.weight": "proj.weight",
-    "post_per_layer_input_norm.weight": "post_norm.weight",
-    "router.proj.weight": "ffn_gate_inp.weight",
-    "router.scale": "ffn_gate_inp.scale",
-    "router.per_expert_scale": "ffn_down_exps.scale",
-    "pre_feedforward_layernorm_2.weight": "pre_ffw_norm_2.weight",
-    "post_feedforward_layernorm_1.weight": "post_ffw_norm_1.weight",
-    "post_feedforward_layernorm_2.weight": "post_ffw_norm_2.weight",
-    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
-    "experts.down_proj": "ffn_down_exps.weight",
-}
 _ASSISTANT = {
     "pre_projection.weight": "nextn.pre_projection.weight",
     "post_projection.weight": "nextn.post_projection.weight",
@@ -58,24 +25,24 @@ def to_gguf(name: str) -> str | None:
     Classes and wrappers before it do not matter: exports of one model differ in them.
     """
     name = inner(name)
-    if name == "lm_head.weight":
-        return "output.weight"
-    if name in _ASSISTANT:
-        return _ASSISTANT[name]
     match = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,3})\.(.+)", name)
     if match is None:
-        return _TOP.get(name)
-    short = _BLOCK.get(match[2])
+        return _outside().get(name)
+    short = module_names().tensors(in_layer=True).get(match[2])
     return f"blk.{match[1]}.{short}" if short else None
 
 
 def to_hf(name: str) -> str:
     """How a checkpoint calls the tensor of this GGUF name, without the prefix; for messages."""
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    table = _BLOCK if match else _TOP | _ASSISTANT | {"lm_head.weight": "output.weight"}
+    table = module_names().tensors(in_layer=True) if match else _outside()
     wanted = match[2] if match else name
     short = next((hf for hf, gguf in table.items() if gguf == wanted), name)
     return f"layers.{match[1]}.{short}" if match else short
+
+
+def _outside() -> dict[str, str]:
+    return module_names().tensors(in_layer=False) | _ASSISTANT
 
 
 def left_out(name: str) -> str | None:

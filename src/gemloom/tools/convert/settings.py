@@ -15,7 +15,7 @@ import numpy as np
 
 from gemloom.errors import ConfigError
 from gemloom.files.gguf import Metadata, Value
-from gemloom.models.config import MOST_LAYERS
+from gemloom.models.keys import MOST_LAYERS
 
 Keys = dict[str, Value]
 

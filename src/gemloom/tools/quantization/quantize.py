@@ -25,14 +25,13 @@ from gemloom.errors import ConfigError, OptionError, TensorError
 from gemloom.files.gguf import GGUF, TensorInfo, nbytes
 from gemloom.files.writing import GGUFWriter, Planned, Value
 from gemloom.ggml import quants
-from gemloom.models.tensor_names import kv_names, modality, unit
+from gemloom.models.tensor_names import HEAD, kv_names, layer_of, modality, unit
 from gemloom.system.limits import threads_for
 from gemloom.tools.quantization.imatrix_file import ImportanceMatrix
 from gemloom.tools.quantization.recipes import (
     EMBEDDINGS,
     KEPT,
     NEEDS_IMATRIX,
-    OUTPUT,
     Place,
     Recipe,
     fitting,
@@ -46,7 +45,6 @@ TERNARY_LOSS = (
 )
 
 _PIECE = 1 << 18  # values that a thread makes at a time: so many lie in its cache
-_LAYER = re.compile(r"blk\.(\d+)\.")
 _QUANTIZATION_VERSION = 2  # of ggml's block formats
 
 
@@ -182,8 +180,8 @@ def write(
 
 
 def _layer(name: str) -> int:
-    match = _LAYER.match(name)
-    return int(match[1]) if match else -1
+    layer = layer_of(name)
+    return -1 if layer is None else layer
 
 
 def _is_matrix(info: TensorInfo) -> bool:
@@ -206,7 +204,7 @@ def _places(file: GGUF, infos: Sequence[TensorInfo], has_imatrix: bool) -> dict[
     n_expert = metadata.integer(f"{arch}.expert_count", 0)
     n_kv = _first(file, f"{arch}.attention.head_count_kv")
     heads_per_kv = _first(file, f"{arch}.attention.head_count") // n_kv if n_kv else 0
-    tied = OUTPUT not in file.tensors
+    tied = HEAD not in file.tensors
     parts = {info.name: part_of(info.name, tied) for info in infos if _recipes_apply(info)}
     counts, seen = Counter(parts.values()), Counter[str]()
     places = {}
@@ -313,7 +311,7 @@ def _needs_imatrix(choice: Choice, recipe: Recipe) -> bool:
         return False
     if choice.type in quants.NEEDS_IMPORTANCE:
         return True
-    used_by_row = choice.info.name in (*EMBEDDINGS, OUTPUT)
+    used_by_row = choice.info.name in (*EMBEDDINGS, HEAD)
     return not used_by_row and choice.type in NEEDS_IMATRIX | recipe.needs_imatrix
 
 

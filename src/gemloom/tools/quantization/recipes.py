@@ -16,6 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, LlamaFileType
 from gguf.constants import GGMLQuantizationType as Type
 
 from gemloom.errors import OptionError
+from gemloom.models.tensor_names import HEAD, PER_LAYER_TABLE, TABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,7 @@ PARTS = (
     ("ffn_gate", "ffn_gate"),
     ("ffn_down", "ffn_down"),
 )
-EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
-OUTPUT = "output.weight"
+EMBEDDINGS = (TABLE, PER_LAYER_TABLE)
 # Kept as they are: small, and every token's way depends on them.
 KEPT = ("_norm.weight", "ffn_gate_inp.weight", "per_layer_model_proj", "altup", "laurel")
 
@@ -101,7 +101,7 @@ FALLBACKS: dict[Type, Type] = {
 
 def part_of(name: str, tied: bool) -> str:
     """The part a matrix belongs to; embeddings that are the head as well (``tied``) are "head"."""
-    if name == OUTPUT or (tied and name in EMBEDDINGS):
+    if name == HEAD or (tied and name in EMBEDDINGS):
         return "head"
     if name in EMBEDDINGS:
         return "embedding"
