@@ -109,3 +109,21 @@ def terminal(*args: str | Path) -> Iterator[Terminal]:
 def endless(opened: gemloom.Model) -> list[str]:
     """Options under which the model never ends by itself."""
     return [f"--logit-bias={token}=-100" for token in opened.tokenizer.eog]
+
+
+@contextmanager
+def served(*args: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process of the command and its URL; killed at the end if it is still there."""
+    process = subprocess.Popen(
+        command("serve", *args, "--port", "0", "--threads", "1"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        line = process.stdout.readline()
+        found = re.search(r"http://(127\.0\.0\.1|0\.0\.0\.0):\d+", line)
+        assert found, process.communicate()
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.communicate()

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, settings
 import gemloom
 import tiny
 from gemloom.testing import paced
+from shelf import Shelf
 
 # A job in the background starts with SIGINT ignored, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -68,6 +70,18 @@ def load() -> Iterator[Load]:
             return stack.enter_context(gemloom.load(data, **options))
 
         yield make
+
+
+@pytest.fixture
+def shelf(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shelf]:
+    """A server of files, none yet, which is asked again at once where it fails."""
+    monkeypatch.setattr("gemloom.files.urls.PAUSES", (0.0,) * 4)
+    with Shelf() as made:
+        thread = Thread(target=made.serve_forever, args=[0.01])
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
 
 
 def endless(model: gemloom.Model) -> dict[str, Any]:

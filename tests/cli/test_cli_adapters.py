@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli_serve import served
 
 import gemloom
 import tiny
-from command_line import GREEDY, call, fine, write
+from command_line import GREEDY, call, fine, served, write
 from gemloom.adapters.gguf_lora import write_gguf
 from http_serving import http
 from random_lora import random_lora

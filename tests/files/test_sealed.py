@@ -22,7 +22,6 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_gguf import blob, cut, part, places, plain, small
 
 import gemloom
 import tiny
@@ -34,11 +33,11 @@ from gemloom.files import gguf, sealed, source
 from gemloom.files.blob import Blob, Stream
 from gemloom.ggml.device import Tensor
 from quantized_files import in_type
+from small_gguf import SMALL, blob, cut, part, places, plain
 
 KEY = bytes(range(32))
 TEXT = base64.b64encode(KEY).decode()
 OTHER = base64.b64encode(bytes(32)).decode()
-SMALL = small()
 CHUNK = 300
 IDS = prompt(20)
 MODEL = tiny.gguf_bytes(tiny.VARIANTS["gemma3_scaled"])

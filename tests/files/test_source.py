@@ -23,19 +23,10 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
-from test_gguf import blob, cut, part, places, plain, small
 
-from gemloom.errors import FormatError, GemloomError, OptionError, SourceError
+from gemloom.errors import FormatError, OptionError, SourceError
 from gemloom.files import gguf, source
-from gemloom.files.blob import Blob
-
-SMALL = small()
-
-
-def content(blobs: list[Blob]) -> bytes:
-    """All bytes of one file."""
-    (only,) = blobs
-    return bytes(only.view(0, only.size))
+from small_gguf import SMALL, blob, content, cut, part, places, plain, refusal
 
 
 @pytest.fixture
@@ -43,14 +34,6 @@ def path(tmp_path: Path) -> Path:
     path = tmp_path / "small.gguf"
     path.write_bytes(SMALL)
     return path
-
-
-def refusal(given: object) -> tuple[type[GemloomError], str]:
-    with pytest.raises(GemloomError) as caught:
-        gguf.read(source.resolve(given))
-    message = str(caught.value)
-    assert "\n" not in message
-    return type(caught.value), message
 
 
 # -- paths ----------------------------------------------------------------------------

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_gguf import blob, cut, part, plain, small
 
 import gemloom
 import tiny
@@ -34,8 +33,8 @@ from gemloom.ggml.device import Device
 from gemloom.kernels import packing
 from gemloom.kernels.library import supported
 from quantized_files import in_type
+from small_gguf import SMALL, blob, cut, part, plain, small
 
-SMALL = small()
 IDS = prompt(20)
 KINDS = (None, "Q4_0", "Q4_K")  # where the processor has such kernels, the last two are packed
 

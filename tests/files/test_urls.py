@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 import time
 import traceback
 import zipfile
@@ -20,7 +19,6 @@ import pytest
 from fsspec.config import conf
 from hypothesis import given
 from hypothesis import strategies as st
-from test_gguf import blob, cut, part, plain, small
 
 import gemloom
 import tiny
@@ -33,8 +31,8 @@ from gemloom.files.blob import Blocks, Stream
 from gemloom.files.names import model_id
 from quantized_files import in_type
 from shelf import Shelf
+from small_gguf import SMALL, blob, cut, part, plain
 
-SMALL = small()
 IDS = prompt(20)
 BLOCK = 50_000
 VARIANT = tiny.VARIANTS["gemma3_scaled"]
@@ -58,16 +56,11 @@ def gives_the_model(given: Any, **options: Any) -> None:
 
 
 @pytest.fixture
-def shelf(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shelf]:
+def shelf(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> Shelf:
+    """Two models, which are read in blocks so small that each has many."""
     monkeypatch.setattr(urls, "BLOCK", BLOCK)
-    monkeypatch.setattr(urls, "PAUSES", (0.0,) * 4)
-    with Shelf() as made:
-        made.files = {"/m.gguf": MODEL, "/small.gguf": SMALL}
-        thread = threading.Thread(target=made.serve_forever, args=[0.01])
-        thread.start()
-        yield made
-        made.shutdown()
-        thread.join()
+    shelf.files = {"/m.gguf": MODEL, "/small.gguf": SMALL}
+    return shelf
 
 
 @pytest.fixture

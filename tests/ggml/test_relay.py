@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import ggml
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ggml
 from command_line import ENVIRONMENT
 from gemloom.errors import DeviceError
 from gemloom.ggml import relay, wire

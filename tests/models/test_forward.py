@@ -1,7 +1,5 @@
 """Logits against golden ones of transformers, for every structure and every form of file."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -9,25 +7,11 @@ import oracle
 import tiny
 from conftest import Load
 from gemloom.errors import TensorError
+from golden import assert_close, golden
 from tiny import VARIANTS
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 variants = pytest.mark.parametrize("variant", VARIANTS)
 with_shared_kv = pytest.mark.parametrize("variant", ["e2b", "e4b"])
-
-
-def golden(variant: str) -> tuple[list[int], np.ndarray]:
-    with np.load(GOLDEN / f"{variant}.npz") as file:
-        return file["ids"].tolist(), file["logits"]
-
-
-def assert_close(ours: np.ndarray, reference: np.ndarray) -> None:
-    """Within what ggml's GELU table of half floats costs: 0.0009 on average, 0.006 at most."""
-    error = np.abs(ours - reference) / reference.std()
-    assert ours.shape == reference.shape
-    assert error.mean() < 0.002
-    assert error.max() < 0.02
-    assert (ours.argmax(1) == reference.argmax(1)).mean() > 0.97
 
 
 @variants

@@ -2,11 +2,11 @@
 
 from typing import Any
 
+import ggml
 import numpy as np
 import pytest
 
 import cpu_devices
-import ggml
 from conftest import Load, prompt
 from gemloom.compute.linear import linear
 from gemloom.errors import OptionError, RequestError

@@ -5,15 +5,13 @@ Each file holds ``seed`` of the weights, ``ids`` [tokens] i32, three windows lon
 machine writes the same bytes again.
 """
 
-from pathlib import Path
-
 import hf
 import numpy as np
 import torch
 
+from golden import GOLDEN
 from tiny import VARIANTS, Variant
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SEED = 0
 PROMPT_SEED = 79  # no two experts nearly tie on this prompt, so rounding cannot swap them
 WINDOWS = 3

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_forward_reference import SEED, assert_same_model, prompt
+from same_model import SEED, assert_same_model, prompt
 
 import gemloom
 import tiny

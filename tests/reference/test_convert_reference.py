@@ -31,8 +31,8 @@ pytest.importorskip("transformers")
 import hf
 import torch
 import transformers
+from same_model import PROMPT_SEED, SEED, assert_same_model
 from sentencepiece import sentencepiece_model_pb2 as sp
-from test_forward_reference import PROMPT_SEED, SEED, assert_same_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer
 
 pytestmark = pytest.mark.reference

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
-from test_compose import BEGUN, FORM, HI, LISTEN, SCHEMA, TOOLS
 
 import gemloom
 import tiny
+from chat_requests import BEGUN, FORM, HI, LISTEN, SCHEMA, TOOLS
 from http_serving import NAME, http, serving
 
 

@@ -10,24 +10,12 @@ import pytest
 
 import gemloom
 import tiny
+from chat_requests import BEGUN, FORM, HI, LISTEN, TOOLS
 from gemloom.engine.generation import ChatCompletion
 from gemloom.errors import OptionError, RequestError
 from gemloom.text.chat import PLAIN_STOP
 from gemloom.text.router import Content
 
-HI: list[Any] = [{"role": "user", "content": "hello world"}]
-SCHEMA = {
-    "type": "object",
-    "properties": {"ok": {"type": "boolean"}, "n": {"enum": [1, 2, 3]}},
-    "required": ["ok", "n"],
-    "additionalProperties": False,
-}
-TOOLS: list[Any] = [
-    {"type": "function", "function": {"name": name, "parameters": SCHEMA, "strict": True}}
-    for name in ("look", "listen")
-]
-FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
-LISTEN = {"type": "function", "function": {"name": "listen"}}
 CALL = "<|tool_call>call:look{n:1,ok:true}<tool_call|>"
 
 
@@ -220,8 +208,6 @@ def test_what_does_not_go_together(model: gemloom.Model, options: Any, words: st
 
 
 # -- continued answers ---------------------------------------------------------------------------
-
-BEGUN: list[Any] = [*HI, {"role": "assistant", "content": "the world "}]
 
 
 def prompt_text(model: gemloom.Model, messages: list[Any], **options: Any) -> str:

@@ -7,12 +7,12 @@ from contextlib import suppress
 import jsonschema_rs
 import numpy as np
 import pytest
-from test_constraint_tools import Reader, tool
 
 from gemloom.errors import RequestError
 from gemloom.text import constraint
 from gemloom.text.constraint import Grammars
 from grammar_walks import EXTRA, grammars, one, text, walk
+from tool_calls import Reader, tool
 from vocabularies import small
 
 

@@ -3,8 +3,8 @@
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
-from itertools import groupby, pairwise
+from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,29 +13,8 @@ from hypothesis import strategies as st
 
 from gemloom.text.router import Content, Part, Reasoning, Router, ToolCall
 from gemloom.text.tokenizer import StreamDecoder
+from turns import CALL, LOOK_UP, MARKERS, PIECES, QUOTE, STRAY, merged, routed
 from vocabularies import small
-
-QUOTE = '<|"|>'
-STRAY = ("<tool_call|>", "<|tool_response>", "<tool_response|>", QUOTE)
-MARKERS = ("<|channel>", "<|channel>thought", "<|channel>thought\n", "<channel|>", "\n<channel|>")
-CALL = '<|tool_call>call:look_up{word:<|"|>lip<|"|>,exact:true}<tool_call|>'
-LOOK_UP = ToolCall("look_up", '{"word":"lip","exact":true}')
-
-
-def merged(parts: Iterable[Part]) -> list[Part]:
-    """Neighbours of one type as one, as if the text had come at once."""
-    whole: list[Part] = []
-    for kind, group in groupby(parts, key=type):
-        run = list(group)
-        whole += run if kind is ToolCall else [kind("".join(part.text for part in run))]
-    return whole
-
-
-def routed(pieces: str | Sequence[str], reasoning: bool = False) -> list[Part]:
-    router = Router(reasoning)
-    pieces = [pieces] if isinstance(pieces, str) else pieces
-    parts = [part for piece in pieces for part in router.push(piece)]
-    return merged(parts + router.flush())
 
 
 def call(arguments: str, name: str = "f") -> str:
@@ -287,11 +266,6 @@ def test_what_was_written_is_what_is_read(parts: list[tuple[str, Any]]) -> None:
     assert read == merged(expected)
 
 
-PIECES = (
-    *MARKERS, "<|tool_call>", "<tool_call|>", "<|tool_call>call:f{", "}<tool_call|>", "call:", "a:",
-    QUOTE, '"', "{", "}", "[", "]", ",", ":", "1", "true", "-1.5e3", " ", "\n", "<", "|>", "<|",
-    "thought", CALL, "\\", "é", "<turn|>",
-)  # fmt: skip
 soups = st.lists(st.sampled_from(PIECES), max_size=20)
 
 

@@ -5,10 +5,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_router import CALL, LOOK_UP, PIECES, merged, routed
 
 from gemloom.text.router import Content, Part, Reasoning, Router
 from gemloom.text.visible import Visible, VisibleStops
+from turns import CALL, LOOK_UP, PIECES, merged, routed
 
 soups = st.lists(st.sampled_from((*PIECES, "ab", "b", "\n\n")), max_size=14)
 stop_lists = st.lists(

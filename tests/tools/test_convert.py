@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
-from test_forward import assert_close, golden
 
 import checkpoints
 import gemloom
@@ -23,6 +22,7 @@ from gemloom.text.tokenizer import Tokenizer
 from gemloom.tools import convert
 from gemloom.tools.convert import checkpoint as reading
 from gemloom.tools.convert.names import to_gguf, to_hf
+from golden import assert_close, golden
 from tiny import VARIANTS, Variant
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
