@@ -12,7 +12,6 @@ PENDING = {  # pages still to be rewritten; the set only shrinks
     "README.md",
     "docs/ggml-pitfalls.md",
     "docs/log.md",
-    "docs/server.md",
 }
 PAGES = sorted(
     page
