@@ -20,29 +20,30 @@ PACKED = ("auto", "keep", "off")
 class Options:
     """How a model is loaded. OptionError for a value outside its range.
 
-    device: where it computes: "auto" is every GPU there is, "cpu" none; or names as
-        ``gemloom doctor`` lists them ("cuda0", "rpc:HOST:PORT"), several as a list.
-    gpu_layers: so many of the last layers go to devices, from 0; None is all that fit.
-    tensor_split: the devices' shares of those layers, such as [3, 1]; None is by free memory.
-    threads: of the CPU, from 1 to 512; None is one a core that may be used.
-    context: positions a sequence may fill, prompt and answer together, from 1; None is 8,192, or
-        what the model and the memory bear.
-    slots: sequences computed at once, from 1 to 256, each with K/V cells of its own.
-    kv_type: of the K/V cells: "f32", "f16" or "q8_0"; None is f16 if that fits in memory.
+    device: where to compute: "auto" uses every GPU, "cpu" none; or a name that ``gemloom doctor``
+        lists ("cuda0", "rpc:HOST:PORT"), or a list of such names.
+    gpu_layers: how many layers to put on devices, counted from the last, from 0. None: as many as
+        fit.
+    tensor_split: how the devices share those layers, such as [3, 1]. None: by free memory.
+    threads: CPU threads, from 1 to 512. None: one for each core that the process may use.
+    context: positions a sequence may fill, prompt and answer together, from 1. None: 8,192, or
+        less if the model or the memory allows only less.
+    slots: sequences computed at once, from 1 to 256, each with its own K/V cells.
+    kv_type: type of the K/V cells: "f32", "f16" or "q8_0". None: f16 if that fits in memory.
     mmap: use the file's bytes in place; False copies them into memory.
     queue: requests that may wait for a slot, from 1 to 65,536; more are refused.
-    chunk: most rows of a prompt that one step computes while no other request is answered, from 1
-        to 8,192: larger is faster and takes more memory.
-    budget: the same while one is, from 1 to 8,192: larger is faster for the prompt, and the streams
-        under way wait longer for their next token.
-    snapshots: MiB for the sliding layers' cells at points that another prompt may come back to, as
-        earlier turns of a chat, from 0, which keeps none: such prompts are then computed anew.
-    kernels: "auto" takes our own where there are any, "ggml" the library's fastest, "plain" its
-        plain ones, which need no copy of the weights.
-    packed: the weights as our own kernels want them: "auto" takes them from a file beside the
-        model if there is one, "keep" makes that file, so that later loads are quick, "off" neither.
-    keep: when the context is full, drop the older half of it but for so many first tokens, and go
-        on; None ends the answer there.
+    chunk: most prefill rows of one step while no other request decodes, from 1 to 8,192. Larger is
+        faster and takes more memory.
+    budget: the same while another request decodes, from 1 to 8,192. Larger makes prefill faster
+        and lets running streams wait longer for their next token.
+    snapshots: MiB for snapshots of sliding windows, from 0, which keeps none. With a snapshot a
+        prompt can resume at an earlier point, such as an earlier turn of a chat.
+    kernels: "auto" uses our own where they exist, "ggml" ggml's fastest, "plain" ggml's plain
+        ones, which need no copy of the weights.
+    packed: weights packed for our own kernels. "auto" reads them from a file beside the model if
+        it exists, "keep" also writes that file so that later loads are fast, "off" does neither.
+    keep: when the context is full, keep this many first tokens, drop the older half of the rest
+        and go on. None: end the answer there.
     """
 
     device: str | Sequence[str] = "auto"
@@ -104,12 +105,12 @@ class Options:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The names in ``device``, as ggml's in lower case."""
+        """The names in ``device``, in lower case."""
         names = (self.device,) if isinstance(self.device, str) else tuple(self.device)
         return tuple(name.lower() if isinstance(name, str) else name for name in names)
 
     def context_for(self, config: Config) -> int:
-        """Positions a sequence may fill in this model. OptionError where it cannot have so many."""
+        """Positions a sequence may fill in this model. OptionError if the model allows fewer."""
         trained = config.n_context
         context = self.context or min(8192, trained)
         if context > trained:

@@ -35,7 +35,7 @@ from gemloom.system import limits
 from gemloom.weights.homes import Homes, Own
 from gemloom.weights.weights import check, tensor_bytes
 
-SMALLEST = 1024  # positions, to which a context nobody asked for may be cut
+SMALLEST = 1024  # positions, to which a default context may be cut
 _FLOAT, _HALF = 4, 2  # bytes
 _TOKEN = 660  # bytes of a tokenizer a token while it is built, its two merges among them
 _NUMBERS = 8  # floats' worth of a row's token, position and cells, with what aligning them takes
@@ -43,9 +43,9 @@ _NUMBERS = 8  # floats' worth of a row's token, position and cells, with what al
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of a model by kind, but for its cells."""
+    """Bytes of a model by kind, without its cells."""
 
-    copied: int  # weights in memory of their own, packed ones among them
+    copied: int  # weights in their own memory, including packed ones
     mapped: int  # weights that are pages of a file
     compute: int  # at most
     tokenizer: int  # while it is built
@@ -54,7 +54,7 @@ class MemoryEstimate:
 def place(
     file: GGUF, network: Network, options: Options, own: Library | None
 ) -> tuple[Device, Placement]:  # fmt: skip
-    """Open the devices that are asked for, and plan what goes where; the CPU alone where none does.
+    """Open the requested devices and plan what goes where; only the CPU if nothing fits on them.
 
     ``own`` are our kernels. TensorError for a file that does not fit its layout; DeviceError for
     a device that is not there, OutOfMemoryError where there is not enough memory.
@@ -86,7 +86,7 @@ def propose(file: GGUF, options: Options) -> Placement:
 def fit(file: GGUF, network: Network, options: Options, device: Device) -> Placement:
     """Where everything goes on ``device``, with what context and K/V cells.
 
-    What the options leave open is fitted to what is free. OutOfMemoryError where it cannot be.
+    Options that are None are fitted to the free memory. OutOfMemoryError if nothing fits.
     """
     spaces = [*map(_space, device.found), _host()]
     split = options.tensor_split
@@ -118,7 +118,7 @@ def estimate(file: GGUF, network: Network, options: Options) -> MemoryEstimate:
 
 
 def _kept(file: GGUF, layout: Layout, probe: Probe) -> Iterator[str]:
-    """The matrices that some device cannot multiply with."""
+    """The matrices that at least one device cannot multiply with."""
     for name, shape in layout.required.items():
         matrix = len(shape) > 1 and (not layout.role(name).by_row or name == layout.head)
         if matrix and name in file.tensors and not probe.multiplies(file.tensors[name].type, shape):
@@ -132,7 +132,7 @@ def _with_cells(
     probe: Probe,
     choice: CellChoice,
 ) -> Sizes:
-    """Sizes that tell which layers' K/V cells the devices can compute with."""
+    """Sizes that also say which layers' K/V cells the devices can use."""
     cells, kind = slot_cells(config, choice.context, options.chunk), KV_TYPES[choice.kv_type]
     moves = tuple(
         probe.attends(
@@ -216,9 +216,10 @@ def _sums(
 
 
 def compute_bytes(config: Config, options: Options, context: int) -> tuple[int, int]:
-    """At most what the largest step takes for intermediate results; most of it for a prompt's rows.
+    """Upper bounds of the bytes that the largest step needs for intermediate results.
 
-    Where layers run, and on a host where none do. Adapters and logits of many rows take more.
+    The first is for a device with layers, the second for a host without any. Adapters and logits
+    of many rows need more.
     """
     cells, last = slot_cells(config, context, options.chunk), config.last_owner
     rows, few = min(options.chunk, cells.full), options.slots
@@ -236,7 +237,7 @@ def compute_bytes(config: Config, options: Options, context: int) -> tuple[int, 
 
 
 def _widest(config: Config, specs: Sequence[LayerSpec]) -> int:
-    """The most numbers that a row has at once in one of these layers, beside what it keeps."""
+    """The most numbers that a row needs at once in one of these layers, besides kept ones."""
     inputs = 2 * config.n_per_layer * len(specs)  # before they are mixed
     return max([inputs, *(max(_attention(config, s), _feed_forward(config, s)) for s in specs)])
 

@@ -1,9 +1,9 @@
-"""Which device holds what of a model, planned before anything is loaded. Pure: bytes in, plan out.
+"""Plans which device holds which part of a model, before loading. Pure: bytes in, plan out.
 
-A device is an index into those that were asked for, in their order; the one after the last is the
-host. What goes to devices are the head and the last layers, as one run: the first device has the
-first of them, and the head goes with the last layer. Token embeddings and the per-layer table,
-of which a step reads some rows, stay on the host; where the head is the same matrix, its device
+A device is an index into the requested devices, in their order; the index after the last is the
+host. Devices get the head and the last layers, as one run: the first device has the first of
+them, and the head goes with the last layer. A step reads only some rows of the token embeddings
+and of the per-layer table, so these stay on the host. If the head is the same matrix, its device
 has a copy.
 """
 
@@ -22,16 +22,16 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """A device, or the host, as it is before loading."""
+    """A device or the host before loading."""
 
     name: str
-    free: int | None  # bytes; None where it does not tell
+    free: int | None  # bytes; None if unknown
     total: int = 0
-    limiter: str = ""  # what sets the total, if that is told
+    limiter: str = ""  # what sets the total, if known
 
     @property
     def usable(self) -> int | None:
-        """What may be planned with: drivers need some themselves, and more than they say."""
+        """Bytes the plan may use: drivers need some memory, and more than they report."""
         if self.free is None:
             return None
         return max(0, self.free - min(max(self.total // 20, 128 * _MIB), 1024 * _MIB))
@@ -39,32 +39,32 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class OnHost:
-    """Bytes of the host's own memory: what is there and is no page of a file."""
+    """Bytes of the host's memory that are not pages of a file."""
 
     layers: tuple[int, ...] = ()  # of each layer's weights, if it is on the host; (): none
     head: int = 0  # of the head, if it is on the host
     tables: int = 0
-    tokenizer: int = 0  # while it is built, which is when the weights are packed
+    tokenizer: int = 0  # while it is built, at the same time as weights are packed
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes that a model takes, with one context and type of K/V cells."""
+    """Bytes that a model needs with one context and one type of K/V cells."""
 
     layers: tuple[int, ...]  # weights of each
     cells: tuple[int, ...]  # K/V cells of each; 0 where it reads another's
     head: int  # the matrix and the norm before it
-    shared: int  # what every device with layers has
+    shared: int  # tensors that every device with layers has
     tables: int  # of which rows are read, always on the host
     compute: int  # for intermediate results, where layers run
-    inputs: int  # for those on a host where none do, and no cells are
-    duplicate: int = 0  # of the head's bytes, those of a matrix that the host has among its tables
+    inputs: int  # for the inputs, on a host without layers and cells
+    duplicate: int = 0  # bytes of the head that the host has too, among its tables
     on_host: OnHost = OnHost()
-    moves: tuple[bool, ...] = ()  # of each layer, if devices can compute with its cells; (): all
-    owners: tuple[int, ...] = ()  # of each layer, the one whose cells it reads; (): its own
+    moves: tuple[bool, ...] = ()  # whether devices can compute with each layer's cells; (): all
+    owners: tuple[int, ...] = ()  # the layer whose cells each layer reads; (): its own
 
     def cells_move(self, layer: int) -> bool:
-        """Whether a layer's K/V cells may lie where it runs, if that is a device."""
+        """Whether a layer's K/V cells may be on the device that runs it."""
         return not self.moves or self.moves[layer]
 
 
@@ -74,12 +74,12 @@ class Wishes:
 
     gpu_layers: int | None  # None: as many as fit
     split: tuple[float, ...] | None  # None: by free memory
-    insists: bool  # on a device: an error where nothing fits on it
+    insists: bool  # on a device: an error if nothing fits there
 
 
 @dataclass(frozen=True, slots=True)
 class CellChoice:
-    """One way to size the cells."""
+    """A context and a type of the cells."""
 
     context: int
     kv_type: str
@@ -95,17 +95,17 @@ class Use:
     kv: int
     compute: int
     free: int | None
-    own: int  # of the weights, what is no page of a file
+    own: int  # weights that are not pages of a file
     tokenizer: int = 0  # on the host
 
     @property
     def needed(self) -> int:
-        """What has to be free for it."""
+        """Bytes that must be free for it."""
         return self.own + self.kv + self.compute + self.tokenizer
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all kinds."""
         return self.weights + self.kv + self.compute
 
 
@@ -120,16 +120,16 @@ class Placement:
     table: tuple[Use, ...]  # a row a device, the host's last
     roles: Roles  # of the tensors outside the layers
     cells: tuple[int, ...]  # where the K/V cells of each layer are
-    kept: frozenset[str] = frozenset()  # on the host, since devices cannot multiply with them
+    kept: frozenset[str] = frozenset()  # matrices that devices cannot multiply with
 
     @property
     def on_host(self) -> bool:
-        """Whether no device has anything."""
+        """Whether all is on the host."""
         return all(index == self.host for index in (*self.layers, self.head))
 
     @property
     def stranded(self) -> list[str]:
-        """The matrices that are on the host although it is devices whose layers need them."""
+        """The matrices that stay on the host although layers on devices need them."""
         return sorted(name for name in self.kept if set(self._users(name)) != {self.host})
 
     def places(self, name: str) -> tuple[int, ...]:
@@ -179,10 +179,10 @@ def plan(
     roles: Roles,
     kept: frozenset[str] = frozenset(),
 ) -> Placement:
-    """The first of ``choices`` with which all fits; ``spaces`` are the devices and the host.
+    """Place a model by the first of ``choices`` that fits; ``spaces`` are the devices and the host.
 
-    With ``wanted.gpu_layers`` None as many layers go to devices as fit with it. OutOfMemoryError
-    where nothing does.
+    If ``wanted.gpu_layers`` is None, as many layers go to devices as fit. OutOfMemoryError if no
+    choice fits.
     """
     problem = ""
     for choice in choices:
@@ -196,7 +196,7 @@ def plan(
 def _fit(
     sizes: Sizes, choice: CellChoice, spaces: Sequence[Space], wanted: Wishes, roles: Roles
 ) -> Placement | str:
-    """A placement, or why there is none."""
+    """A placement, or the reason why there is none."""
     n, host = len(sizes.layers), len(spaces) - 1
     most = n if wanted.gpu_layers is None else min(n, wanted.gpu_layers)
     least = most if wanted.gpu_layers is not None else int(wanted.insists)
@@ -218,8 +218,8 @@ def _splits(
 ) -> Iterator[tuple[int, ...]]:
     """Ways to give the last ``count`` layers to the devices, best first.
 
-    By their shares, then filling up; with the layers that read others' cells beside those, then
-    without. Shares that were asked for are all there is.
+    First by shares, then by filling one device after another. First with layers beside the layer
+    whose cells they read, then without. If the user gave shares, only those are tried.
     """
     n, host = len(sizes.layers), len(spaces) - 1
     first = n - count
@@ -245,7 +245,7 @@ def _splits(
 
 
 def _cuts(sizes: Sizes, first: int) -> list[int]:
-    """The layers from ``first`` on before which no other one has cells that are read after it."""
+    """Layers from ``first`` on where a cut parts no layer from the cells it reads."""
     n = len(sizes.layers)
     owners = [i if first <= i and sizes.cells_move(i) else n for i in sizes.owners or range(n)]
     return [i for i in range(first, n) if min(owners[i:]) >= i]
@@ -256,7 +256,7 @@ def _room(space: Space, sizes: Sizes) -> float:
 
 
 def _by_share(each: Sequence[int], shares: Sequence[float]) -> tuple[int, ...]:
-    """Each layer goes where its middle lies if the devices lie behind one another."""
+    """Lay the devices' shares end to end; each layer goes where its middle lies."""
     bounds = list(accumulate(share / sum(shares) for share in shares))
     last = max(i for i, share in enumerate(shares) if share)
     total, before, layers = sum(each) or 1, 0.0, []
@@ -268,7 +268,7 @@ def _by_share(each: Sequence[int], shares: Sequence[float]) -> tuple[int, ...]:
 
 
 def _filling(each: Sequence[int], rooms: Sequence[float]) -> tuple[int, ...]:
-    """One device is filled after another; what is left over goes to the last."""
+    """Fill one device after another; the last takes the rest."""
     left, index, layers = list(rooms), 0, []
     for size in each:
         while index < len(left) - 1 and size > left[index]:
@@ -298,7 +298,7 @@ def _table(
 
 
 def _held(sizes: Sizes, layers: Sequence[int], head: bool) -> tuple[int, int]:
-    """What the weights and the tokenizer take of the host's own memory."""
+    """Bytes of the host's own memory for the weights and for the tokenizer."""
     own, each = sizes.on_host, sizes.on_host.layers or (0,) * len(sizes.layers)
     weights = sum(each[i] for i in layers) + own.tables + (own.head if head else 0)
     return weights, own.tokenizer
@@ -315,7 +315,7 @@ def _lacking(table: Sequence[Use], spaces: Sequence[Space]) -> tuple[Use, Space]
 
 
 def _problem(use: Use, space: Space, moved: int, choice: CellChoice) -> str:
-    """One line: what needs how much, what limits it, and what to do. ``moved`` layers were."""
+    """One line: the need, the limit and a remedy. ``moved`` counts the layers on devices."""
     what = f"{moved} layers and the head on devices" if moved else "the model"
     kinds = [f"{use.own / _MIB:,.0f} of weights"]
     kinds += [f"{use.tokenizer / _MIB:,.0f} of tokenizer"] if use.tokenizer else []

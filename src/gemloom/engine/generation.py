@@ -21,7 +21,7 @@ Event = Piece | GemloomError | None  # a token, why it failed, or that it was ca
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request cost so far."""
+    """Tokens and seconds of a request so far."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -56,11 +56,11 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class ChatCompletion:
-    """An assistant's answer; ``message`` can be appended to the conversation as it is.
+    """An assistant's answer; ``message`` can be appended to the conversation unchanged.
 
-    It has ``content``, and where there are some ``reasoning_content`` and ``tool_calls``, as
-    OpenAI's API has them. ``finish_reason`` is "stop", "length", "repetition" or "tool_calls",
-    None where it was cancelled.
+    It has ``content``, and ``reasoning_content`` and ``tool_calls`` if there are any, in the form
+    of OpenAI's API. ``finish_reason`` is "stop", "length", "repetition" or "tool_calls", None if
+    it was cancelled.
     """
 
     message: dict[str, Any]
@@ -74,7 +74,7 @@ class ChatCompletion:
 
 
 class Inbox:
-    """The events of one request, from the thread that computes to whoever waits for them.
+    """The events of one request, from the engine's thread to its reader.
 
     One reader at a time: a thread in ``get``, or a coroutine in ``wait``.
     """
@@ -118,8 +118,8 @@ def _wake(future: asyncio.Future[None]) -> None:
 class Run(Iterator[Piece]):
     """A request under way: iterate over its pieces, with ``for`` or ``async for``.
 
-    ``completion()``, or ``await``, gives them put together. ``close()``, leaving ``with`` or
-    dropping it stops it early. It is computed whether or not somebody reads; one reader at a time.
+    ``completion()`` or ``await`` gives the whole. ``close()``, leaving ``with`` or dropping the
+    object stops it early. It is computed even if nobody reads. One reader at a time.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Run(Iterator[Piece]):
         raise StopAsyncIteration
 
     def _take(self, event: Event) -> Piece | None:
-        """The piece, None where the request was cancelled; raises the error that ended it."""
+        """The piece, or None if the request was cancelled; raises the error that ended it."""
         if isinstance(event, Piece):
             self._open = self._open and not event.finish_reason
             self._pieces.append(event)
@@ -174,9 +174,9 @@ class Run(Iterator[Piece]):
         return self._completion()
 
     def completion(self) -> Completion:
-        """Wait for the end and put the pieces together, those that were read before among them.
+        """Wait for the end and join all pieces, including those that were read before.
 
-        Raises the error that ended it, however often it is asked.
+        Raises the error that ended the run, on every call.
         """
         for _ in self:
             pass
@@ -202,23 +202,23 @@ class Run(Iterator[Piece]):
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds so far by what was done outside the model's steps: sample, text."""
+        """Seconds so far outside the model's steps, by kind of work: sample, text."""
         return dict(self._request.times)
 
     @property
     def request(self) -> Request:
-        """Its state, as the engine has it."""
+        """Its state in the engine."""
         return self._request
 
     def cancel(self) -> None:
         """End it before the next step; a signal handler or another thread may call it.
 
-        Pieces that were computed can still be read, and what was computed stays in the cells.
+        Pieces that were computed can still be read, and their K/V stay in the cells.
         """
         self._cancel(self._request)
 
     def close(self) -> None:
-        """Stop, and free the slot; waits for nothing, and a second call does nothing."""
+        """Stop, and free the slot. Does not wait. A second call does nothing."""
         if self._open:
             self._open = False
             self._cancel(self._request)
@@ -234,9 +234,9 @@ class Run(Iterator[Piece]):
 
 
 class ChatRun(Iterator[Part]):
-    """An answer under way, taken apart: iterate over its Content, Reasoning and ToolCall parts.
+    """An answer under way: iterate over its Content, Reasoning and ToolCall parts.
 
-    With ``for`` or ``async for``; ``completion()``, or ``await``, gives them put together.
+    Use ``for`` or ``async for``; ``completion()`` or ``await`` gives the whole answer.
     """
 
     def __init__(self, run: Run, splitter: Splitter) -> None:
@@ -329,6 +329,6 @@ def message(parts: Iterable[Part]) -> dict[str, Any]:
 
 
 def call_body(call: ToolCall) -> dict[str, Any]:
-    """A tool call as OpenAI's API has it, under a new id."""
+    """A tool call in the form of OpenAI's API, with a new id."""
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": f"call_{token_hex(12)}", "type": "function", "function": function}

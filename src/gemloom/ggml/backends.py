@@ -1,6 +1,6 @@
-"""The devices that this build of ggml has: listing them, finding those that are asked for.
+"""The devices that this build of ggml has: listing them and finding them by name.
 
-Not what is done with them: see ``device.py``.
+Not here: computing on them (``device.py``).
 """
 
 from __future__ import annotations
@@ -49,20 +49,23 @@ class DeviceInfo:
 class Found:
     """A device to compute on besides the CPU, not opened yet."""
 
-    name: str  # as it is asked for
+    name: str  # under which users ask for it
     pointer: Any  # ggml's device
     buffer_type: Any  # in which its tensors lie
-    worker: rpc.Worker | None = None  # whose it is; to be closed after all that lies there
-    like: Any = None  # ggml's device here that can do what it can, if it is a worker's
+    worker: rpc.Worker | None = None  # its owner; closed after everything on the device
+    like: Any = None  # for a worker: a local device with the same capabilities
 
     @property
     def judge(self) -> Any:
-        """Whom to ask what it can do; None where nobody knows: ggml says that workers can all."""
+        """The device to ask for supported operations; None if unknown.
+
+        ggml claims that RPC devices support everything.
+        """
         return self.like if self.worker else self.pointer
 
     @property
     def info(self) -> DeviceInfo:
-        """What ggml tells of it now."""
+        """What ggml reports about it now."""
         return _info(self.pointer)
 
 
@@ -83,12 +86,12 @@ def _pointers() -> list[Any]:
 
 
 def devices() -> list[DeviceInfo]:
-    """Every device ggml has here."""
+    """Every device that ggml has on this machine."""
     return [_info(pointer) for pointer in _pointers()]
 
 
 def listed() -> dict[str, Found]:
-    """Those that ``choose`` can give, by the names they are asked for: ggml's in lower case."""
+    """The devices that ``choose`` can give, by name: ggml's name in lower case."""
     found = {}
     for pointer in _pointers():
         if ggml.ggml_backend_dev_type(pointer) not in _KINDS:
@@ -98,7 +101,7 @@ def listed() -> dict[str, Found]:
 
 
 def accelerator() -> tuple[str, Any] | None:
-    """The library beside the CPU that this build has, such as BLAS: its name, ggml's pointer."""
+    """The library beside the CPU in this build, such as BLAS: its name and ggml's pointer."""
     pointer = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_ACCEL)
     if not pointer:
         return None
@@ -106,10 +109,10 @@ def accelerator() -> tuple[str, Any] | None:
 
 
 def choose(names: Sequence[str]) -> list[Found]:
-    """The devices of these names, in their order, without the CPU; none where it is all there is.
+    """The devices of these names, in their order, without the CPU; empty if there is only the CPU.
 
-    "auto" are the GPUs of the first backend that has some: another may show the same ones.
-    DeviceError for a name that is not there.
+    "auto" means the GPUs of the first backend that has any: another may show the same GPUs.
+    DeviceError for an unknown name.
     """
     there = listed()
     if list(names) == ["auto"]:
@@ -128,9 +131,9 @@ def choose(names: Sequence[str]) -> list[Found]:
 
 
 def lendable(names: Sequence[str]) -> list[tuple[DeviceInfo, Any]]:
-    """The devices that a worker is to lend, and ggml's pointers: as ``choose``, with the CPU.
+    """The devices that a worker lends, with ggml's pointers: as ``choose``, plus the CPU.
 
-    "auto" is the CPU where there is no GPU. DeviceError.
+    "auto" means the CPU if there is no GPU. Raises DeviceError.
     """
     rpc.check_built()
     found = [(found.info, found.pointer) for found in choose(names)]
@@ -173,7 +176,7 @@ def _remote(name: str, worker: rpc.Worker) -> list[Found]:
 
 
 def start(device: Any, name: str) -> Any:
-    """Open a device. DeviceError where its driver does not start."""
+    """Open a device. DeviceError if its driver does not start."""
     backend = ggml.ggml_backend_dev_init(device, None)
     if not backend:
         raise DeviceError(

@@ -1,8 +1,9 @@
 """Which backend each node of a graph runs on, where there are several.
 
-ggml's scheduler would guess from where the weights lie. Here it is told: a node runs where the
-graph said when it was made (``Graph.at``), or, if that device lacks the operation, on the CPU, and
-what writes into a tensor in place where that tensor is. Not used where all is on the host.
+ggml's scheduler would guess from the weights. Instead every node is pinned to the device that the
+graph named when the node was made (``Graph.at``). If that device lacks the operation, the node runs
+on the CPU. A node that writes into a tensor in place runs where that tensor is. Not used if
+everything is on the host.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ _VIEWS = {  # these follow what they are views of
 
 
 class Marks:
-    """From where on in a graph's memory its nodes belong to which device."""
+    """Ranges of a graph's memory and the device that the nodes in each belong to."""
 
     def __init__(self, context: Any, first: int) -> None:
         self._context, self._base = context, int(ggml.ggml_get_mem_buffer(context) or 0)
         self._starts, self._places = [0], [first]
-        self.brought: Counter[str] = Counter()  # nodes to the host, where a weight had to stay
+        self.brought: Counter[str] = Counter()  # nodes on the host, where a weight had to stay
 
     @property
     def now(self) -> int:
-        """The device of what is made next."""
+        """The device of nodes made next."""
         return self._places[-1]
 
     def at(self, index: int) -> None:
-        """What is made from now on belongs to this device."""
+        """Nodes made from now on belong to this device."""
         self._starts.append(self._base + int(ggml.ggml_used_mem(self._context)))
         self._places.append(index)
 
@@ -48,9 +49,10 @@ class Marks:
 
 
 def pins(device: Device, graph: Any, marks: Marks) -> tuple[list[tuple[Any, int]], Counter[str]]:
-    """The device on which each node runs, and how many the devices lack, by operation.
+    """The device that each node runs on, and counts of nodes that devices lack, by operation.
 
-    DeviceError where a device lacks what has to run there, since it writes into a tensor there.
+    DeviceError if a device lacks an operation that writes into one of its tensors in place: that
+    one cannot move.
     """
     lacking = marks.brought.copy()
     places: dict[int, int] = {}
@@ -70,7 +72,7 @@ def pins(device: Device, graph: Any, marks: Marks) -> tuple[list[tuple[Any, int]
 
 
 def survey(device: Device, graph: Any, marks: Marks) -> tuple[Counter[str], int]:
-    """What the devices lack of a graph, by operation, and of how many nodes of theirs."""
+    """Counts of the nodes that devices lack, by operation, and of all nodes meant for them."""
     meant = [
         (node, index)
         for node in _nodes(graph)
@@ -81,7 +83,7 @@ def survey(device: Device, graph: Any, marks: Marks) -> tuple[Counter[str], int]
 
 
 def _name(node: Any) -> str:
-    """Of an operation, as ggml calls it."""
+    """ggml's name of a node's operation."""
     return str(ggml.ggml_op_desc(node).decode().lower())
 
 
@@ -93,6 +95,6 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def _root(node: Any) -> int:
-    """Address of the tensor whose memory a node writes into; 0 if its own."""
+    """Address of the tensor whose memory a node writes into; 0 if it has its own."""
     source = node.contents.view_src
     return ctypes.addressof(source.contents) if source else 0

@@ -5,25 +5,25 @@ knows of a model, a batch or a clock. ``logits`` is one row, float32 [vocab], ne
 
 The steps, in this order:
 
-1. ``suppress``: ids the model must never say become -inf.
+1. ``suppress``: ids that the model must never produce become -inf.
 2. Log-probabilities are taken here: the log-softmax of the model's own distribution, before
-   anything a request asks for. vLLM by default and llama.cpp's server report the same.
+   any option of the request. vLLM by default and llama.cpp's server report the same.
 3. ``logit_bias`` is added.
 4. ``repetition_penalty`` over the tokens of prompt and answer: a positive logit is divided by
    it, any other multiplied. Then ``presence_penalty``, and ``frequency_penalty`` times the
    count, are subtracted, over the tokens of the answer alone, as OpenAI defines them.
-   What a grammar does not allow becomes -inf.
+   Tokens that a grammar does not allow become -inf.
 5. ``temperature`` divides; 0 takes the largest logit and skips what follows.
 6. ``top_k``, then ``top_p`` of what is left, then ``min_p`` relative to the most likely token.
 7. One draw.
 
-Steps 3 to 7 stand in the order of transformers. llama.cpp's default order puts the temperature
+Steps 3 to 7 have the order of transformers. llama.cpp's default order puts the temperature
 last, so there it does not change what top_p and min_p keep; its presence and frequency penalties
 count the prompt too. ``top_k`` keeps exactly k tokens (transformers keeps all that tie with the
 k-th). ``top_p`` keeps the fewest tokens that reach it, at least one.
 
-Equal logits rank by id, the lowest first, in every step: nothing depends on how a partition
-happened to leave them.
+Equal logits rank by id, the lowest first, in every step. So no result depends on the order that
+a partition leaves.
 """
 
 import reprlib
@@ -124,28 +124,31 @@ def _stop(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request picks its tokens; the defaults are those Gemma is published with.
+    """How one request picks its tokens. The defaults are those Gemma is published with.
 
-    temperature: divides the logits, from 0 to 100; 0 always takes the most likely token.
-    top_k: only so many of the most likely tokens, from 0, which is all.
-    top_p: only the most likely that together have this probability, from 0 to 1, which is all.
-    min_p: only those at least this share as likely as the likeliest, from 0, which is all, to 1.
+    temperature: divides the logits, from 0 to 100; 0 always picks the most likely token.
+    top_k: consider only this many most likely tokens, from 0, which considers all.
+    top_p: consider only the most likely tokens that together have this probability, from 0 to 1;
+        1 considers all.
+    min_p: consider only tokens at least this share as likely as the most likely one, from 0 to 1;
+        0 considers all.
     repetition_penalty: makes tokens of the prompt and the answer less likely, from 0.01 to 100;
-        1 is off, below it makes them more likely.
+        1 is off, values below 1 make them more likely.
     presence_penalty: subtracted once from the logits of tokens in the answer, from -2 to 2.
-    frequency_penalty: subtracted as often as they are in it, from -2 to 2.
+    frequency_penalty: subtracted once for each time a token is in the answer, from -2 to 2.
     logit_bias: {token id: number} added to the logits, from -100, which bars a token, to 100; up
-        to 4,096 of them.
-    seed: from 0 to 2**64 - 1: the same one gives the same text; None is another one every time.
-    logprobs: tell the log-probability of each token, and of the so many most likely ones, from 0
-        to 100; None tells none.
-    max_tokens: the answer ends after so many, from 1; None is as many as the context holds.
-    stop: a string, or up to 64 of up to 1,000 characters: the answer ends before the first.
-    repetition_limit: the answer ends where its last tokens are one piece, repeated 32 times or more
-        and over this many tokens, from 0, which is off. What a grammar shaped does not count, and
-        it is off where ``logit_bias`` bars every token that ends an answer.
+        to 4,096 entries.
+    seed: from 0 to 2**64 - 1; the same seed gives the same text. None: a random seed.
+    logprobs: return the log-probability of each token and of this many most likely ones, from 0
+        to 100. None: return none.
+    max_tokens: most tokens of the answer, from 1. None: as many as the context holds.
+    stop: a string, or up to 64 strings, of up to 1,000 characters; the answer ends before the
+        first that occurs.
+    repetition_limit: end the answer when its last tokens are one piece, repeated 32 times or more
+        and over this many tokens, from 0, which is off. Text that a grammar shaped does not count.
+        The rule is off if ``logit_bias`` bars every token that ends an answer.
 
-    Every field is checked: OptionError names the option, its range and the value given.
+    Every field is checked: OptionError names the option, its range and the given value.
     """
 
     temperature: float = 1.0
@@ -181,7 +184,7 @@ GEMMA_DEFAULTS = SamplingParams()
 
 @dataclass(slots=True)
 class History:
-    """The tokens of one request so far, as the penalties want them."""
+    """The tokens of one request so far, counted for the penalties."""
 
     seen: set[int] = field(default_factory=set)  # in the prompt or the answer
     generated: Counter[int] = field(default_factory=Counter)  # in the answer, with their counts
@@ -216,14 +219,14 @@ def from_options(
 
 
 def check_vocabulary(params: SamplingParams, size: int) -> None:
-    """Raise OptionError where the params name a token that a vocabulary of ``size`` has not."""
+    """OptionError if the params name a token outside a vocabulary of ``size``."""
     for token in params.logit_bias:
         if token >= size:
             raise OptionError(f"logit_bias: token id must be from 0 to {size - 1}, is {token}")
 
 
 def generator(seed: int | None) -> np.random.Generator:
-    """The random numbers of one request; nothing else may draw from them."""
+    """The random generator of one request; nothing else may draw from it."""
     return np.random.Generator(np.random.PCG64(seed))
 
 
