@@ -142,8 +142,8 @@ class SamplingParams:
     logprobs: return the log-probability of each token and of this many most likely ones, from 0
         to 100. None: return none.
     max_tokens: most tokens of the answer, from 1. None: as many as the context holds.
-    stop: a string, or up to 64 strings, of up to 1,000 characters; the answer ends before the
-        first that occurs.
+    stop: a string, or up to 64 of up to 1,000 characters; the answer ends before the first that
+        occurs.
     repetition_limit: end the answer when its last tokens are one piece, repeated 32 times or more
         and over this many tokens, from 0, which is off. Text that a grammar shaped does not count.
         The rule is off if ``logit_bias`` bars every token that ends an answer.
