@@ -108,7 +108,7 @@ def test_a_schema_may_be_json_or_a_class(model: gemloom.Model) -> None:
     ]
     assert said[0] == said[1] == said[2]
     assert said[0].lstrip().startswith("{")
-    for wrong, words in (("{", "no valid JSON"), ("3", "an object, not int"), (3, "not int")):
+    for wrong, words in (("{", "not valid JSON"), ("3", "an object, not int"), (3, "not int")):
         with pytest.raises(RequestError, match=words):
             model.grammars.json_schema(wrong)  # type: ignore[arg-type]
 

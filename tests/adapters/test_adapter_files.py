@@ -316,12 +316,12 @@ def test_config_is_refused_by_field(fields: dict[str, Any], named: str) -> None:
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ("model.embed_tokens.weight", "embed_tokens.weight is no lora_A"),
+        ("model.embed_tokens.weight", "embed_tokens.weight is not a lora_A"),
         (
             "model.layers.0.self_attn.q_proj.lora_magnitude_vector",
-            "lora_magnitude_vector is no lora_A",
+            "lora_magnitude_vector is not a lora_A",
         ),
-        ("model.layers.0.self_attn.q_proj.lora_B.bias", "lora_B.bias is no lora_A"),
+        ("model.layers.0.self_attn.q_proj.lora_B.bias", "lora_B.bias is not a lora_A"),
         ("model.layers.0.self_attn.qkv_proj.lora_A.weight", "qkv_proj has no lora_B"),
         (
             "model.layers.7.self_attn.q_proj.lora_A.weight",
@@ -344,13 +344,13 @@ def test_unknown_modules_and_pairs_that_are_none() -> None:
         extra = {f"{at}.lora_A.weight": a, f"{at}.lora_B.weight": b}
         return refusal(tiny_lora.peft_files(ADAPTER, extra=extra, **fields))
 
-    assert "layers.0.mixer.in_proj is no matrix" in message("mixer.in_proj")
+    assert "layers.0.mixer.in_proj is not a matrix" in message("mixer.in_proj")
     assert "wrapped 2 times" in message("self_attn.k_proj.base_layer")
     assert "target_parameters names 0" in message("experts")
     named = {"target_parameters": ["experts.down_proj"]}
-    assert "no experts of rank 4" in message("experts", np.ones((6, 8), np.float32), **named)
+    assert "not experts of rank 4" in message("experts", np.ones((6, 8), np.float32), **named)
     assert "A has the rank 3, B 4" in message("router.proj", a[:3])
-    assert "is no matrix" in message("router.proj", a[0])
+    assert "is not a matrix" in message("router.proj", a[0])
 
 
 def test_two_names_of_one_module() -> None:
@@ -375,7 +375,7 @@ def test_two_names_of_one_module() -> None:
         (
             {"extra": {"blk.0.attn_q.weight": np.ones((4, 4))}},
             AdapterError,
-            "attn_q.weight is no lora_a",
+            "attn_q.weight is not a lora_a",
         ),
         ({"extra": {"blk.0.attn_q.weight.lora_a": np.ones((3, 96))}}, AdapterError, "rank 3, B 4"),
     ],
@@ -401,7 +401,7 @@ def test_files_that_are_no_adapter(tmp_path: Path) -> None:
     assert "is not JSON" in refusal((b"{", PEFT[1]))
     assert "is not JSON" in refusal((b'{"a":' * 100_000, PEFT[1]))
     assert "is damaged" in refusal((PEFT[0], PEFT[1][:-1]))
-    assert "a is no lora_A" in refusal((PEFT[0], save({"a": np.ones(3)})))
+    assert "a is not a lora_A" in refusal((PEFT[0], save({"a": np.ones(3)})))
     assert "unprintable" in refusal((PEFT[0], save({"a\n": np.ones(3)})))
 
 

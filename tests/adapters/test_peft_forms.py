@@ -200,7 +200,7 @@ def test_what_a_file_does_have_is_refused(name: str, named: str) -> None:
 )
 def test_tensors_beside_pairs_are_refused_whatever_the_config_says(name: str) -> None:
     extra = {f"base_model.model.{name}": np.ones(8, np.float32)}
-    assert "is no lora_A or lora_B" in refusal(tiny_lora.peft_files(ADAPTER, extra=extra))
+    assert "is not a lora_A or lora_B" in refusal(tiny_lora.peft_files(ADAPTER, extra=extra))
 
 
 # -- patterns --------------------------------------------------------------------------------

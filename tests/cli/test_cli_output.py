@@ -58,7 +58,7 @@ def test_what_is_there_is_not_replaced(command: str, folder: Path, tmp_path: Pat
     out.write_bytes(b"of great value")
     result = call(*arguments(command, folder, out))
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"gemloom: {out}: is there already; ")
+    assert result.stderr.startswith(f"gemloom: {out}: already exists; ")
     assert result.stderr.endswith("--force replaces it\n") and result.stderr.count("\n") == 1
     assert out.read_bytes() == b"of great value"
     assert "--force" in fine(*command.split(), "--help").stdout
@@ -78,7 +78,7 @@ def test_an_adapter_taken_for_out(folder: Path) -> None:
     before = (folder / "a2.gguf").read_bytes()
     names = [folder / name for name in ("model.gguf", "a1.gguf", "a2.gguf")]
     result = call("adapter", "merge", *names)
-    assert (result.exit_code, "a2.gguf: is there already" in result.stderr) == (1, True)
+    assert (result.exit_code, "a2.gguf: already exists" in result.stderr) == (1, True)
     result = call("adapter", "merge", *names, names[1], "--force")
     assert (result.exit_code, "is the source itself" in result.stderr) == (2, True)
     assert (folder / "a2.gguf").read_bytes() == before
@@ -91,9 +91,7 @@ def test_a_folder_keeps_what_is_not_the_adapters(folder: Path, tmp_path: Path) -
     first = read(str(out))
     result = call("adapter", "convert", folder / "a2.gguf", out)
     assert result.exit_code == 1
-    assert (
-        result.stderr == f"gemloom: {out}: is there already; --force replaces the adapter in it\n"
-    )
+    assert result.stderr == f"gemloom: {out}: already exists; --force replaces the adapter in it\n"
     tiny_lora.assert_same(read(str(out)), first)
     fine("adapter", "convert", folder / "a2.gguf", out, "--force")
     tiny_lora.assert_same(read(str(out)), read(str(folder / "a2.gguf")))

@@ -268,7 +268,7 @@ def test_what_is_there_is_not_saved_over(conversation: SavedChat, tmp_path: Path
     """But for the file that the conversation was saved to before, or comes from."""
     path = tmp_path / "notes.json"
     path.write_text("of great value")
-    with pytest.raises(RequestError, match="is there already"):
+    with pytest.raises(RequestError, match="already exists"):
         conversation.save(path)
     assert path.read_text() == "of great value"
     path.unlink()
@@ -276,7 +276,7 @@ def test_what_is_there_is_not_saved_over(conversation: SavedChat, tmp_path: Path
         conversation.save(path)
     conversation.load(path)
     conversation.save(path)
-    with pytest.raises(RequestError, match="is there already"):
+    with pytest.raises(RequestError, match="already exists"):
         SavedChat(None, {}).save(path)  # type: ignore[arg-type]
 
 

@@ -238,5 +238,5 @@ def test_addresses() -> None:
     assert parse_address("[::1]:1234") == ("::1", 1234)
     assert parse_address("box") == ("box", 50052)
     for wrong in ("", ":1", "box:", "box:x", "box:0", "box:65536", "box:-1", "box:٣"):
-        with pytest.raises(DeviceError, match="is no address of a worker: it is HOST:PORT"):
+        with pytest.raises(DeviceError, match="is not an address of a worker: it is HOST:PORT"):
             parse_address(wrong)

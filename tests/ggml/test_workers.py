@@ -186,7 +186,7 @@ def test_a_worker_for_others_warns() -> None:
         started.process.kill()
         told = started.process.communicate()[1]
     assert told == (
-        f"whoever can reach 0.0.0.0:{started.port} may use this machine: "
+        f"anyone who reaches 0.0.0.0:{started.port} can use this machine: "
         "there is no authentication\n"
     )
 
@@ -206,8 +206,8 @@ def test_who_lends_a_gpu_is_warned() -> None:
     assert process.stdout.readline().startswith("lending cpu")
     process.kill()
     assert process.communicate()[1] == (
-        "cpu: nobody asks it what it can compute, and what it lacks ends this worker; "
-        "gemloom doctor MODEL tells whether there is anything\n"
+        "cpu: an operation that it lacks ends this worker; "
+        "gemloom doctor MODEL shows whether it lacks any\n"
     )
 
 

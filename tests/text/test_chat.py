@@ -295,7 +295,7 @@ def test_a_failing_template_is_a_request_error(template: str, words: str) -> Non
 
 
 def test_a_template_that_is_no_jinja_is_the_files_fault() -> None:
-    with pytest.raises(TokenizerError, match="no valid Jinja: line 2: "):
+    with pytest.raises(TokenizerError, match="not valid Jinja: line 2: "):
         render("a\n{% if %}", [user("a")], "", "")
 
 

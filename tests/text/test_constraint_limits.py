@@ -36,14 +36,14 @@ BAD_SCHEMAS = [
     ({"$ref": "file:///etc/hostname"}, "etc/hostname"),
     ({"not": {"type": "string"}}, "not"),
     ({"enum": []}, "empty"),
-    ({"enum": [float("nan")]}, "no valid JSON"),
-    ({"enum": [object()]}, "no valid JSON"),
+    ({"enum": [float("nan")]}, "not valid JSON"),
+    ({"enum": [object()]}, "not valid JSON"),
     ({"enum": ["\ud800"]}, "surrogate"),
     ({"enum": ["x" * 9000]}, "8,192 is the most"),
     ({"enum": ["x" * 80] * 1000}, "65,536 is the most"),
     (nested(48), "48 levels"),
-    (nested(5000), "no valid JSON"),
-    (CIRCLE, "no valid JSON"),
+    (nested(5000), "not valid JSON"),
+    (CIRCLE, "not valid JSON"),
 ]
 
 

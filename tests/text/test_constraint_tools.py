@@ -234,7 +234,7 @@ def test_what_cannot_be_kept_is_left_to_the_model(schema):
         ([tool("a{b")], "auto", "the name 'a{b'"),
         ({"a": 1}, "auto", "must be a list"),
         ([tool("f", {"enum": ["\ud800"]})], "f", "surrogate"),
-        ([tool("f", {"enum": [float("nan")]})], "f", "no valid JSON"),
+        ([tool("f", {"enum": [float("nan")]})], "f", "not valid JSON"),
     ],
 )
 def test_bad_tools_are_refused(tools, choice, words):

@@ -70,7 +70,7 @@ def test_it_ends_where_the_file_says() -> None:
 
 
 def test_an_id_outside_the_table_is_refused() -> None:
-    with of(nothing) as model, pytest.raises(RequestError, match="no token id of this model"):
+    with of(nothing) as model, pytest.raises(RequestError, match="not a token id of this model"):
         model.generate([tiny.VARIANTS["e2b"].n_vocab])
 
 

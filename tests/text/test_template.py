@@ -97,8 +97,8 @@ def test_tojson_with_all_its_options(
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("a\n{% if %}", "no valid Jinja: line 2: "),
-        ("{% generation %}", "no valid Jinja: line 1: Unexpected end of template"),
+        ("a\n{% if %}", "not valid Jinja: line 2: "),
+        ("{% generation %}", "not valid Jinja: line 1: Unexpected end of template"),
         ("{% training %}x{% endtraining %}", "line 1: Encountered unknown tag 'training'"),
         ("{{ messages | no_such_filter }}", "line 1: No filter named 'no_such_filter'"),
         ("{{ no_such_function(messages) }}", "'no_such_function' is undefined"),

@@ -237,7 +237,7 @@ def test_control_tokens_are_hidden_and_markup_is_not() -> None:
 def test_an_id_outside_the_vocabulary_is_refused(token: int) -> None:
     calls = (lambda t: gemma4().decode([t]), gemma4().token, StreamDecoder(gemma4()).push)
     for call in calls:
-        with pytest.raises(OptionError, match=f"{token} is no token id"):
+        with pytest.raises(OptionError, match=f"{token} is not a token id"):
             call(token)
 
 

@@ -129,7 +129,7 @@ def test_a_schema_that_is_in_itself_is_refused() -> None:
     messages = [{"role": "user", "content": "a"}]
     with pytest.raises(RequestError, match="nested too deep"):
         encode_chat(taught(), messages, tools=check_tools([tool(circle, False)]))
-    with pytest.raises(RequestError, match="no valid JSON"):
+    with pytest.raises(RequestError, match="not valid JSON"):
         grammars().tools([tool(circle, False)], "auto")
 
 

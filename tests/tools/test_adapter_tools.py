@@ -289,7 +289,7 @@ def test_merge_command(tmp_path: Path) -> None:
     for wrong, message in (
         ((model, one, model, "--force"), "is the source itself"),
         ((model, one), "takes a model"),
-        ((model, one, out, "--type", "Q9"), "--type Q9 is no type"),
+        ((model, one, out, "--type", "Q9"), "--type Q9 is not a type"),
         ((model, f"{one}@nan", out, "--force"), "not finite"),
     ):
         result = call("adapter", "merge", *wrong)

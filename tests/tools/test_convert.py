@@ -141,7 +141,7 @@ def test_rows_that_are_no_whole_blocks(tmp_path: Path) -> None:
     assert file.tensors["blk.0.attn_q.weight"].type == Type.F16
     assert file.tensors["blk.0.attn_output.weight"].type == Type.Q8_0
     count = made.types["F16"]
-    told = f"tensors that become F16, as their rows are no whole blocks of 32: {count}"
+    told = f"tensors that become F16, as their rows are not whole blocks of 32: {count}"
     assert made.notes == (told,)
     with gemloom.load(tmp_path / "out.gguf", context=64, threads=1) as model:
         assert np.isfinite(model.logits([2, 5, 6])).all()

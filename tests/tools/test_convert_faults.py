@@ -88,8 +88,8 @@ def test_a_missing_key_of_gemma3_is_named(tmp_path: Path, key: str) -> None:
         ({"model_type": None}, "model_type None"),
         ({"model_type": ["gemma4"]}, "cannot be converted"),
         ({"hidden_size": "96"}, "hidden_size must be a non-negative integer"),
-        ({"hidden_size": 0}, "hidden_size: 0 is no size"),
-        ({"hidden_size": 2**40}, "is no size"),
+        ({"hidden_size": 0}, "hidden_size: 0 is not a size"),
+        ({"hidden_size": 2**40}, "is not a size"),
         ({"num_hidden_layers": 2**30}, "1,073,741,824 are more than 512"),
         ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
         ({"hidden_activation": "silu"}, "silu"),
@@ -100,11 +100,11 @@ def test_a_missing_key_of_gemma3_is_named(tmp_path: Path, key: str) -> None:
         ({"layer_types": [["full_attention"]] * 10}, "layer_types"),
         ({"layer_types": ["sliding_attention"] * 10}, "last layer"),
         ({"num_kv_shared_layers": 10}, "shared_kv_layers"),
-        ({"per_layer_config": {"99": {"head_dim": 64}}}, "'99' is no layer"),
+        ({"per_layer_config": {"99": {"head_dim": 64}}}, "'99' is not a layer"),
         ({"per_layer_config": {"4": {"bias": 1}}}, "'bias' of a layer is unknown"),
         ({"per_layer_config": {"4": {"head_dim": 64}}}, "heads of 32 and 64"),
         ({"per_layer_config": {"4": {"head_dim": "64"}}}, "head_dim"),
-        ({"per_layer_config": [1]}, "per_layer_config: is no object"),
+        ({"per_layer_config": [1]}, "per_layer_config: is not an object"),
         ({"rope_parameters": {"full_attention": FULL}}, "rope_theta is missing"),
         ({"rope_parameters": {"full_attention": SLIDING, "sliding_attention": SLIDING}}, "default"),
         ({"rope_parameters": {"full_attention": FULL | {"partial_rotary_factor": 2.0},
@@ -220,7 +220,7 @@ def test_a_value_beyond_half_floats(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", SourceError, "is no folder")
+    refused(tmp_path / "nowhere", SourceError, "is not a folder")
     refused(tmp_path, SourceError, r"config\.json is missing")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
@@ -289,8 +289,8 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
         ({**places, "extra": first}, f"{first}: extra is missing in it"),
         ({n: p for n, p in places.items() if n != Q}, "does not say that it holds"),
         ({**places, Q: first if places[Q] == second else second}, f"{Q} is missing in it"),
-        ({**places, Q: "../elsewhere.safetensors"}, "is no name of a file beside it"),
-        ({**places, Q: 3}, "is no name of a file"),
+        ({**places, Q: "../elsewhere.safetensors"}, "is not a name of a file beside it"),
+        ({**places, Q: 3}, "is not a name of a file"),
         ({}, "weight_map is missing"),
     ):
         index.write_text(json.dumps({"weight_map": changed}))
@@ -337,22 +337,22 @@ def of_model(**changes: Any) -> Edit:
         ("e2b", of_model(vocab={"a": -1}), "no token"),
         ("e2b", of_model(vocab={"a": 5000}), "439 embeddings"),
         ("e2b", of_model(vocab={"a": 0}), "missing"),
-        ("e2b", of_model(merges=["a"]), "'a' is no merge"),
-        ("e2b", of_model(merges=[["a", " "]]), "is no merge"),
+        ("e2b", of_model(merges=["a"]), "'a' is not a merge"),
+        ("e2b", of_model(merges=[["a", " "]]), "is not a merge"),
         ("e2b", of_model(merges=[["nowhere", "x"]]), "merges do not fit"),
-        ("e2b", of_model(vocab={"\ud800": 300}), "no Unicode text"),
+        ("e2b", of_model(vocab={"\ud800": 300}), "not Unicode text"),
         ("e2b", tokenizer(lambda f: f.update({"chat_template.jinja": "", "tokenizer_config.json":
-         {"chat_template": "a\ud800"}})), "no Unicode text"),
-        ("e2b", template("{% training %}"), "no valid Jinja: line 1"),
+         {"chat_template": "a\ud800"}})), "not Unicode text"),
+        ("e2b", template("{% training %}"), "not valid Jinja: line 1"),
         ("e2b", template("{{ nowhere() }}"), "no chat can be made by its chat template"),
-        ("e2b", template([{"name": "a b", "template": "x"}]), "'a b' is no name of a chat"),
-        ("e2b", template([{"name": "a", "template": 3}]), "the chat template is no text"),
+        ("e2b", template([{"name": "a b", "template": "x"}]), "'a b' is not a name of a chat"),
+        ("e2b", template([{"name": "a", "template": 3}]), "the chat template is not text"),
         ("gemma3", of_model(merges=[["▁", "t"]]), "do not follow from the order"),
         ("e2b", tokenizer(lambda f: f["tokenizer.json"].update(added_tokens=[3])), "added_tokens"),
         ("e2b", tokenizer(lambda f: f["tokenizer.json"].update(added_tokens=[{}])), "no text"),
         ("e2b", tokenizer(lambda f: f["tokenizer_config.json"].update(bos_token="<x>")), "<x>"),
         ("e2b", tokenizer(lambda f: f["generation_config.json"].update(eos_token_id=[9999])),
-         "9999, which is no token"),
+         "9999, which is not a token"),
         ("e2b", tokenizer(lambda f: f["generation_config.json"].update(suppress_tokens="x")),
          "'x'"),
     ],

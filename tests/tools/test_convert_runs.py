@@ -22,7 +22,7 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     folder, path = checkpoints.checkpoint(tmp_path / "in"), tmp_path / "out.gguf"
     path.write_bytes(b"old")
     plan = convert.plan(folder)
-    with pytest.raises(OutputError, match="is there already; --force"):
+    with pytest.raises(OutputError, match="already exists; --force"):
         convert.write(plan, path)
     assert path.read_bytes() == b"old"
     convert.write(plan, path, force=True)
@@ -150,7 +150,7 @@ def test_disk_full_on_the_way(tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path) -> None:
     folder = checkpoints.checkpoint(tmp_path / "in")
     for arguments, status, words in (
-        ((tmp_path / "nowhere", tmp_path / "x.gguf"), 1, "is no folder"),
+        ((tmp_path / "nowhere", tmp_path / "x.gguf"), 1, "is not a folder"),
         ((folder, tmp_path / "no" / "x.gguf"), 1, "there is no folder"),
         ((folder, tmp_path / "x.gguf", "--type", "Q4_K"), 2, "none of F32, F16, BF16, Q8_0"),
         ((folder, folder / "config.json"), 1, "--force"),

@@ -138,8 +138,8 @@ def test_rows_that_blocks_do_not_divide_are_told(tmp_path: Path) -> None:
     assert types["blk.3.attn_q.weight"] == "Q5_0"
     assert types["blk.3.ffn_down.weight"] == "F16"
     shown = " ".join(told["warnings"])
-    assert "Q5_0, not Q4_K: rows of 96 are no whole blocks of 256" in shown
-    assert "F16, not Q4_K: rows of 80 are no whole blocks of 256" in shown
+    assert "Q5_0, not Q4_K: rows of 96 are not whole blocks of 256" in shown
+    assert "F16, not Q4_K: rows of 80 are not whole blocks of 256" in shown
 
 
 def test_ternary_types_are_warned_of(tmp_path: Path) -> None:

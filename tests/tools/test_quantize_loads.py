@@ -89,7 +89,7 @@ def test_a_per_layer_table_in_parts_that_blocks_do_not_divide(width: int) -> Non
     """Its rows, four parts long, are whole blocks; what a layer reads of them is not."""
     file = opened(model(width))
     plan = quantize.plan(file, Wanted(recipe("Q6_K")))
-    assert f"Q8_0, not Q6_K: rows of {width} are no whole blocks of 256" in " ".join(plan.warnings)
+    assert f"Q8_0, not Q6_K: rows of {width} are not whole blocks of 256" in " ".join(plan.warnings)
     data = made(file, Wanted(recipe("Q6_K")))
     assert opened(data).tensors[TABLE].type == Type.Q8_0
     with gemloom.load(data, threads=1, context=64) as loaded:

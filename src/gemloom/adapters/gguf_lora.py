@@ -26,7 +26,7 @@ from gemloom.errors import AdapterError
 from gemloom.files.gguf import GGUF, Metadata, TensorInfo
 from gemloom.models.tensor_names import TABLE, modality
 
-NORM = "a norm, which is no matrix"
+NORM = "a norm, which is not a matrix"
 OTHER_MODALITY = "of the vision or audio part"
 _BLOCKS = 1 << 14  # that are made float32 at once: this takes some copies of them
 _TYPE, _ALPHA = "adapter.type", "adapter.lora.alpha"
@@ -57,7 +57,7 @@ def from_gguf(file: GGUF) -> Lora:
             halves.setdefault(base, {})[side] = info
         else:
             raise AdapterError(
-                f"{file.name}: the tensor {name} is no lora_a or lora_b; is it a whole model?"
+                f"{file.name}: the tensor {name} is not a lora_a or lora_b; is it a whole model?"
             )
     return Lora(
         name=file.name,
@@ -117,7 +117,7 @@ def paired(name: str, base: str, a: np.ndarray, b: np.ndarray, scale: float) -> 
     """The Pair of a [.., r, k] and b [.., m, r]. AdapterError where they do not belong together."""
     if a.ndim != b.ndim or a.ndim not in (2, 3) or a.shape[:-2] != b.shape[:-2]:
         raise AdapterError(
-            f"{name}: {base}: A of shape {list(a.shape)} and B of {list(b.shape)} are no pair"
+            f"{name}: {base}: A of shape {list(a.shape)} and B of {list(b.shape)} are not a pair"
         )
     if a.shape[-2] != b.shape[-1] or 0 in a.shape or 0 in b.shape:
         raise AdapterError(f"{name}: {base}: A has the rank {a.shape[-2]}, B {b.shape[-1]}")

@@ -82,7 +82,8 @@ def _reason(name: str, key: str, config: PeftConfig) -> str:
     if key.endswith("norm.weight"):
         return NORM
     raise AdapterError(
-        f"{name}: {key[:200]} is no lora_A or lora_B; only matrices plus scale * B A are supported"
+        f"{name}: {key[:200]} is not a lora_A or lora_B; "
+        "only matrices plus scale * B A are supported"
     )
 
 
@@ -91,7 +92,7 @@ def _values(name: str, key: str, tensor: StoredTensor) -> np.ndarray:
         raise AdapterError(f"{name}: {key[:200]} is of type {tensor.dtype}, unsupported")
     if len(tensor.shape) != 2 or 0 in tensor.shape:
         shape = list(tensor.shape)
-        raise AdapterError(f"{name}: {key[:200]} has the shape {shape}, is no matrix")
+        raise AdapterError(f"{name}: {key[:200]} has the shape {shape}, is not a matrix")
     found = np.frombuffer(tensor.data, _DTYPES[tensor.dtype]).reshape(tensor.shape)
     if tensor.dtype == "BF16":
         bits = found.astype(np.uint32)
@@ -139,7 +140,7 @@ class _PairReader:
             raise AdapterError(f"{self.name}: {module[:200]} is wrapped {depth + 1} times")
         tensor, number = peft_names.expert(module) or (peft_names.gguf_name(module), None)
         if tensor is None:
-            raise AdapterError(f"{self.name}: {module[:200]} is no matrix of Gemma 3 or Gemma 4")
+            raise AdapterError(f"{self.name}: {module[:200]} is not a matrix of Gemma 3 or Gemma 4")
         if by_row:
             a, b = b.T, a.T
         rank = self.config.rank(peft_names.plain(module))
@@ -186,7 +187,7 @@ class _PairReader:
         if a.shape[0] % rank or a.shape[0] != b.shape[1]:
             raise AdapterError(
                 f"{self.name}: {module[:200]}: A of shape {list(a.shape)} and B of "
-                f"{list(b.shape)} are no experts of rank {rank}"
+                f"{list(b.shape)} are not experts of rank {rank}"
             )
         n = a.shape[0] // rank
         return a.reshape(n, rank, -1), b.reshape(b.shape[0], rank, n).transpose(2, 0, 1)

@@ -59,7 +59,7 @@ def _header(text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise DamagedError("its header is not JSON") from None
     if not isinstance(header, dict):
-        raise DamagedError("its header is no object")
+        raise DamagedError("its header is not an object")
     return header
 
 

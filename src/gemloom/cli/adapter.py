@@ -40,7 +40,7 @@ def inspect(
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Tell what an adapter changes, and whether it fits a model.
+    """Show what an adapter changes, and whether it fits a model.
 
     \b
     Examples:
@@ -213,7 +213,7 @@ def _report_extracted(found: "Extracted", out: Path, as_json: bool) -> None:
     rows.add_row("all", "", f"{found.norm:.4g}", f"{found.share:.1%}")
     render(rows)
     for name in found.left:
-        note(f"{name} differs too, and is no matrix: it stays as in the base")
+        note(f"{name} differs too, and is not a matrix: it stays as in the base")
 
 
 COMMANDS = (inspect, convert, merge, extract)
@@ -249,7 +249,7 @@ def _type(name: str | None) -> "GGMLQuantizationType | None":
     if name is None:
         return None
     if name.upper() not in GGMLQuantizationType.__members__:
-        raise OptionError(f"--type {name} is no type of ggml; Q8_0, Q4_K and F16 are")
+        raise OptionError(f"--type {name} is not a type of ggml; Q8_0, Q4_K and F16 are")
     return GGMLQuantizationType[name.upper()]
 
 

@@ -53,9 +53,7 @@ def chat(
         ),
     ] = None,
     *,
-    system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What the model is told at first.")
-    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system prompt.")] = None,
     sampling: SamplingOptions,
     adapters: AdapterOptions,
     load: LoadOptions,

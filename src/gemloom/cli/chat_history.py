@@ -50,7 +50,7 @@ class SavedChat:
         this conversation was saved to or loaded from.
         """
         if os.path.lexists(path) and path.absolute() != self._own:
-            raise RequestError(f"{path}: is there already; name another file, or remove it")
+            raise RequestError(f"{path}: already exists; name another file, or remove it")
         try:
             write_whole(path, json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
@@ -90,10 +90,10 @@ def _check(path: Path, messages: Any) -> None:
     for index, message in enumerate(messages):
         wanted = "system" if offset and not index else ("user", "assistant")[(index - offset) % 2]
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise RequestError(f"{path}: message {index + 1} is no object of role and content")
+            raise RequestError(f"{path}: message {index + 1} is not an object of role and content")
         if message["role"] != wanted:
             raise RequestError(f"{path}: message {index + 1} should have the role {wanted}")
         if not isinstance(message["content"], str):
-            raise RequestError(f"{path}: the content of message {index + 1} is no string")
+            raise RequestError(f"{path}: the content of message {index + 1} is not a string")
     if (len(messages) - offset) % 2:
         raise RequestError(f"{path}: the last message is not answered")

@@ -29,14 +29,14 @@ def doctor(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="Tell where this model would go, and what devices lack."
+            metavar="MODEL", help="Show where this model would go, and what devices lack."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     *,
     load: LoadOptions,
 ) -> None:
-    """Tell what ggml has here, and what would be faster.
+    """Show what ggml has here, and what would be faster.
 
     With a model also where it would go, in bytes by device, and which of its operations each
     device lacks. Nothing is loaded.

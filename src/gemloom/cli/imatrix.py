@@ -25,12 +25,12 @@ SAVE_EVERY = 60.0  # seconds
 class ImatrixOptions:
     """How an importance matrix is made."""
 
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what is in OUT, if there is any.")
-    ] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from OUT, if it exists.")] = (
+        False
+    )
     context: Annotated[int, typer.Option("--context", "-c", help="Tokens of a window.")] = 512
     chunks: Annotated[
-        int | None, typer.Option(help="Stop after so many windows.", show_default="all")
+        int | None, typer.Option(help="Stop after this many windows.", show_default="all")
     ] = None
     threads: Annotated[
         int | None, typer.Option("--threads", "-t", help="Threads.", show_default="one a core")
@@ -137,7 +137,7 @@ def _facts(matrix: "ImportanceMatrix", of: int, out: Path) -> dict[str, Any]:
 
 
 def _tell(matrix: "ImportanceMatrix", of: int, out: Path) -> None:
-    """How much there is, and of whom nothing is known."""
+    """How many importances there are, and which tensors have none."""
     unmet = _facts(matrix, of, out)["experts_unmet"]
     seen = f"{out}: {matrix.chunks:,} of {of:,} windows, {len(matrix.entries):,} matrices"
     note(f"{seen}; {unmet:,} experts met nothing: give a longer text" if unmet else seen)

@@ -32,7 +32,7 @@ class InspectOptions:
 
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False
     context: Annotated[
-        int | None, typer.Option("--context", "-c", help="Plan the memory for so many tokens.")
+        int | None, typer.Option("--context", "-c", help="Plan the memory for this many tokens.")
     ] = None
     kv_type: Annotated[str, typer.Option(help="K/V cells of this type: f32, f16, q8_0.")] = "f16"
     checksum: Annotated[bool, typer.Option("--checksum", help="Add the SHA-256 of the file.")] = (
@@ -43,7 +43,7 @@ class InspectOptions:
     ] = False
     diff: Annotated[
         str | None,
-        typer.Option(metavar="OTHER", help="Tell in what another file differs, and nothing else."),
+        typer.Option(metavar="OTHER", help="Show how another file differs, and nothing else."),
     ] = None
 
 
@@ -62,7 +62,7 @@ def inspect(
     *,
     what: InspectOptions,
 ) -> None:
-    """Tell what is in a model file, and what memory it will take.
+    """Show what is in a model file, and how much memory it needs.
 
     \b
     Examples:

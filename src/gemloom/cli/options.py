@@ -82,7 +82,7 @@ class LoadOptions:
         str | None,
         _option(
             panel=_MEMORY,
-            help="What the context is stored in: f32, f16, or q8_0, about half of f16.",
+            help="Type of the K/V cells: f32, f16, or q8_0, which takes about half of f16.",
             default="f16",
         ),
     ] = None
@@ -90,9 +90,9 @@ class LoadOptions:
         int | None,
         _option(
             panel=_MEMORY,
-            help="Go on when the context is full: keep so many of its first tokens, drop the "
-            "older half of the rest.",
-            default="stop there",
+            help="When the context is full, keep this many first tokens, drop the older half of "
+            "the rest and go on.",
+            default="end the answer there",
         ),
     ] = None
     mmap: Annotated[
@@ -100,8 +100,8 @@ class LoadOptions:
         _option(
             "--mmap/--no-mmap",
             panel=_MEMORY,
-            help="Use the file's bytes where they lie, or copy them.",
-            default="where they lie",
+            help="Use the file's bytes in place, or copy them.",
+            default="in place",
         ),
     ] = None
 
@@ -122,8 +122,8 @@ class LoadOptions:
         str | None,
         _option(
             panel=_SPEED,
-            help="Weights prepared for our kernels: auto takes them from MODEL.packed if it is "
-            "there, keep writes it to start faster from then on, off takes no notice of it.",
+            help="Weights packed for our kernels: auto reads them from MODEL.packed if it exists, "
+            "keep also writes that file to start faster next time, off does neither.",
             default="auto",
         ),
     ] = None
@@ -163,7 +163,7 @@ class ManyOptions(LoadOptions):
         int | None,
         _option(
             panel=_SPEED,
-            help="As --chunk, while others are being answered.",
+            help="As --chunk, while other requests are being answered.",
             default="128",
         ),
     ] = None
@@ -172,7 +172,7 @@ class ManyOptions(LoadOptions):
         _option(
             metavar="MIB",
             panel=_MEMORY,
-            help="For going back to earlier turns of a chat without computing them again.",
+            help="Memory for resuming at earlier turns of a chat without computing them again.",
             default="128",
         ),
     ] = None
@@ -188,7 +188,7 @@ class AdapterOptions:
 
     adapter: Annotated[
         list[str] | None,
-        _option(metavar="PATH[@SCALE]", help="A LoRA that acts on all of it; repeatable."),
+        _option(metavar="PATH[@SCALE]", help="A LoRA adapter to use; repeatable."),
     ] = None
 
 
@@ -199,7 +199,7 @@ class SamplingOptions:
     max_tokens: Annotated[
         int | None,
         _option(
-            "--max-tokens", "-n", help="Most tokens to make.", default="what the context holds"
+            "--max-tokens", "-n", help="Most tokens to generate.", default="what the context holds"
         ),
     ] = None
     temperature: Annotated[
@@ -224,7 +224,7 @@ class SamplingOptions:
         float | None,
         _option(
             panel=_SAMPLING,
-            help="Pick among those p times as likely as the likeliest.",
+            help="Pick among those at least p times as likely as the likeliest.",
             default="0.0",
         ),
     ] = None
@@ -239,18 +239,20 @@ class SamplingOptions:
     presence_penalty: Annotated[
         float | None,
         _option(
-            panel=_SAMPLING, help="Taken from the logits of tokens in the answer.", default="0.0"
+            panel=_SAMPLING,
+            help="Subtracted from the logits of tokens in the answer.",
+            default="0.0",
         ),
     ] = None
     frequency_penalty: Annotated[
         float | None,
-        _option(panel=_SAMPLING, help="The same, for each time they are there.", default="0.0"),
+        _option(panel=_SAMPLING, help="The same, once for each time they occur.", default="0.0"),
     ] = None
     repetition_limit: Annotated[
         int | None,
         _option(
             panel=_SAMPLING,
-            help="End an answer that repeats one piece for so many tokens; 0: never.",
+            help="End an answer that repeats one piece for this many tokens; 0: never.",
             default="1024",
         ),
     ] = None

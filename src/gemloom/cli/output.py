@@ -15,7 +15,7 @@ import typer
 
 from gemloom.errors import OptionError, OutputError
 
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 _STREAMS = ("/dev", "/dev/fd", "/proc/self/fd")  # what is named here is never renamed over
 
 
@@ -59,7 +59,7 @@ def check_output(
     if out.is_dir():
         raise OutputError(f"{out}: is a folder")
     if os.path.lexists(out) and not force:
-        raise OutputError(f"{out}: is there already; {instead}")
+        raise OutputError(f"{out}: already exists; {instead}")
 
 
 def check_folder(out: Path, *, force: bool) -> bool:
@@ -67,10 +67,10 @@ def check_folder(out: Path, *, force: bool) -> bool:
     if not out.parent.is_dir():
         raise OutputError(f"{out}: there is no folder {out.parent}")
     if os.path.lexists(out) and not out.is_dir():
-        raise OutputError(f"{out}: is there already, and is no folder")
+        raise OutputError(f"{out}: already exists, and is not a folder")
     used = out.is_dir() and any(out.iterdir())
     if used and not force:
-        raise OutputError(f"{out}: is there already; --force replaces the adapter in it")
+        raise OutputError(f"{out}: already exists; --force replaces the adapter in it")
     return used
 
 

@@ -41,12 +41,10 @@ class CutOptions:
     ] = 512
     stride: Annotated[
         int,
-        typer.Option(
-            help="Begin a window every so many tokens and score as many; 0: they do not overlap."
-        ),
+        typer.Option(help="Begin a window every N tokens and score N; 0: windows do not overlap."),
     ] = 0
     chunks: Annotated[
-        int | None, typer.Option(help="Stop after so many windows.", show_default="all")
+        int | None, typer.Option(help="Stop after this many windows.", show_default="all")
     ] = None
     threads: Annotated[
         int | None, typer.Option("--threads", "-t", help="Threads.", show_default="one a core")
@@ -107,7 +105,7 @@ def perplexity(
 
 @with_options
 def compare(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="What the others are held against.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model to compare with.")],
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Files made of it.")],
     text: _Text,
     *,

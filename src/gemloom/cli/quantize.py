@@ -39,7 +39,7 @@ class QuantizeOptions:
         typer.Option(
             "--tensor-type",
             metavar="REGEX=TYPE",
-            help="Matrices whose name the expression is found in get this type, whatever the mix "
+            help="Matrices whose name matches the expression get this type, whatever the mix "
             "says; repeatable, the first that fits counts.",
         ),
     ] = None
@@ -48,10 +48,10 @@ class QuantizeOptions:
         typer.Option("--imatrix", help="An importance matrix, .gguf or .dat.", show_default=False),
     ] = None
     requantize: Annotated[
-        bool, typer.Option("--requantize", help="Take a source that is quantized already.")
+        bool, typer.Option("--requantize", help="Accept a source that is already quantized.")
     ] = False
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be made, and write nothing.")
+        bool, typer.Option("--dry-run", help="Show the plan, and write nothing.")
     ] = False
     threads: Annotated[
         int | None,

@@ -41,7 +41,7 @@ class ServerOptions:
     name: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="What requests call the model; repeatable, the first is told."
+            metavar="NAME", help="Name of the model in requests; repeatable, the first is shown."
         ),
     ] = None
     api_key: Annotated[
@@ -49,7 +49,7 @@ class ServerOptions:
         typer.Option(
             rich_help_panel=_ACCESS,
             metavar="KEY",
-            help="A key that requests must have one of; repeatable.",
+            help="An API key; requests must have one of them; repeatable.",
         ),
     ] = None
     api_key_file: Annotated[
@@ -83,7 +83,7 @@ class ServerOptions:
             min=0,
             metavar="SECONDS",
             rich_help_panel=_LIMITS,
-            help="At the end, time for requests under way.",
+            help="Time for running requests when the server stops.",
         ),
     ] = 30
     strict: Annotated[
@@ -91,7 +91,7 @@ class ServerOptions:
         typer.Option(
             "--strict",
             rich_help_panel=_ACCESS,
-            help="Refuse requests with fields that are not known.",
+            help="Refuse requests with unknown fields.",
         ),
     ] = False
     slot_state: Annotated[
@@ -99,7 +99,7 @@ class ServerOptions:
         typer.Option(
             "--slot-state",
             rich_help_panel=_ACCESS,
-            help="Let clients save and restore what was computed.",
+            help="Let clients save and restore K/V state.",
         ),
     ] = False
 
@@ -116,13 +116,16 @@ class ServerOptions:
         typer.Option(
             "--adapter-upload",
             rich_help_panel=_ADAPTERS,
-            help="Let clients with an API key send LoRAs.",
+            help="Let clients with an API key upload LoRAs.",
         ),
     ] = False
     max_adapter: Annotated[
         int,
         typer.Option(
-            min=1, metavar="MIB", rich_help_panel=_ADAPTERS, help="Largest LoRA that may be sent."
+            min=1,
+            metavar="MIB",
+            rich_help_panel=_ADAPTERS,
+            help="Largest LoRA that may be uploaded.",
         ),
     ] = 1024
 

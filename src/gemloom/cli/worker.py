@@ -52,12 +52,12 @@ def worker(
     host, port = _free_address(listen)
     lent = backends.lendable([name.strip().lower() for name in device.split(",")])
     if not ip_address(host).is_loopback:
-        note(f"whoever can reach {host}:{port} may use this machine: there is no authentication")
+        note(f"anyone who reaches {host}:{port} can use this machine: there is no authentication")
     for info, _ in lent:
         if info.kind != "cpu":
             note(
-                f"{info.name.lower()}: nobody asks it what it can compute, and what it lacks ends "
-                "this worker; gemloom doctor MODEL tells whether there is anything"
+                f"{info.name.lower()}: an operation that it lacks ends this worker; "
+                "gemloom doctor MODEL shows whether it lacks any"
             )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # nothing else ends what runs inside ggml

@@ -64,7 +64,7 @@ def _split(state: bytes) -> tuple[dict[str, object], memoryview]:
         raise StateError(f"a state is bytes, not {type(state).__name__}") from None
     start = len(MAGIC) + _LENGTH.size
     if bytes(data[: len(MAGIC)]) != MAGIC or len(data) < start:
-        raise StateError("these bytes are no saved state of this version")
+        raise StateError("these bytes are not a saved state of this version")
     stop = start + _LENGTH.unpack_from(data, len(MAGIC))[0]
     try:
         header = json.loads(bytes(data[start:stop]))

@@ -264,7 +264,7 @@ def _check_plan(plan: Sequence[Planned]) -> None:
     for planned in plan:
         shape, block = planned.shape, GGML_QUANT_SIZES[planned.type][0]
         if not 0 < len(planned.name.encode()) <= MAX_NAME or not planned.name.isprintable():
-            raise TensorError(f"{planned.name!r} is no tensor name that GGUF can hold")
+            raise TensorError(f"{planned.name!r} is not a tensor name that GGUF can hold")
         if not 1 <= len(shape) <= MAX_DIMS or min(shape) < 1 or shape[0] % block:
             raise TensorError(
                 f"the tensor {planned.name} of shape {list(shape)} cannot be {planned.type.name}"
@@ -276,7 +276,7 @@ def _head(metadata: Mapping[str, Value], plan: Sequence[Planned], alignment: int
     head = bytearray(struct.pack("<4sIQQ", MAGIC, _VERSION, len(plan), len(metadata)))
     for key, value in metadata.items():
         if not 0 < len(key.encode()) <= MAX_KEY or not key.isprintable():
-            raise ConfigError(f"{key[:80]!r} is no key that GGUF can hold")
+            raise ConfigError(f"{key[:80]!r} is not a key that GGUF can hold")
         head += _string(key) + encode(key, value)
     offset = 0
     for planned in plan:

@@ -43,7 +43,7 @@ def quantize(
     rows, n = values.shape
     block = GGML_QUANT_SIZES[kind][0]
     if not rows or not n or n % block:
-        raise OptionError(f"{kind.name}: rows of {n:,} values are no whole blocks of {block}")
+        raise OptionError(f"{kind.name}: rows of {n:,} values are not whole blocks of {block}")
     _check_values(values, kind)
     source = np.ascontiguousarray(values, np.float32)
     weights = None if importance is None else _checked(importance, n)

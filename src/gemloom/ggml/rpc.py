@@ -52,7 +52,7 @@ def parse_address(text: str) -> tuple[str, int]:
         host, port = text, str(DEFAULT_PORT)
     host = host.strip("[]")
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise DeviceError(f"{text!r} is no address of a worker: it is HOST:PORT")
+        raise DeviceError(f"{text!r} is not an address of a worker: it is HOST:PORT")
     return host, int(port)
 
 

@@ -233,7 +233,7 @@ class AdapterRequest(Strict):
 
 def _token_id(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 10:
-        raise FieldError("logit_bias", f"logit_bias: {text[:40]!r} is no token id")
+        raise FieldError("logit_bias", f"logit_bias: {text[:40]!r} is not a token id")
     return int(text)
 
 

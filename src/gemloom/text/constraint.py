@@ -346,7 +346,7 @@ def _check_text(what: str, text: str, most: int) -> None:
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        raise RequestError(f"{what} has a lone surrogate, which is no Unicode text") from None
+        raise RequestError(f"{what} has a lone surrogate, which is not Unicode text") from None
     if size > most:
         raise RequestError(f"{what} has {size:,} bytes: {most:,} is the most")
 
@@ -364,7 +364,7 @@ def _to_json(what: str, value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"{what} is no valid JSON: {_one_line(str(error))}") from None
+        raise RequestError(f"{what} is not valid JSON: {_one_line(str(error))}") from None
 
 
 def _check_depth(what: str, text: str) -> list[str]:
@@ -372,7 +372,7 @@ def _check_depth(what: str, text: str) -> list[str]:
     try:
         level = [json.loads(text)]
     except RecursionError as error:
-        raise RequestError(f"{what} is no valid JSON: {_one_line(str(error))}") from None
+        raise RequestError(f"{what} is not valid JSON: {_one_line(str(error))}") from None
     strings: list[str] = []
     for _ in range(MAX_DEPTH):
         level = [child for parent in level for child in _children(parent)]

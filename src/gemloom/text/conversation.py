@@ -158,7 +158,7 @@ def _call(index: int, number: int, call: Any) -> dict[str, Any]:
         _refuse(index, f"tool_calls[{number}] has no function with a name")
     arguments = _arguments(function.get("arguments"))
     if arguments is None:
-        _refuse(index, f"tool_calls[{number}].function.arguments is no JSON object")
+        _refuse(index, f"tool_calls[{number}].function.arguments is not a JSON object")
     return {**call, "function": {**function, "arguments": arguments}}
 
 
@@ -176,7 +176,7 @@ def _arguments(given: Any) -> Mapping[str, Any] | None:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _named(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

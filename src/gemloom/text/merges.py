@@ -46,7 +46,7 @@ def written(name: str, lines: Iterable[bytes], ids: Mapping[str, int]) -> Merges
             numbers.extend((ids[left], ids[right]))
         except KeyError as error:
             raise TokenizerError(
-                f"{name}: the merges do not fit the vocabulary: {error.args[0]!r} is no token"
+                f"{name}: the merges do not fit the vocabulary: {error.args[0]!r} is not a token"
             ) from None
     return Merges(texts, numbers)
 

@@ -29,7 +29,7 @@ def prompt_ids(
         raise RequestError("the prompt is empty")
     for token in ids:
         if not 0 <= token < n_vocab:
-            raise OptionError(f"{token} is no token id of this model")
+            raise OptionError(f"{token} is not a token id of this model")
     if len(ids) > context:
         raise ContextError(f"the prompt has {len(ids):,} tokens, the context {context:,}")
     return ids

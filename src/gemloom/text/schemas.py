@@ -39,4 +39,4 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the schema is no valid JSON: {error}") from None
+        raise RequestError(f"the schema is not valid JSON: {error}") from None

@@ -113,7 +113,7 @@ def compiled_template(source: str) -> Template:
         return environment.from_string(source)
     except TemplateSyntaxError as error:
         raise TokenizerError(
-            f"the chat template is no valid Jinja: line {error.lineno}: {error.message}"
+            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
         ) from error
 
 

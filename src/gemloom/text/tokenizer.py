@@ -189,7 +189,7 @@ class Tokenizer:
     def token(self, token: int) -> bytes:
         """The bytes of one token, which need not be whole characters. OptionError as decode."""
         if not 0 <= token < self.size:
-            raise OptionError(f"{token} is no token id: they go from 0 to {self.size - 1:,}")
+            raise OptionError(f"{token} is not a token id: they go from 0 to {self.size - 1:,}")
         return self._bytes[token]
 
     def id_of(self, text: str) -> int | None:

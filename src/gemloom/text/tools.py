@@ -67,7 +67,7 @@ def _chosen_name(choice: Mapping[str, Any]) -> str:
 def _tool(index: int, tool: Any) -> dict[str, Any]:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or tool.get("type") != "function":
-        raise RequestError(f"tools[{index}] is no tool of type 'function' with a function")
+        raise RequestError(f"tools[{index}] is not a tool of type 'function' with a function")
     ready = {key: value for key, value in function.items() if value is not None}
     name = ready.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):

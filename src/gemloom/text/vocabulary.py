@@ -143,7 +143,7 @@ def decoded(metadata: Metadata, key: str) -> list[str]:
         return [raw.decode() for raw in metadata.strings(KEY + key).raw()]
     except UnicodeDecodeError as error:
         raise TokenizerError(
-            f"{metadata.name}: {KEY}{key} holds what is not UTF-8: {error.object[:40]!r}"
+            f"{metadata.name}: {KEY}{key} is not UTF-8: {error.object[:40]!r}"
         ) from None
 
 

@@ -68,9 +68,9 @@ def write(
     not set; TensorError for a value that is not finite, or that its type cannot hold.
     """
     if os.path.exists(path) and not force:
-        raise OutputError(f"{path}: is there already; --force replaces it")
+        raise OutputError(f"{path}: already exists; --force replaces it")
     if not Path(path).parent.is_dir():
-        raise OutputError(f"{path}: {Path(path).parent} is no folder")
+        raise OutputError(f"{path}: {Path(path).parent} is not a folder")
     planned = [item.planned for item in chosen.items]
     out = GGUFWriter(path, chosen.metadata, planned, resume=True)
     with _journal(out, chosen.checkpoint), out:

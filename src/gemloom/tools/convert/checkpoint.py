@@ -84,7 +84,7 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise SourceError(
-                f"{shown(os.fspath(folder))}: is no folder; a Hugging Face checkpoint is one, "
+                f"{shown(os.fspath(folder))}: is not a folder; a Hugging Face checkpoint is one, "
                 "with config.json, tokenizer.json and safetensors files"
             )
         self.config = self.json("config.json")
@@ -123,7 +123,7 @@ class Checkpoint:
             return None
         value = _parsed(text)
         if not isinstance(value, dict):
-            raise ConfigError(f"{self.folder / name}: is no JSON object")
+            raise ConfigError(f"{self.folder / name}: is not a JSON object")
         return value
 
     def text(self, name: str) -> str | None:
@@ -170,7 +170,7 @@ def _weight_map(path: Path, index: Json) -> dict[str, str]:
         raise FormatError(f"{path}: weight_map is missing")
     for file in found.values():
         if not isinstance(file, str) or Path(file).name != file:
-            raise FormatError(f"{path}: {str(file)[:80]!r} is no name of a file beside it")
+            raise FormatError(f"{path}: {str(file)[:80]!r} is not a name of a file beside it")
     return found
 
 

@@ -255,7 +255,7 @@ def _fallbacks(items: list[Item], kind: Type | None) -> list[str]:
     """What is not of the type that was asked for, though it is a matrix."""
     count = sum(1 for item in items if kind == Type.Q8_0 and item.planned.type == _FALLBACK)
     block = GGML_QUANT_SIZES[Type.Q8_0][0]
-    text = f"tensors that become F16, as their rows are no whole blocks of {block}: {count}"
+    text = f"tensors that become F16, as their rows are not whole blocks of {block}: {count}"
     return [text] if count else []
 
 

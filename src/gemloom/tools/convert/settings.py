@@ -69,7 +69,7 @@ def read(config: Mapping[str, Any], name: str) -> CheckpointSettings:
     architecture, defaults = _FAMILIES[kind]
     text = config if config.get("text_config") is None else config["text_config"]
     if not isinstance(text, dict):
-        raise ConfigError(f"{name}: text_config is no object")
+        raise ConfigError(f"{name}: text_config is not an object")
     source = _Config(name, text, defaults)
     source.check_common()
     build = _gemma3 if architecture == "gemma3" else _gemma4
@@ -106,7 +106,7 @@ class _Config:
         """A size: 1 or more."""
         value = self.scalars.integer(key)
         if not 1 <= value < 2**31:
-            self.refuse(key, f"{value:,} is no size")
+            self.refuse(key, f"{value:,} is not a size")
         return value
 
     def n_layer(self) -> int:
@@ -122,7 +122,7 @@ class _Config:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            self.refuse(key, "is no object")
+            self.refuse(key, "is not an object")
         return value
 
     def check_common(self) -> None:
@@ -157,7 +157,7 @@ class _Config:
             return [base if slides else full for slides in sliding]
         for layer, changed in self.table("per_layer_config").items():
             if not layer.isdecimal() or int(layer) >= len(sliding) or not isinstance(changed, dict):
-                self.refuse("per_layer_config", f"{layer!r} is no layer with its changes")
+                self.refuse("per_layer_config", f"{layer!r} is not a layer with its changes")
             if unknown := set(changed) - set(_PER_LAYER):
                 self.refuse("per_layer_config", f"{min(unknown)!r} of a layer is unknown")
             if changed.get(key) is not None:
@@ -298,7 +298,7 @@ def _gemma4_rope(c: _Config) -> tuple[Keys, float]:
             rope.refuse("factor", "scaled positions have no place in these models' GGUF")
     share = full.scalars.number("partial_rotary_factor")
     if not 0 < share <= 1:
-        full.refuse("partial_rotary_factor", f"{share} is no share of the dimensions")
+        full.refuse("partial_rotary_factor", f"{share} is not a share of the dimensions")
     keys: Keys = {
         "rope.freq_base": full.scalars.number("rope_theta"),
         "rope.freq_base_swa": sliding.scalars.number("rope_theta"),

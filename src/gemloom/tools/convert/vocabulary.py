@@ -83,7 +83,7 @@ def read(
         "".join(templates.values()).encode()
     except UnicodeEncodeError as error:  # half of a pair of \u escapes
         text = error.object[max(0, error.start - 9) : error.start + 9]
-        raise TokenizerError(f"{checkpoint.folder}: {text!r} is no Unicode text") from None
+        raise TokenizerError(f"{checkpoint.folder}: {text!r} is not Unicode text") from None
     keys |= _special_ids(vocabulary.name, config, texts)
     generation = checkpoint.optional_json("generation_config.json")
     keys |= _suppressed(checkpoint, generation or {}, size)
@@ -128,7 +128,7 @@ def _from_json(
 def _put_added(vocabulary: _Vocabulary, added: Any, config: Json, kind: str) -> None:
     named = set(_special_texts(config).values())
     if not isinstance(added, list) or not all(isinstance(entry, dict) for entry in added):
-        raise TokenizerError(f"{vocabulary.name}: added_tokens is no list of tokens")
+        raise TokenizerError(f"{vocabulary.name}: added_tokens is not a list of tokens")
     for entry in added:
         text = entry.get("content")
         if not isinstance(text, str):
@@ -180,7 +180,7 @@ def _merges(name: str, found: Any) -> Merges:
     for entry in found if isinstance(found, list) else [None]:
         pair = entry.split(" ") if isinstance(entry, str) else entry
         if not isinstance(pair, list) or len(pair) != 2 or not all(_part(part) for part in pair):
-            raise TokenizerError(f"{name}: {str(entry)[:80]!r} is no merge")
+            raise TokenizerError(f"{name}: {str(entry)[:80]!r} is not a merge")
         merges.append((pair[0], pair[1]))
     return merges
 
@@ -299,7 +299,7 @@ def _ids(name: str, config: Json, key: str, size: int) -> list[int]:
     found = value if isinstance(value, list) else [] if value is None else [value]
     for token in found:
         if type(token) is not int or not 0 <= token < size:
-            raise TokenizerError(f"{name}: {key} holds {token!r}, which is no token")
+            raise TokenizerError(f"{name}: {key} holds {token!r}, which is not a token")
     return found
 
 
@@ -316,7 +316,7 @@ def _template(checkpoint: Checkpoint, config: Json) -> dict[str, str]:
             named = {"default": found}
         keys = {_template_key(checkpoint, name): text for name, text in named.items() if text}
         if not all(isinstance(text, str) for text in keys.values()):
-            raise TokenizerError(f"{checkpoint.folder}: the chat template is no text")
+            raise TokenizerError(f"{checkpoint.folder}: the chat template is not text")
         if keys:
             return keys
     return {}
@@ -324,7 +324,7 @@ def _template(checkpoint: Checkpoint, config: Json) -> dict[str, str]:
 
 def _template_key(checkpoint: Checkpoint, name: Any) -> str:
     if not isinstance(name, str) or not _TEMPLATE_NAME.fullmatch(name):
-        raise TokenizerError(f"{checkpoint.folder}: {name!r} is no name of a chat template")
+        raise TokenizerError(f"{checkpoint.folder}: {name!r} is not a name of a chat template")
     return "tokenizer.chat_template" + ("" if name == "default" else f".{name}")
 
 

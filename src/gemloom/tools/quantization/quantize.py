@@ -342,7 +342,7 @@ def _warnings(choices: Sequence[Choice], wanted: Wanted) -> Iterator[str]:
         block = GGML_QUANT_SIZES[instead_of][0]
         what = f"{count} tensors become" if count > 1 else "1 tensor becomes"
         yield (
-            f"{what} {kind.name}, not {instead_of.name}: rows of {values:,} are no whole blocks "
+            f"{what} {kind.name}, not {instead_of.name}: rows of {values:,} are not whole blocks "
             f"of {block}"
         )
     if ternary := sorted({c.type.name for c in choices if c.type in TERNARY}):
