@@ -78,6 +78,7 @@ EMPTY: dict[str, list[Any]] = {
     "repeat_last_n": [-1],
     "timings_per_token": [False],
     "guided_json": [""],
+    "structured_outputs": [{}, {"choice": []}, {"json": "", "regex": "", "grammar": ""}],
     "n_predict": [-1, -2, 0],
     "nobody_knows_this": [],
 }

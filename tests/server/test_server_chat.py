@@ -146,6 +146,35 @@ def test_a_begun_answer_goes_on(client: OpenAI, model: gemloom.Model, url: str) 
             chat(client, BEGUN, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("asked", "ends"),
+    [
+        ({}, "model\nthe world "),
+        ({"continue_final_message": True}, "model\nthe world "),
+        ({"continue_final_message": True, "add_generation_prompt": False}, "model\nthe world "),
+        ({"continue_final_message": False}, "the world<turn|>\n<|turn>model\n"),
+        ({"add_generation_prompt": True}, "the world<turn|>\n<|turn>model\n"),
+        ({"add_generation_prompt": True, "continue_final_message": None}, "<|turn>model\n"),
+    ],
+)
+def test_whose_turn_it_is_can_be_said(url: str, asked: Any, ends: str) -> None:
+    with http(url) as raw:
+        prompt = raw.post("/apply-template", json={"messages": BEGUN, **asked}).json()
+        assert prompt["prompt"].endswith(ends)
+        answer = raw.post(
+            "/v1/chat/completions", json={"messages": BEGUN, "max_tokens": 1, **asked}
+        ).json()
+    assert answer["usage"]["prompt_tokens"] == len(prompt["tokens"])
+
+
+def test_a_turn_that_cannot_be_is_refused(client: OpenAI) -> None:
+    with pytest.raises(BadRequestError, match="must be the assistant's"):
+        chat(client, HI, extra_body={"continue_final_message": True})
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    with pytest.raises(BadRequestError, match="are both true"):
+        chat(client, BEGUN, extra_body=both)
+
+
 def test_many_tools_are_refused_for_the_context_alone(client: OpenAI) -> None:
     tools = [
         {"type": "function", "function": {"name": f"tool.{n}", "description": "x" * 3000}}

@@ -124,6 +124,8 @@ NO_VALUE: dict[str, tuple[Any, ...]] = {
     "regex": ("",),
     "seed": (-1,),
     "stop": ("", []),
+    "structured_outputs.choice": ([],),
+    "structured_outputs.json": ("",),
     "thinking_budget": (-1,),
     "tools": ([],),
 }

@@ -208,10 +208,34 @@ class Conversation(Body):
     chat_template_kwargs: Json | None = None
     reasoning_effort: str | None = None
     enable_thinking: bool | None = None
+    add_generation_prompt: bool | None = None  # true: a new turn, whoever spoke last
+    continue_final_message: bool | None = None
+
+    def turn(self) -> Json:
+        """What the template is told of the turn to write; {} where that is left to the messages.
+
+        FieldError where the last message cannot be continued, and for two answers to one question.
+        """
+        new, goes_on = self.add_generation_prompt, self.continue_final_message
+        role = self.messages[-1].get("role") if self.messages else None
+        if goes_on and role != "assistant":
+            raise FieldError(
+                "continue_final_message",
+                "continue_final_message: the last message must be the assistant's",
+            )
+        if goes_on is None:
+            return {} if new is None else {"add_generation_prompt": new}
+        if new is goes_on:
+            raise FieldError(
+                "add_generation_prompt",
+                f"add_generation_prompt and continue_final_message are both {str(new).lower()}: "
+                "send one of them",
+            )
+        return {"add_generation_prompt": not goes_on}
 
     def variables(self) -> Json:
         """What the chat template is given besides messages and tools. OptionError."""
-        return conversation.variables(
+        return self.turn() | conversation.variables(
             reasoning_effort=self.reasoning_effort,
             enable_thinking=self.enable_thinking,
             chat_template_kwargs=self.chat_template_kwargs,
