@@ -20,7 +20,8 @@
 
 extern "C" {
 const char *gemloom_supported(int i);
-void gemloom_use(int i, const int64_t offsets[4]);
+const void *gemloom_kernels(int i);
+void gemloom_set_offsets(const int64_t offsets[4]);
 void gemloom_pack(const void *weight, const uint8_t *from, char *to, int64_t first, int64_t last);
 void gemloom_quantize(char *, int, int, void *);
 void gemloom_product(char *, int, int, void *);
@@ -55,6 +56,11 @@ struct Attention {
     std::atomic<int32_t> done;
 };
 
+struct Call {
+    const void *kernels;
+    void *data;
+};
+
 struct Stretch {
     const void *a, *b;
     const float *scale;
@@ -87,22 +93,22 @@ void read(FILE *file, Tensor &tensor) {
     read(file, tensor.data, tensor.bytes);
 }
 
-void on_threads(Operation run, Tensor &to, int threads, void *data) {
+void on_threads(Operation run, Tensor &to, int threads, Call call) {
     std::vector<std::thread> others;
-    for (int i = 0; i < threads; i++) others.emplace_back(run, reinterpret_cast<char *>(&to), i, threads, data);
+    for (int i = 0; i < threads; i++) others.emplace_back(run, reinterpret_cast<char *>(&to), i, threads, &call);
     for (auto &thread : others) thread.join();
 }
 
 // Numbers: scale, whether cells are half floats, floats of the parts that threads share (0: none).
-void attend(Tensor &to, int threads, const int64_t (&numbers)[3]) {
+void attend(Tensor &to, int threads, const void *kernels, const int64_t (&numbers)[3]) {
     std::vector<float> parts(numbers[2]);
     Attention how{float_of(numbers[0]), static_cast<int32_t>(numbers[1]), numbers[2] ? parts.data() : nullptr, {0}};
-    for (int twice = 0; twice < 2; twice++) on_threads(gemloom_attention, to, threads, &how);
+    for (int twice = 0; twice < 2; twice++) on_threads(gemloom_attention, to, threads, {kernels, &how});
 }
 
 // Sources: what is added to, x, and of each stretch its A, B, scales and numbers: first, count, rank,
 // b_stride, halves.
-void add_deltas(Tensor &to, int threads, const std::vector<Tensor> &tensors) {
+void add_deltas(Tensor &to, int threads, const void *kernels, const std::vector<Tensor> &tensors) {
     std::vector<Stretch> all;
     for (size_t i = 3; i < tensors.size(); i += 4) {
         auto *n = reinterpret_cast<const int64_t *>(tensors[i + 3].data);
@@ -111,10 +117,10 @@ void add_deltas(Tensor &to, int threads, const std::vector<Tensor> &tensors) {
     }
     Stretches stretches{static_cast<int64_t>(all.size()), all.data()};
     memcpy(to.data, tensors[1].data, to.bytes);
-    on_threads(gemloom_delta, to, threads, &stretches);
+    on_threads(gemloom_delta, to, threads, {kernels, &stretches});
 }
 
-void run(int64_t operation, int threads, int64_t (&numbers)[3], std::vector<Tensor> &tensors) {
+void run(const void *kernels, int64_t operation, int threads, int64_t (&numbers)[3], std::vector<Tensor> &tensors) {
     Tensor &to = tensors[0];
     for (size_t i = 1; i < std::min<size_t>(tensors.size(), 5); i++) to.src[i - 1] = &tensors[i];
     float eps = float_of(numbers[0]);
@@ -123,11 +129,12 @@ void run(int64_t operation, int threads, int64_t (&numbers)[3], std::vector<Tens
         auto *from = reinterpret_cast<const uint8_t *>(tensors[1].data);
         for (int64_t i = 0; i < groups; i++) gemloom_pack(numbers, from, to.data, i, i + 1);
     } else if (operation == ATTENTION) {
-        attend(to, threads, numbers);
+        attend(to, threads, kernels, numbers);
     } else if (operation == DELTA) {
-        add_deltas(to, threads, tensors);
+        add_deltas(to, threads, kernels, tensors);
     } else {
-        on_threads(operations[operation], to, threads, operation == NORM ? static_cast<void *>(&eps) : numbers);
+        void *data = operation == NORM ? static_cast<void *>(&eps) : numbers;
+        on_threads(operations[operation], to, threads, {kernels, data});
     }
 }
 
@@ -137,14 +144,14 @@ int main(int, char **arguments) {
     FILE *cases = fopen(arguments[1], "rb"), *results = fopen(arguments[2], "wb");
     if (!cases || !results) return 2;
     const int64_t offsets[4] = {offsetof(Tensor, data), offsetof(Tensor, ne), offsetof(Tensor, nb), offsetof(Tensor, src)};
+    gemloom_set_offsets(offsets);
     int64_t head[7];  // kernels, operation, threads, three numbers, tensors
     while (fread(head, sizeof head, 1, cases) == 1) {
         if (!gemloom_supported(static_cast<int>(head[0]))) return 3;
-        gemloom_use(static_cast<int>(head[0]), offsets);
         std::vector<Tensor> tensors(head[6]);
         for (Tensor &tensor : tensors) read(cases, tensor);
         int64_t numbers[3] = {head[3], head[4], head[5]};
-        run(head[1], static_cast<int>(head[2]), numbers, tensors);
+        run(gemloom_kernels(static_cast<int>(head[0])), head[1], static_cast<int>(head[2]), numbers, tensors);
         fwrite(tensors[0].data, 1, tensors[0].bytes, results);
         for (Tensor &tensor : tensors) free(tensor.data);
     }

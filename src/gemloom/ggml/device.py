@@ -142,6 +142,12 @@ def contiguous_strides(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> tu
     return tuple(strides[: len(shape)])
 
 
+def tensor_offsets() -> tuple[int, int, int, int]:
+    """Where ggml's tensors have their data, ne, nb and src, in bytes: our own kernels read them."""
+    kind = ggml.ggml_tensor
+    return kind.data.offset, kind.ne.offset, kind.nb.offset, kind.src.offset
+
+
 def address(view: memoryview) -> int:
     """Where the first byte of a buffer lies."""
     return int(np.frombuffer(view, np.uint8).ctypes.data)
@@ -172,9 +178,6 @@ class Device:
         self.host = len(self.found)
         self.on_host = not self.found
         self.kernels = kernels
-        if self.kernels:
-            fields = ("data", "ne", "nb", "src")
-            self.kernels.use({name: getattr(ggml.ggml_tensor, name).offset for name in fields})
         self.threads = threads_for(threads)
         self.cpu = ggml.ggml_backend_dev_by_type(ggml.GGML_BACKEND_DEVICE_TYPE_CPU)
         self._lost = ""  # why nothing is to be computed any more

@@ -9,16 +9,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import ggml
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gemloom.ggml.device import Tensor, contiguous_strides
 from gemloom.ggml.executable import Executable
-
-if TYPE_CHECKING:
-    pass
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 I32, I64 = GGMLQuantizationType.I32, GGMLQuantizationType.I64
@@ -69,30 +66,33 @@ class Graph(Executable):
         return data
 
     def custom(
-        self, operation: int, kind: GGMLQuantizationType, shape: tuple[int, ...],
+        self, operation: str, kind: GGMLQuantizationType, shape: tuple[int, ...],
         args: Sequence[Tensor], data: Any = None,
     ) -> Tensor:  # fmt: skip
-        """What the native function at the address ``operation`` makes of ``args``, by all threads.
+        """What an operation of our own kernels makes of ``args``, by all threads.
 
         ``data`` is a ctypes structure that it gets besides.
         """
         pointers = (ctypes.POINTER(ggml.ggml_tensor) * len(args))(*(arg.pointer for arg in args))
         sizes = (*shape, 1, 1, 1)[:4]
         result = ggml.ggml_custom_4d(
-            self._context, int(kind), *sizes, pointers, len(args),
-            ggml.ggml_custom_op_t(operation), _ALL_THREADS,
-            None if data is None else ctypes.addressof(self.keep(data)),
-        )  # fmt: skip
+            self._context, int(kind), *sizes, pointers, len(args), *self._call(operation, data)
+        )
         return Tensor(result, kind, shape)
 
-    def custom_into(self, operation: int, x: Tensor, args: Sequence[Tensor], data: Any) -> None:
+    def custom_into(self, operation: str, x: Tensor, args: Sequence[Tensor], data: Any) -> None:
         """As ``custom``, but x is changed in place, before whatever comes later."""
         pointers = (ctypes.POINTER(ggml.ggml_tensor) * len(args))(*(arg.pointer for arg in args))
         result = ggml.ggml_custom_inplace(
-            self._context, x.pointer, pointers, len(args),
-            ggml.ggml_custom_op_t(operation), _ALL_THREADS, ctypes.addressof(self.keep(data)),
-        )  # fmt: skip
+            self._context, x.pointer, pointers, len(args), *self._call(operation, data)
+        )
         self.expand(Tensor(result, x.type, x.shape, x.strides))
+
+    def _call(self, operation: str, data: Any) -> tuple[Any, int, int]:
+        """What ggml calls, by how many threads, and what it hands over then."""
+        assert self.kernels, operation
+        function = ggml.ggml_custom_op_t(self.kernels.address(operation))
+        return function, _ALL_THREADS, ctypes.addressof(self.keep(self.kernels.call(data)))
 
     def out_prod(self, a: Tensor, b: Tensor) -> Tensor:
         """a [m, r, c], b [r, n, c], both f32 -> [m, n, c]: columns of a, as much as b says, summed.
@@ -179,8 +179,7 @@ class Graph(Executable):
         """gelu(gate) * up, GELU in its tanh form; both of one shape, rows contiguous."""
         assert gate.shape == up.shape, (gate, up)
         if self.kernels:
-            address = self.kernels.address("gelu_mul")
-            return self.custom(address, F32, gate.shape, (gate, up))
+            return self.custom("gelu_mul", F32, gate.shape, (gate, up))
         a, b = self._spread(gate), self._spread(up)
         result = ggml.ggml_geglu_split(self._context, a.pointer, b.pointer)
         return self.reshape(Tensor(result, F32, a.shape), *gate.shape)
@@ -206,9 +205,7 @@ class Graph(Executable):
         return self._norm(x, eps, weight, a, *((scale,) if scale else ()))
 
     def _norm(self, x: Tensor, eps: float, *more: Tensor) -> Tensor:
-        assert self.kernels
-        address = self.kernels.address("norm")
-        return self.custom(address, F32, x.shape, (x, *more), ctypes.c_float(eps))
+        return self.custom("norm", F32, x.shape, (x, *more), ctypes.c_float(eps))
 
     def soft_max(self, x: Tensor) -> Tensor:
         """Softmax over the first dimension."""

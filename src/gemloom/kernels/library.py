@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from gguf.constants import GGMLQuantizationType
 
 from gemloom.ggml import trust
+from gemloom.ggml.device import tensor_offsets
 from gemloom.kernels.build import NAME
 
 TYPES = {  # as enum Type in types.h; and the columns that one block of it has
@@ -43,6 +44,16 @@ class Weight(ctypes.Structure):
     def groups(self) -> int:
         """Groups of rows, which may be packed apart."""
         return -(-int(self.m) // GROUP)
+
+
+class Call(ctypes.Structure):
+    """What an operation gets from ggml: which kernels compute it, and its own structure."""
+
+    _fields_ = [("kernels", ctypes.c_void_p), ("data", ctypes.c_void_p)]
+
+    def __init__(self, kernels: int, data: Any = None) -> None:
+        super().__init__(kernels, None if data is None else ctypes.addressof(data))
+        self._kept = data  # as long as this
 
 
 class Attention(ctypes.Structure):
@@ -104,10 +115,12 @@ class Packings:
 
 
 class Library:
-    """The kernels in use, named ``name``."""
+    """The kernels of one instruction set, named ``name``; ``table`` is where their table lies."""
 
     def __init__(self, native: ctypes.CDLL, index: int, name: str) -> None:
-        self._native, self._index, self.name = native, index, name
+        self._native, self.name = native, name
+        native.gemloom_kernels.restype = ctypes.c_void_p
+        self.table = int(native.gemloom_kernels(index))
         native.gemloom_activation_bytes.restype = ctypes.c_int64
         native.gemloom_activation_bytes.argtypes = [ctypes.c_int64]
         native.gemloom_packed_bytes.restype = ctypes.c_int64
@@ -117,11 +130,6 @@ class Library:
         native.gemloom_pack.argtypes = [ctypes.POINTER(Weight), *numbers]
         native.gemloom_pack_all.restype = None
         native.gemloom_pack_all.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-
-    def use(self, offsets: Mapping[str, int]) -> None:
-        """Learn where ggml's tensors have their data, ne, nb and src, in bytes."""
-        values = (ctypes.c_int64 * 4)(*(offsets[name] for name in ("data", "ne", "nb", "src")))
-        self._native.gemloom_use(self._index, values)
 
     def serves(self, kind: GGMLQuantizationType, k: int) -> bool:
         """Whether there is a kernel for weights of this type with rows of k columns."""
@@ -144,9 +152,13 @@ class Library:
         return Packings(self._native, matrices)
 
     def address(self, operation: str) -> int:
-        """Where the function of a ggml operation is: quantize, product or expert_product."""
+        """Where the function of a ggml operation is, such as "product"; it wants a ``call``."""
         function = getattr(self._native, f"gemloom_{operation}")
         return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+    def call(self, data: Any = None) -> Call:
+        """What ggml has to hand to an operation of these kernels: ``data`` is a structure."""
+        return Call(self.table, data)
 
 
 @cache
@@ -156,6 +168,7 @@ def supported() -> tuple[Library, ...]:
     try:
         native = ctypes.CDLL(os.fspath(path))
         name_of: Any = native.gemloom_supported
+        native.gemloom_set_offsets((ctypes.c_int64 * 4)(*tensor_offsets()))
     except (OSError, AttributeError) as error:
         _log.info("no kernels of our own: %s", error)
         return ()

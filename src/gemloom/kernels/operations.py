@@ -20,8 +20,7 @@ def product(g: Graph, w: Packed, x: Tensor) -> Tensor:
     """w [k, m], x [k, ...] -> [m, ...] = W x."""
     assert g.kernels and w.weight.k == x.shape[0], (w, x)
     shape = (int(w.weight.m), *x.shape[1:])
-    address = g.kernels.address("product")
-    return g.custom(address, F32, shape, (w.tensor, quantized(g, x)), w.weight)
+    return g.custom("product", F32, shape, (w.tensor, quantized(g, x)), w.weight)
 
 
 def serves_dense(g: Graph, w: Tensor) -> bool:
@@ -32,15 +31,14 @@ def serves_dense(g: Graph, w: Tensor) -> bool:
 def dense_product(g: Graph, w: Tensor, x: Tensor) -> Tensor:
     """w bf16 [k, m], x [k, n] -> [m, n] = W x in f32; ggml would round x to bf16."""
     assert g.kernels and w.shape[0] == x.shape[0], (w, x)
-    return g.custom(g.kernels.address("dense"), F32, (w.shape[1], *x.shape[1:]), (w, x))
+    return g.custom("dense", F32, (w.shape[1], *x.shape[1:]), (w, x))
 
 
 def expert_product(g: Graph, w: Packed, x: Tensor, ids: Tensor) -> Tensor:
     """w [k, m, n_expert], x [k, 1 or used, n], ids [used, n] -> [m, used, n], as named by ids."""
     assert g.kernels and w.weight.k == x.shape[0] and x.shape[2] == ids.shape[1], (w, x, ids)
     shape = (int(w.weight.m), *ids.shape)
-    address = g.kernels.address("expert_product")
-    return g.custom(address, F32, shape, (w.tensor, quantized(g, x), ids), w.weight)
+    return g.custom("expert_product", F32, shape, (w.tensor, quantized(g, x), ids), w.weight)
 
 
 def quantized(g: Graph, x: Tensor) -> Tensor:
@@ -49,7 +47,7 @@ def quantized(g: Graph, x: Tensor) -> Tensor:
     def make() -> Tensor:
         assert g.kernels
         shape = (g.kernels.activation_bytes(x.shape[0]), *x.shape[1:])
-        return g.custom(g.kernels.address("quantize"), I8, shape, (x,))
+        return g.custom("quantize", I8, shape, (x,))
 
     return g.once("quantized", x, make)
 
@@ -57,7 +55,7 @@ def quantized(g: Graph, x: Tensor) -> Tensor:
 def add_deltas(g: Graph, stretches: Sequence[DeltaStretch], x: Tensor, y: Tensor) -> None:
     """y [m, n] += scale B (A x) on the rows of each stretch, of x [k, n]; in place."""
     assert g.kernels and x.shape[1] == y.shape[1], (x, y)
-    g.custom_into(g.kernels.address("delta"), y, (x,), Stretches(stretches))
+    g.custom_into("delta", y, (x,), Stretches(stretches))
 
 
 def serves_attention(g: Graph, k: Tensor) -> bool:
@@ -75,7 +73,7 @@ def attention(g: Graph, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: fl
     assert g.kernels and mask.shape == (k.shape[1], q.shape[2]) and k.shape == v.shape, (q, k, mask)
     options = Attention(scale, k.type == F16, _parts(g, q, k))
     args = (q, k, v, mask)
-    y = g.custom(g.kernels.address("attention"), F32, q.shape, args, options)
+    y = g.custom("attention", F32, q.shape, args, options)
     return g.reshape(y, q.shape[0] * q.shape[1], q.shape[2])
 
 

@@ -23,10 +23,18 @@ extern const Kernels kernels_avx512_vnni, kernels_avx_vnni, kernels_avx2, kernel
 
 namespace {
 
-const Kernels *kernels = nullptr;  // in use
+// What ggml hands to an operation: which kernels compute it, and what else it needs. One table a call,
+// so that models with different kernels run in one process.
+struct Call {
+    const Kernels *kernels;
+    void *data;
 
-// Where ggml keeps what is needed of a tensor, in bytes: given by Python, since it moves from version
-// to version.
+    static const Call &of(const void *given) { return *static_cast<const Call *>(given); }
+    template <class T> T &get() const { return *static_cast<T *>(data); }
+};
+
+// Where ggml keeps what is needed of a tensor, in bytes. Python tells it once: it depends on ggml's
+// version.
 struct Offsets {
     int64_t data, ne, nb, src;
 } offsets;
@@ -74,14 +82,14 @@ struct Rows {
         x.push_back(static_cast<const Activations *>(from));
         y.push_back(static_cast<float *>(to));
     }
-    void multiply(const Weight &w, const char *packed, int64_t group) {
+    void multiply(const Kernels &kernels, const Weight &w, const char *packed, int64_t group) {
         const int64_t first = group * GROUP, rows = std::min<int64_t>(GROUP, w.m - first);
         const size_t n = x.size();
         shifted.resize(n);
         last.resize(rows < GROUP ? n * GROUP : 0);
         for (size_t i = 0; i < n; i++) shifted[i] = rows < GROUP ? &last[i * GROUP] : y[i] + first;
         const char *at = packed + group * w.format().group_bytes(w.k);
-        kernels->product[w.type]({at, w.k, static_cast<int64_t>(n), x.data(), shifted.data(), unpacked.data()});
+        kernels.product[w.type]({at, w.k, static_cast<int64_t>(n), x.data(), shifted.data(), unpacked.data()});
         if (rows == GROUP) return;
         for (size_t i = 0; i < n; i++) std::copy_n(shifted[i], rows, y[i] + first);
     }
@@ -102,10 +110,10 @@ struct Attention {
 // Blocks of rows that share K/V, one chosen at a time.
 class AttentionBlocks {
   public:
-    AttentionBlocks(const Tensor &to, const Attention &how)
+    AttentionBlocks(const Tensor &to, const Kernels &table, const Attention &how)
         : to(to), q(to.src(0)), k(to.src(1)), v(to.src(2)), mask(to.src(3)),
           shared(q.ne(1) / k.ne(2)), all(shared * q.ne(2)), width(all <= 16 ? 16 : 64),
-          size(q.ne(0)), kernels(gemloom::kernels->attention[width == 64]),
+          size(q.ne(0)), kernels(table.attention[width == 64]),
           memory(size * (width + 64) + 2 * part_floats()) {
         job.head_dim = size;
         job.halves = how.halves;
@@ -245,9 +253,11 @@ EXPORT const char *gemloom_supported(int i) {
     return i < static_cast<int>(supported().size()) ? supported()[i]->name : nullptr;
 }
 
-// Takes the i-th of them into use.
-EXPORT void gemloom_use(int i, const int64_t tensor_offsets[4]) {
-    kernels = supported()[i];
+// The i-th of them, for struct Call.
+EXPORT const Kernels *gemloom_kernels(int i) { return supported()[i]; }
+
+// To be called once, before any operation.
+EXPORT void gemloom_set_offsets(const int64_t tensor_offsets[4]) {
     offsets = {tensor_offsets[0], tensor_offsets[1], tensor_offsets[2], tensor_offsets[3]};
 }
 
@@ -279,33 +289,35 @@ EXPORT void gemloom_pack_all(const Packing *matrices, int64_t count, std::atomic
 }
 
 // float [k, ...] to Activations [bytes, ...].
-EXPORT void gemloom_quantize(char *dst, int ith, int nth, void *) {
+EXPORT void gemloom_quantize(char *dst, int ith, int nth, void *call) {
+    const Kernels &kernels = *Call::of(call).kernels;
     const Tensor to{dst}, from = to.src(0);
     const int64_t k = from.ne(0), runs = k / RUN, total = runs * from.rows();
     for (int64_t at = total * ith / nth, end = total * (ith + 1) / nth; at < end;) {
         const int64_t row = at / runs, first = at % runs, last = std::min(runs, first + end - at);
-        kernels->quantize(reinterpret_cast<const float *>(from.row(row)), first, last,
-                          reinterpret_cast<Activations *>(to.row(row)));
+        kernels.quantize(reinterpret_cast<const float *>(from.row(row)), first, last,
+                         reinterpret_cast<Activations *>(to.row(row)));
         at += last - first;
     }
 }
 
 // Packed weights, Activations [bytes, ...] -> float [m, ...].
-EXPORT void gemloom_product(char *dst, int ith, int nth, void *weight) {
-    const Weight &w = *static_cast<const Weight *>(weight);
+EXPORT void gemloom_product(char *dst, int ith, int nth, void *call) {
+    const Kernels &kernels = *Call::of(call).kernels;
+    const Weight &w = Call::of(call).get<Weight>();
     const Tensor to{dst}, packed = to.src(0), from = to.src(1);
     scratch.clear();
     for (int64_t i = 0; i < to.rows(); i++) scratch.push(from.row(i), to.row(i));
     for (int64_t g = w.groups() * ith / nth; g < w.groups() * (ith + 1) / nth; g++) {
-        scratch.multiply(w, packed.data(), g);
+        scratch.multiply(kernels, w, packed.data(), g);
     }
 }
 
 // float q [head_dim, n_head, n], k and v [head_dim, cells, n_kv], mask [cells, n]
 // -> float [head_dim, n_head, n].
-EXPORT void gemloom_attention(char *dst, int ith, int nth, void *options) {
-    Attention &how = *static_cast<Attention *>(options);
-    AttentionBlocks blocks(Tensor{dst}, how);
+EXPORT void gemloom_attention(char *dst, int ith, int nth, void *call) {
+    Attention &how = Call::of(call).get<Attention>();
+    AttentionBlocks blocks(Tensor{dst}, *Call::of(call).kernels, how);
     if (!how.parts) {
         for (int64_t i = ith; i < blocks.count(); i += nth) {
             blocks.choose(i);
@@ -329,33 +341,36 @@ EXPORT void gemloom_attention(char *dst, int ith, int nth, void *options) {
 
 // float x [n, ...], perhaps weight [n], add [n, ...] and scale [1]
 // -> RMS norm of each row, times the weight; with add, (add + that) * scale.
-EXPORT void gemloom_norm(char *dst, int ith, int nth, void *eps) {
+EXPORT void gemloom_norm(char *dst, int ith, int nth, void *call) {
+    const Kernels &kernels = *Call::of(call).kernels;
     const Tensor to{dst}, from = to.src(0), weight = to.src(1), add = to.src(2), scale = to.src(3);
     auto *factors = weight.at ? reinterpret_cast<const float *>(weight.data()) : nullptr;
     const float by = scale.at ? *reinterpret_cast<const float *>(scale.data()) : 1.0f;
     for (int64_t i = to.rows() * ith / nth; i < to.rows() * (ith + 1) / nth; i++) {
-        kernels->norm(reinterpret_cast<const float *>(from.row(i)), factors,
-                      add.at ? reinterpret_cast<const float *>(add.row(i)) : nullptr, by,
-                      *static_cast<float *>(eps), from.ne(0), reinterpret_cast<float *>(to.row(i)));
+        kernels.norm(reinterpret_cast<const float *>(from.row(i)), factors,
+                     add.at ? reinterpret_cast<const float *>(add.row(i)) : nullptr, by,
+                     Call::of(call).get<float>(), from.ne(0), reinterpret_cast<float *>(to.row(i)));
     }
 }
 
 // float gate and up [n, ...], their rows contiguous -> gelu(gate) * up.
-EXPORT void gemloom_gelu_mul(char *dst, int ith, int nth, void *) {
+EXPORT void gemloom_gelu_mul(char *dst, int ith, int nth, void *call) {
+    const Kernels &kernels = *Call::of(call).kernels;
     const Tensor to{dst}, gate = to.src(0), up = to.src(1);
     const int64_t n = to.ne(0), total = n * to.rows();
     for (int64_t at = total * ith / nth, end = total * (ith + 1) / nth; at < end;) {
         const int64_t row = at / n, first = at % n, count = std::min(n - first, end - at);
-        kernels->gelu_mul(reinterpret_cast<const float *>(gate.row(row)) + first,
-                          reinterpret_cast<const float *>(up.row(row)) + first, count,
-                          reinterpret_cast<float *>(to.row(row)) + first);
+        kernels.gelu_mul(reinterpret_cast<const float *>(gate.row(row)) + first,
+                         reinterpret_cast<const float *>(up.row(row)) + first, count,
+                         reinterpret_cast<float *>(to.row(row)) + first);
         at += count;
     }
 }
 
 // In place: float y [m, n] += what the stretches add, of x [k, n].
-EXPORT void gemloom_delta(char *dst, int ith, int nth, void *list) {
-    const auto &stretches = *static_cast<const Stretches *>(list);
+EXPORT void gemloom_delta(char *dst, int ith, int nth, void *call) {
+    const Kernels &kernels = *Call::of(call).kernels;
+    const auto &stretches = Call::of(call).get<Stretches>();
     const Tensor y{dst}, x = y.src(1);
     int64_t total = 0;
     for (int64_t s = 0; s < stretches.count; s++) total += stretches.all[s].count;
@@ -379,13 +394,14 @@ EXPORT void gemloom_delta(char *dst, int ith, int nth, void *list) {
             results.push_back(reinterpret_cast<float *>(y.row(i)));
         }
         inner.resize(4 * it.rank);
-        kernels->delta({x.ne(0), it.rank, end - begin, first, last, it.b_stride, it.halves != 0, rows.data(),
-                        it.a, it.b, it.scale + begin, results.data(), inner.data()});
+        kernels.delta({x.ne(0), it.rank, end - begin, first, last, it.b_stride, it.halves != 0, rows.data(),
+                       it.a, it.b, it.scale + begin, results.data(), inner.data()});
     }
 }
 
 // bfloat16 w [k, m] and float x [k, ...] -> float [m, ...].
-EXPORT void gemloom_dense(char *dst, int ith, int nth, void *) {
+EXPORT void gemloom_dense(char *dst, int ith, int nth, void *call) {
+    const Kernels &kernels = *Call::of(call).kernels;
     const Tensor to{dst}, w = to.src(0), from = to.src(1);
     const int64_t n = to.rows(), groups = (to.ne(0) + GROUP - 1) / GROUP;
     std::vector<const float *> x(n);
@@ -395,13 +411,14 @@ EXPORT void gemloom_dense(char *dst, int ith, int nth, void *) {
         y[i] = reinterpret_cast<float *>(to.row(i));
     }
     for (int64_t g = groups * ith / nth; g < groups * (ith + 1) / nth; g++) {  // so many as the second cache has room for
-        kernels->dense({w.ne(0), n, g * GROUP, std::min(to.ne(0), (g + 1) * GROUP), w.nb(1), w.data(), x.data(), y.data()});
+        kernels.dense({w.ne(0), n, g * GROUP, std::min(to.ne(0), (g + 1) * GROUP), w.nb(1), w.data(), x.data(), y.data()});
     }
 }
 
 // Packed experts, Activations [bytes, 1 or used, n], ids [used, n] -> float [m, used, n].
-EXPORT void gemloom_expert_product(char *dst, int ith, int nth, void *weight) {
-    const Weight &w = *static_cast<const Weight *>(weight);
+EXPORT void gemloom_expert_product(char *dst, int ith, int nth, void *call) {
+    const Kernels &kernels = *Call::of(call).kernels;
+    const Weight &w = Call::of(call).get<Weight>();
     const Tensor to{dst}, packed = to.src(0), from = to.src(1), ids = to.src(2);
     const int64_t used = ids.ne(0), total = used * ids.ne(1), n_expert = packed.ne(0) / w.bytes();
     auto id = [&](int64_t i) {
@@ -432,6 +449,6 @@ EXPORT void gemloom_expert_product(char *dst, int ith, int nth, void *weight) {
             const int64_t source = from.ne(1) == 1 ? row / used : row;
             scratch.push(from.row(source), to.row(row));
         }
-        for (int64_t g = g0; g < g1; g++) scratch.multiply(w, packed.data() + e * w.bytes(), g);
+        for (int64_t g = g0; g < g1; g++) scratch.multiply(kernels, w, packed.data() + e * w.bytes(), g);
     }
 }
