@@ -125,8 +125,11 @@ def _logits(model: gemloom.Model, job: Job) -> tuple[np.ndarray, Counter[str]]:
     alone = model.logits(ids, rows=rows)
     lacking = Counter(model.fallbacks)
     prompts = [_ids(model, 4 + i, 1 + i) for i in range(job["sequences"])]
-    _step(model, [Chunk(i, 0, p[:-1]) for i, p in enumerate(prompts)])
-    together = _step(model, [Chunk(i, len(p) - 1, p[-1:], [0]) for i, p in enumerate(prompts)])
+    _step(model, [Chunk(slot=i, start=0, tokens=p[:-1]) for i, p in enumerate(prompts)])
+    together = _step(
+        model,
+        [Chunk(slot=i, start=len(p) - 1, tokens=p[-1:], wanted=[0]) for i, p in enumerate(prompts)],
+    )
     return np.concatenate([alone, together]), lacking | Counter(model.fallbacks)
 
 

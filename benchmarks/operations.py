@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace) -> Table:
 
         def step(start: int, stop: int) -> Any:
             wanted = [stop - start - 1] if stop == len(ids) else []
-            chunk = Chunk(0, start, ids[start:stop], wanted)
+            chunk = Chunk(slot=0, start=start, tokens=ids[start:stop], wanted=wanted)
             return testing.run(model, [chunk]).logits
 
         for start in range(0, options.past, CHUNK):

@@ -79,8 +79,14 @@ class Checks:
         for chunk in (7, 17):
             self.bound.close(self.model(variant, chunk=chunk, **options).logits(ids), wanted)
         model = self.model(variant, chunk=32, **options)
-        run(model, Chunk(0, 0, ids[:30]), Chunk(0, 30, ids[30:50]))
-        rows = [run(model, Chunk(0, i, [ids[i]], [0])) for i in range(50, 60)]
+        run(
+            model,
+            Chunk(slot=0, start=0, tokens=ids[:30]),
+            Chunk(slot=0, start=30, tokens=ids[30:50]),
+        )
+        rows = [
+            run(model, Chunk(slot=0, start=i, tokens=[ids[i]], wanted=[0])) for i in range(50, 60)
+        ]
         self.bound.close(np.concatenate(rows), wanted[50:])
 
     def cells(self, variant: str, kv_type: str, bound: Bound) -> None:
@@ -93,12 +99,22 @@ class Checks:
         """Prefill and decode rows of three sequences in a step: each as alone."""
         a, b, c = prompt(40, seed=1), prompt(70, seed=2), prompt(25, seed=3)
         model, host = self.model(variant, slots=3, chunk=64, **options), self.host(variant)
-        run(model, Chunk(0, 0, a[:39]), Chunk(2, 0, c[:10], [9]))
-        run(model, Chunk(1, 0, b[:40], [5]), Chunk(2, 10, c[10:24]))
+        run(
+            model,
+            Chunk(slot=0, start=0, tokens=a[:39]),
+            Chunk(slot=2, start=0, tokens=c[:10], wanted=[9]),
+        )
+        run(
+            model,
+            Chunk(slot=1, start=0, tokens=b[:40], wanted=[5]),
+            Chunk(slot=2, start=10, tokens=c[10:24]),
+        )
         got = run(
-            model, Chunk(2, 24, c[24:], [0]), Chunk(0, 39, a[39:], [0]),
-            Chunk(1, 40, b[40:], [3, 29]),
-        )  # fmt: skip
+            model,
+            Chunk(slot=2, start=24, tokens=c[24:], wanted=[0]),
+            Chunk(slot=0, start=39, tokens=a[39:], wanted=[0]),
+            Chunk(slot=1, start=40, tokens=b[40:], wanted=[3, 29]),
+        )
         alone = [host.logits(x) for x in (c, a, b)]
         wanted = np.stack([alone[0][24], alone[1][39], alone[2][43], alone[2][69]])
         self.bound.close(got, wanted)
@@ -150,7 +166,7 @@ class Checks:
         for other in (self.model(variant, **options), self.host(variant, chunk=16)):
             assert other.load_state(saved) == len(ids)
             assert self._cells(other, len(ids)) == cells
-            rows = run(other, Chunk(0, len(ids), [5, 6, 7], [2]))
+            rows = run(other, Chunk(slot=0, start=len(ids), tokens=[5, 6, 7], wanted=[2]))
             self.bound.close(rows, wanted)
 
     @staticmethod
@@ -174,7 +190,7 @@ class Checks:
         """Keys are turned back as on the CPU, from the same cells."""
         keep, drop, n = 4, 20, 60
         model, host = self.model(variant, chunk=64, **options), self.host(variant, chunk=64)
-        run(model, Chunk(0, 0, prompt(n)))
+        run(model, Chunk(slot=0, start=0, tokens=prompt(n)))
         parts_of(host).store.restore(0, n, memoryview(b"".join(self._cells(model, n))))
         for opened in (model, host):
             call(opened, lambda opened=opened: parts_of(opened).program.shift(0, keep, drop, n))

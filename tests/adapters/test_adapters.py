@@ -117,7 +117,7 @@ def test_threads_share_the_rows(load: Load, threads: int) -> None:
         model.adapters.load("x", lora)
     expected = alone.logits(ids, adapters={"x": 1.0})
     on = active(several, {"x": 1.0})
-    parts = [run(several, Chunk(0, a, ids[a:b], range(b - a), on))
+    parts = [run(several, Chunk(slot=0, start=a, tokens=ids[a:b], wanted=range(b - a), adapters=on))
              for a, b in pairwise([0, 1, 2, 4, 7, 12, 20])]  # fmt: skip
     assert_same(np.concatenate(parts), expected)
 
@@ -196,7 +196,15 @@ def test_a_random_batch_is_each_alone(
         chunks = []
         for start, size in zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True):
             wanted = sorted(data.draw(st.sets(st.integers(0, size - 1))))
-            chunks.append(Chunk(slot, start, ids[start : start + size], wanted, on))
+            chunks.append(
+                Chunk(
+                    slot=slot,
+                    start=start,
+                    tokens=ids[start : start + size],
+                    wanted=wanted,
+                    adapters=on,
+                )
+            )
         plans.append(chunks)
     together: dict[int, list[np.ndarray]] = {slot: [] for slot in range(len(plans))}
     for step in range(max(map(len, plans))):

@@ -257,7 +257,7 @@ def test_the_inputs_of_a_step_go_to_a_device_at_once(
 
     monkeypatch.setattr(ggml, "ggml_backend_tensor_set", send)
     for step in range(3):
-        run(model, *(Chunk(slot, step, [5], [0]) for slot in range(count)))
+        run(model, *(Chunk(slot=slot, start=step, tokens=[5], wanted=[0]) for slot in range(count)))
     assert len(sent) == 3
     inputs, _ = copied(model)
     masks = [f"{kind}_mask.{i}" for kind in ("full", "sliding") for i in range(count)]

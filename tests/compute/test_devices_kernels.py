@@ -86,7 +86,9 @@ def test_the_layers_of_the_cpu_have_the_bits_they_have_there_alone(
     names = [f"blk.{i}.out" for i in range(count)]
     wanted = load(variant, device="cpu", **options).trace(ids, names)
     for cuts in ([0, 40, 60], [0, 1, 4, 20, 21, 59, 60]):
-        chunks = [Chunk(0, a, ids[a:b], range(b - a)) for a, b in pairwise(cuts)]
+        chunks = [
+            Chunk(slot=0, start=a, tokens=ids[a:b], wanted=range(b - a)) for a, b in pairwise(cuts)
+        ]
         parts = [tapped(part, names, chunk) for chunk in chunks]
         for name in names:
             got = np.concatenate([values[name] for values in parts])
@@ -155,7 +157,9 @@ def test_the_layers_of_the_cpu_are_our_operations(
     model = load(variant, device="cpu0", **PART, forms=QUANTIZED, chunk=64, kv_type="f16")
     there, host, custom = model.placement, model.placement.host, ggml.GGML_OP_CUSTOM
     seen = set()
-    for name, (operation, where) in computed(model, Chunk(0, 0, prompt(40), wanted)).items():
+    for name, (operation, where) in computed(
+        model, Chunk(slot=0, start=0, tokens=prompt(40), wanted=wanted)
+    ).items():
         if not (parts := re.fullmatch(r"blk\.(\d+)\.(\w+)", name)):
             continue
         layer, what = int(parts[1]), parts[2]
@@ -179,7 +183,7 @@ def test_attention_to_the_cpus_cells_is_ours_wherever_the_layer_is(load: Load) -
     there, owners = model.placement, [spec.kv_owner for spec in model.config.layers]
     apart = [i for i, at in enumerate(there.layers) if at == 0 and there.cells[owners[i]] == 1]
     assert apart
-    found = computed(model, Chunk(0, 0, prompt(40), [39]))
+    found = computed(model, Chunk(slot=0, start=0, tokens=prompt(40), wanted=[39]))
     for i in apart:
         assert found[f"blk.{i}.attn_kqv"] == [ggml.GGML_OP_CUSTOM, there.host]
         assert found[f"blk.{i}.attn_q"][1] == 0
@@ -220,7 +224,10 @@ def test_a_type_that_a_device_lacks(
     assert np.abs(with_adapter - wanted).mean() > 0.05 * wanted.std()
     ROUNDED.close(model.logits(ids, adapters={"a": None}), with_adapter)
 
-    stranded, found = model.placement.stranded, computed(model, Chunk(0, 0, ids, [39]))
+    stranded, found = (
+        model.placement.stranded,
+        computed(model, Chunk(slot=0, start=0, tokens=ids, wanted=[39])),
+    )
     assert len(stranded) > 5 * model.config.n_layer
     products = [name.removesuffix(".weight") for name in stranded if name.startswith("blk.")]
     for name in set(products) & set(found):

@@ -37,7 +37,8 @@ def _rounded(name: str) -> tiny.Edit:
 
 def ragged(model: gemloom.Model) -> np.ndarray:
     parts = [
-        testing.run(model, [Chunk(0, a, IDS[a:b], range(b - a))]).logits for a, b in pairwise(CUTS)
+        testing.run(model, [Chunk(slot=0, start=a, tokens=IDS[a:b], wanted=range(b - a))]).logits
+        for a, b in pairwise(CUTS)
     ]
     return np.concatenate(parts)
 

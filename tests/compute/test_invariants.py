@@ -66,7 +66,10 @@ def test_any_threads_are_one(load: Load, variant: str, threads: int) -> None:
 def test_ragged_chunks(load: Load, variant: str) -> None:
     ids, model = prompt(100), load(variant, chunk=32)
     cuts = [0, 1, 4, 20, 21, 53, 54, 86, 100]
-    parts = [run(model, Chunk(0, a, ids[a:b], range(b - a))) for a, b in pairwise(cuts)]
+    parts = [
+        run(model, Chunk(slot=0, start=a, tokens=ids[a:b], wanted=range(b - a)))
+        for a, b in pairwise(cuts)
+    ]
     assert_same(np.concatenate(parts), reference(variant, ids))
 
 
@@ -74,15 +77,15 @@ def test_ragged_chunks(load: Load, variant: str) -> None:
 def test_wanted_rows_are_those_of_all(load: Load, variant: str) -> None:
     ids, model = prompt(60), load(variant, chunk=64)
     rows = [3, 17, 18, 40, 59]
-    wanted = run(model, Chunk(0, 0, ids, rows))
+    wanted = run(model, Chunk(slot=0, start=0, tokens=ids, wanted=rows))
     assert_same(wanted, reference(variant, ids)[rows])
 
 
 @variants
 def test_rows_nobody_wants_still_fill_the_cells(load: Load, variant: str) -> None:
     ids, model = prompt(60), load(variant, chunk=64)
-    assert run(model, Chunk(0, 0, ids[:50])).shape == (0, model.config.n_vocab)
-    last = run(model, Chunk(0, 50, ids[50:], [9]))
+    assert run(model, Chunk(slot=0, start=0, tokens=ids[:50])).shape == (0, model.config.n_vocab)
+    last = run(model, Chunk(slot=0, start=50, tokens=ids[50:], wanted=[9]))
     assert_same(last, reference(variant, ids)[-1:])
 
 
@@ -91,13 +94,21 @@ def test_a_ragged_batch_is_each_alone(load: Load, variant: str) -> None:
     """Prefill and decode rows of three sequences in one step, some rows wanted, in any order."""
     a, b, c = prompt(40, seed=1), prompt(90, seed=2), prompt(25, seed=3)
     model = load(variant, slots=3, chunk=64)
-    run(model, Chunk(0, 0, a[:39]), Chunk(2, 0, c[:10], [9]))
-    run(model, Chunk(1, 0, b[:60], [5]), Chunk(2, 10, c[10:24]))
+    run(
+        model,
+        Chunk(slot=0, start=0, tokens=a[:39]),
+        Chunk(slot=2, start=0, tokens=c[:10], wanted=[9]),
+    )
+    run(
+        model,
+        Chunk(slot=1, start=0, tokens=b[:60], wanted=[5]),
+        Chunk(slot=2, start=10, tokens=c[10:24]),
+    )
     got = run(
         model,
-        Chunk(2, 24, c[24:], [0]),
-        Chunk(0, 39, a[39:], [0]),
-        Chunk(1, 60, b[60:], [3, 29]),
+        Chunk(slot=2, start=24, tokens=c[24:], wanted=[0]),
+        Chunk(slot=0, start=39, tokens=a[39:], wanted=[0]),
+        Chunk(slot=1, start=60, tokens=b[60:], wanted=[3, 29]),
     )
     alone = [reference(variant, x) for x in (c, a, b)]
     expected = np.stack([alone[0][24], alone[1][39], alone[2][63], alone[2][89]])
@@ -109,14 +120,18 @@ def test_a_kept_graph_is_a_new_one(load: Load, variant: str) -> None:
     """Decode steps of two sequences by turns and of one at a time use and drop kept graphs."""
     a, b = prompt(40, seed=1), prompt(40, seed=2)
     model = load(variant, slots=2, chunk=64)
-    run(model, Chunk(0, 0, a[:30]), Chunk(1, 0, b[:30]))
+    run(model, Chunk(slot=0, start=0, tokens=a[:30]), Chunk(slot=1, start=0, tokens=b[:30]))
     rows_a, rows_b = [], []
     for i in range(30, 40):
-        rows_a.append(run(model, Chunk(0, i, a[i : i + 1], [0])))
+        rows_a.append(run(model, Chunk(slot=0, start=i, tokens=a[i : i + 1], wanted=[0])))
         if i % 3:
-            rows_b.append(run(model, Chunk(1, i, b[i : i + 1], [0])))
+            rows_b.append(run(model, Chunk(slot=1, start=i, tokens=b[i : i + 1], wanted=[0])))
         else:
-            both = run(model, Chunk(1, i, b[i : i + 1], [0]), Chunk(0, i, a[i : i + 1], [0]))
+            both = run(
+                model,
+                Chunk(slot=1, start=i, tokens=b[i : i + 1], wanted=[0]),
+                Chunk(slot=0, start=i, tokens=a[i : i + 1], wanted=[0]),
+            )
             rows_b.append(both[:1])
             assert_same(both[1:], rows_a[-1])
     assert_same(np.concatenate(rows_a), reference(variant, a)[30:])
@@ -209,7 +224,7 @@ def test_context_shift_turns_every_key_back(load: Load, variant: str) -> None:
     """Cell by cell against a rotation in numpy, with each layer's dimensions, base and factors."""
     keep, drop, n = 4, 20, 60
     model = load(variant, chunk=64)
-    run(model, Chunk(0, 0, prompt(n)))
+    run(model, Chunk(slot=0, start=0, tokens=prompt(n)))
     before = [np.frombuffer(part, np.float32).copy() for part in parts_of(model).store.export(0, n)]
     parts_of(model).program.shift(0, keep, drop, n)
     after = [np.frombuffer(part, np.float32) for part in parts_of(model).store.export(0, n)]

@@ -49,7 +49,7 @@ def sizes_for(
         }
         owners = (*range(own), *(max(0, own - 1 - i % 2) for i in range(readers)))
         held = (each,) * own + (0,) * readers
-        return Sizes(layers, held, owners=owners, **(kinds | more))
+        return Sizes(layers=layers, cells=held, owners=owners, **(kinds | more))
 
     return sizes
 

@@ -33,7 +33,9 @@ def built(model: gemloom.Model, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def logits(model: gemloom.Model, steps: Sequence[tuple[int, int, int]] = STEPS) -> list[np.ndarray]:
-    chunks = [Chunk(slot, a, IDS[a:b], [b - a - 1]) for slot, a, b in steps]
+    chunks = [
+        Chunk(slot=slot, start=a, tokens=IDS[a:b], wanted=[b - a - 1]) for slot, a, b in steps
+    ]
     return [testing.run(model, [chunk]).logits for chunk in chunks]
 
 
@@ -112,7 +114,7 @@ def test_a_graph_of_too_many_nodes_is_refused(load: Load, monkeypatch: pytest.Mo
 def test_hidden_states_are_what_goes_into_the_head(load: Load) -> None:
     """They are the tap's values, and with the head's matrix give the logits."""
     model = load("31b")
-    chunk = [Chunk(0, 0, IDS, range(len(IDS)))]
+    chunk = [Chunk(slot=0, start=0, tokens=IDS, wanted=range(len(IDS)))]
     output = testing.run(model, chunk, Want(hidden=True))
     tapped = testing.run(model, chunk, Want("none", taps=frozenset({"output_norm"}))).tapped
     assert output.hidden is not None

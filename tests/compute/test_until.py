@@ -53,7 +53,8 @@ def test_rows_of_a_block_see_one_another(
 ) -> None:  # fmt: skip
     reference, model = wanted(variant, kinds, monkeypatch), load(variant)
     parts = [
-        Chunk(0, a, IDS[a:b], range(b - a), until=until(kinds, a, b)) for a, b in pairwise(cuts)
+        Chunk(slot=0, start=a, tokens=IDS[a:b], wanted=range(b - a), until=until(kinds, a, b))
+        for a, b in pairwise(cuts)
     ]
     ours = np.concatenate([testing.run(model, [part]).logits for part in parts])
     assert_close(ours, reference)
@@ -65,7 +66,10 @@ def test_own_positions_are_causal_attention(load: Load) -> None:
     """To the bit, and for a wanted row alone as well."""
     model, n = load("e2b"), len(IDS)
     own = dict.fromkeys(Kind, range(n))
-    plain = testing.run(model, [Chunk(0, 0, IDS, [3, n - 1])]).logits
+    plain = testing.run(model, [Chunk(slot=0, start=0, tokens=IDS, wanted=[3, n - 1])]).logits
     assert np.array_equal(
-        testing.run(model, [Chunk(0, 0, IDS, [3, n - 1], until=own)]).logits, plain
+        testing.run(
+            model, [Chunk(slot=0, start=0, tokens=IDS, wanted=[3, n - 1], until=own)]
+        ).logits,
+        plain,
     )

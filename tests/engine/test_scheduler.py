@@ -16,7 +16,7 @@ def running(pending: list[int]) -> list[Request]:
     found = []
     for index, n in enumerate(pending):
         sequence = Request([2] * n, SamplingParams(), TOKENIZER, lambda event: None)
-        sequence.begin(Slot(index), 0)
+        sequence.begin(Slot(index=index), 0)
         found.append(sequence)
     return found
 

@@ -82,7 +82,7 @@ def test_besides_the_inputs_only_rows_of_tables_are_copied(
 ) -> None:
     model = load(variant, device=pair[0].device, slots=3, threads=1)
     for step in range(2):
-        run(model, *(Chunk(slot, step, [5], [0]) for slot in range(3)))
+        run(model, *(Chunk(slot=slot, start=step, tokens=[5], wanted=[0]) for slot in range(3)))
     inputs, copies = copied(model)
     assert len(inputs) == 3 + 2 * 3
     assert len(copies) == rows and not copies & set(inputs)

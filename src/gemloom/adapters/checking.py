@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _PADDING = {"gemma3": 64}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Matched:
     """One pair of an adapter, and the matrix of the model that it changes."""
 
@@ -156,7 +156,14 @@ def delta_shape(pair: Pair) -> tuple[int, ...]:
 def _matched(name: str, shapes: Shapes, tensor: str, pair: Pair) -> Matched:
     norm = abs(pair.scale) * sqrt(_squared_norm(name, tensor, pair))
     target = fusing.target(tensor, shapes)
-    return Matched(tensor, target, delta_shape(pair), pair.rank, pair.scale, norm)
+    return Matched(
+        name=tensor,
+        tensor=target,
+        shape=delta_shape(pair),
+        rank=pair.rank,
+        scale=pair.scale,
+        norm=norm,
+    )
 
 
 def _squared_norm(name: str, tensor: str, pair: Pair) -> float:

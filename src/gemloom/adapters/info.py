@@ -10,7 +10,7 @@ Scales = Mapping[str, float | None]  # of a request, by name; None: the adapter'
 Named = Scales | Sequence[str]  # or their names alone
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
     """One adapter that requests can name."""
 

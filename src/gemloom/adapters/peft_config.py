@@ -34,7 +34,7 @@ _REFUSED = {
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeftConfig:
     """The fields that decide what an adapter computes."""
 

@@ -43,7 +43,7 @@ class Owner(Protocol):
         """Have ``function`` run between two steps, and wait for nothing."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class _Version:
     loaded: Loaded
     scale: float
@@ -114,7 +114,7 @@ class Adapters:
         make = partial(self._make, name, number, report.lora)
         # A device's driver is not to be given work by two threads.
         loaded = make() if self._device.on_host else self._owner.call(make)
-        version = _Version(loaded, own, report.norm, report.ignored)
+        version = _Version(loaded=loaded, scale=own, norm=report.norm, ignored=report.ignored)
         with self._lock:
             if self._closed:
                 raise ClosedError("the model is closed")
@@ -249,10 +249,18 @@ class Adapters:
     def _info(self, version: _Version) -> AdapterInfo:
         loaded = version.loaded
         return AdapterInfo(
-            loaded.name, loaded.version, version.scale, loaded.rank, len(loaded.pairs),
-            loaded.nbytes, version.norm, version.ignored, loaded.invocation, version.users,
-            self._requests[loaded.name],
-        )  # fmt: skip
+            name=loaded.name,
+            version=loaded.version,
+            scale=version.scale,
+            rank=loaded.rank,
+            matrices=len(loaded.pairs),
+            nbytes=loaded.nbytes,
+            norm=version.norm,
+            ignored=version.ignored,
+            invocation=loaded.invocation,
+            users=version.users,
+            requests=self._requests[loaded.name],
+        )
 
     def _unknown(self, name: object) -> UnknownAdapterError:
         there = ", ".join(sorted(self._named)) or "none"

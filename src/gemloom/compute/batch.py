@@ -9,7 +9,7 @@ from gemloom.adapters.request_adapters import Active
 from gemloom.models.config import Kind
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """Consecutive tokens of the request in ``slot``, the first at position ``start``.
 

@@ -179,9 +179,17 @@ def measure(
     compute, inputs = compute_bytes(config, options, choice.context)
     inputs = compute if kept else inputs
     return Sizes(
-        layers, tuple(each), head + duplicate, shared, tables, compute, inputs, duplicate,
-        on_host(network, own, kept), owners=tuple(spec.kv_owner for spec in config.layers),
-    )  # fmt: skip
+        layers=layers,
+        cells=tuple(each),
+        head=head + duplicate,
+        shared=shared,
+        tables=tables,
+        compute=compute,
+        inputs=inputs,
+        duplicate=duplicate,
+        on_host=on_host(network, own, kept),
+        owners=tuple(spec.kv_owner for spec in config.layers),
+    )
 
 
 def on_host(network: Network, own: Own, kept: frozenset[str] = frozenset()) -> OnHost:

@@ -47,7 +47,7 @@ class OnHost:
     tokenizer: int = 0  # while it is built, at the same time as weights are packed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """Bytes that a model needs with one context and one type of K/V cells."""
 
@@ -85,7 +85,7 @@ class CellChoice:
     kv_type: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
     """Bytes on one device, by kind."""
 
@@ -109,7 +109,7 @@ class Use:
         return self.weights + self.kv + self.compute
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Where everything goes."""
 
@@ -208,7 +208,15 @@ def _fit(
             table = tuple(_table(sizes, layers, cells, head, spaces))
             lacking = _lacking(table, spaces)
             if lacking is None:
-                return Placement(layers, head, host, choice, table, roles, cells)
+                return Placement(
+                    layers=layers,
+                    head=head,
+                    host=host,
+                    choice=choice,
+                    table=table,
+                    roles=roles,
+                    cells=cells,
+                )
             problem = _problem(*lacking, count if host else 0, choice)
     return problem
 
@@ -290,11 +298,17 @@ def _table(
         kv = sum(size for size, at in zip(sizes.cells, cells, strict=True) if at == index)
         idle = sizes.inputs if index == host else 0
         compute = sizes.compute if own or kv else idle
-        if index == host:
-            held = _held(sizes, own, head == host)
-            yield Use(space.name, len(own), weights, kv, compute, space.free, *held)
-        else:
-            yield Use(space.name, len(own), weights, kv, compute, space.free, weights)
+        held, tokenizer = _held(sizes, own, head == host) if index == host else (weights, 0)
+        yield Use(
+            name=space.name,
+            layers=len(own),
+            weights=weights,
+            kv=kv,
+            compute=compute,
+            free=space.free,
+            own=held,
+            tokenizer=tokenizer,
+        )
 
 
 def _held(sizes: Sizes, layers: Sequence[int], head: bool) -> tuple[int, int]:

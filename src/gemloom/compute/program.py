@@ -46,7 +46,7 @@ class _Ranked:
     sums: Tensor  # f32 [1, rows], of all logits: not finite where one is not
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
     """A graph with its inputs and its output."""
 
@@ -322,7 +322,7 @@ class Program:
             logits = g.output(logits) if logits and key.want.logits != "none" else None
             largest = logits and key.want.logits == "largest"
             ranked = self._ranked(g, logits) if logits and largest else None
-            return _Plan(key, g, rows, wanted, logits, ranked)
+            return _Plan(key=key, graph=g, rows=rows, wanted=wanted, logits=logits, ranked=ranked)
         except BaseException:
             g.close()
             raise

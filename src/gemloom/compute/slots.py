@@ -16,7 +16,7 @@ from gemloom.adapters.request_adapters import Marks, agreed
 from gemloom.errors import RequestError
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Slot:
     """One sequence's place in every store."""
 
@@ -48,7 +48,7 @@ class Slots:
     """
 
     def __init__(self, count: int, window: int, ring: int, budget: int = 0) -> None:
-        self.all = [Slot(index) for index in range(count)]
+        self.all = [Slot(index=index) for index in range(count)]
         self._window, self._ring, self._budget = window, ring, budget
         self._clock = 0
         self._snapshots: OrderedDict[tuple[int, int], bytes] = OrderedDict()

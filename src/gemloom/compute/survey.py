@@ -39,7 +39,9 @@ def _survey(file: GGUF, options: Options, name: str) -> Survey:
     check(file, layout)
     choice = CellChoice(options.context_for(config), options.kv_type or "f16")
     here = (0,) * config.n_layer
-    placement = Placement(here, 0, 1, choice, (), layout.roles, here)
+    placement = Placement(
+        layers=here, head=0, host=1, choice=choice, table=(), roles=layout.roles, cells=here
+    )
     with ExitStack() as stack:
         device = stack.enter_context(closing(Device(name, options.threads)))
         weights = stack.enter_context(closing(Sketch(device, file, layout, placement)))

@@ -109,7 +109,13 @@ class Inspector:
                 if first + most < len(wanted):
                     stop = min(stop, wanted[first + most])
                 rows = [row - start for row in wanted[first : bisect_left(wanted, stop)]]
-                chunk = Chunk(slot.index, start, ids[start:stop], rows, active)
+                chunk = Chunk(
+                    slot=slot.index,
+                    start=start,
+                    tokens=ids[start:stop],
+                    wanted=rows,
+                    adapters=active,
+                )
                 yield self._engine.call(partial(self._compute, slot, chunk, want))
 
     def _compute(self, slot: Slot, chunk: Chunk, want: Want) -> Output:

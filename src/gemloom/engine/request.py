@@ -122,7 +122,13 @@ class Request:
         tokens = self.tokens[self.n_done : self.n_done + size]
         last = self.n_done + len(tokens) == len(self.tokens)
         wanted = (len(tokens) - 1,) if last else ()
-        return Chunk(self.slot.index, self.n_done, tokens, wanted, self.adapters)
+        return Chunk(
+            slot=self.slot.index,
+            start=self.n_done,
+            tokens=tokens,
+            wanted=wanted,
+            adapters=self.adapters,
+        )
 
     def release(self) -> None:
         """Let go of its adapters: it has ended."""

@@ -49,7 +49,7 @@ class Matrix:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowBlock:
     """Some rows of a matrix, in whole groups: a matrix too, with a place of its own."""
 
@@ -114,12 +114,12 @@ class PackingPlan:
             for first in range(0, m, step):
                 weight = Weight(info.type, k, min(step, m - first))
                 yield RowBlock(
-                    matrix,
-                    weight,
-                    (index * m + first) * row,
-                    int(weight.m) * row,
-                    start + first // GROUP * group,
-                    weight.groups * group,
+                    matrix=matrix,
+                    weight=weight,
+                    offset=(index * m + first) * row,
+                    length=int(weight.m) * row,
+                    start=start + first // GROUP * group,
+                    nbytes=weight.groups * group,
                 )
 
     def pack(

@@ -64,7 +64,7 @@ class LayerSpec:
         return self.kv_owner == self.index
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """One model's architecture."""
 

@@ -122,7 +122,7 @@ def _stop(value: object) -> str:
     return value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one request picks its tokens. The defaults are those Gemma is published with.
 

@@ -72,7 +72,7 @@ class Composed:
     splitter: Splitter = field(default_factory=Plain)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Bounds:
     """What a chat's answer may consist of, once everything has been looked at."""
 

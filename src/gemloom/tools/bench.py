@@ -34,7 +34,7 @@ COMPUTING = ("launch", "compute")  # in ggml; what else there is, is Python's
 _NEVER = -100.0  # logit bias of the tokens that would end a generation early
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """What it ran on."""
 
@@ -74,7 +74,7 @@ class Timing:
         return 1 - inside / sum(self.phases.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchReport:
     """All that was measured of one model."""
 
@@ -127,14 +127,14 @@ def bench(
             timings.append(_repeat("decode", n, depth, repetitions, once))
             done(timings[-1])
     return BenchReport(
-        model.name,
-        model.config.architecture,
-        model.context,
-        model.kv_type,
-        model.options.chunk,
-        _machine(model),
-        model.memory(),
-        timings,
+        model=model.name,
+        architecture=model.config.architecture,
+        context=model.context,
+        kv_type=model.kv_type,
+        chunk=model.options.chunk,
+        machine=_machine(model),
+        memory=model.memory(),
+        timings=timings,
     )
 
 

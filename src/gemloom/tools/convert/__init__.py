@@ -38,7 +38,7 @@ _EXPONENTS: dict[
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
     """What was made."""
 

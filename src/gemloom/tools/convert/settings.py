@@ -45,7 +45,7 @@ _PER_LAYER = ("head_dim", "num_key_value_heads", "intermediate_size")
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSettings:
     """A config.json as GGUF has it."""
 
@@ -80,7 +80,12 @@ def read(config: Mapping[str, Any], name: str) -> CheckpointSettings:
     tied = config.get("tie_word_embeddings") is not False  # of the whole, not of its text part
     k_is_v = architecture != "gemma3" and source.scalars.boolean("attention_k_eq_v")
     return CheckpointSettings(
-        architecture, spelled, source.count("vocab_size"), tied, k_is_v, rotated
+        architecture=architecture,
+        keys=spelled,
+        n_vocab=source.count("vocab_size"),
+        tied=tied,
+        k_is_v=k_is_v,
+        rotated=rotated,
     )
 
 

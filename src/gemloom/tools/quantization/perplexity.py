@@ -156,7 +156,7 @@ def _predictions(model: Model | Recorded, window: list[int], how: Cut) -> Iterat
 # --- one model ----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Perplexity:
     """How well a model predicts a text."""
 
@@ -191,7 +191,14 @@ def perplexity(
         for token, prediction in zip(targets, _predictions(model, window, how), strict=True):
             losses.append(prediction.loss(token))
         loss = mean(np.array(losses))
-        result = Perplexity(model.name, exponential(loss), loss, len(losses), count, how)
+        result = Perplexity(
+            model=model.name,
+            perplexity=exponential(loss),
+            loss=loss,
+            tokens=len(losses),
+            windows=count,
+            cut=how,
+        )
         done(count, len(windows), result)
     return result
 
@@ -241,7 +248,7 @@ class Recorded:
             yield np.frombuffer(self._file.read(self._row), np.float32)[None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """How far a model's predictions of a text are from those of ``base``."""
 
@@ -321,7 +328,7 @@ def compare(
         for token, one, other in zip(targets, *both, strict=True):
             pairs.add(token, one, other)
         found = pairs.estimates()
-        result = Comparison(base.name, model.name, windows=count, cut=how, **found)
+        result = Comparison(base=base.name, model=model.name, windows=count, cut=how, **found)
         done(count, len(windows), result)
     return result
 

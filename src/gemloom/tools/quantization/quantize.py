@@ -211,9 +211,17 @@ def _places(file: GGUF, infos: Sequence[TensorInfo], has_imatrix: bool) -> dict[
     for info in infos:
         if (part := parts.get(info.name)) is not None:
             places[info.name] = Place(
-                part, info.shape[0], _layer(info.name), n_layer, seen[part], counts[part],
-                heads_per_kv, n_expert, prod(info.shape[2:]) > 1, has_imatrix,
-            )  # fmt: skip
+                part=part,
+                row=info.shape[0],
+                layer=_layer(info.name),
+                n_layer=n_layer,
+                nth=seen[part],
+                count=counts[part],
+                heads_per_kv=heads_per_kv,
+                n_expert=n_expert,
+                experts=prod(info.shape[2:]) > 1,
+                has_imatrix=has_imatrix,
+            )
             seen[part] += 1
     return places
 

@@ -19,7 +19,7 @@ from gemloom.errors import OptionError
 from gemloom.models.tensor_names import HEAD, PER_LAYER_TABLE, TABLE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where a matrix is in the model: all that a rule can ask about."""
 
