@@ -9,6 +9,7 @@ import gemloom
 import tiny
 from command_line import GREEDY, call, fine, served, write
 from gemloom.adapters.gguf_lora import write_gguf
+from gemloom.cli.load import adapter_file
 from http_serving import http
 from random_lora import random_lora
 
@@ -89,3 +90,13 @@ def test_serve(folder: Path) -> None:
     with served(folder / "e2b.gguf", "--context", "64", *given) as (_, url), http(url) as client:
         data = client.get("/v1/adapters").json()["data"]
         assert [(entry["name"], entry["scale"]) for entry in data] == [("a", 1.0), ("b", 0.5)]
+
+
+def test_an_adapter_and_its_scale(tmp_path: Path) -> None:
+    """One rule for every command; what is there by the whole name is meant by it."""
+    there = tmp_path / "a@2"
+    assert adapter_file(str(there)) == (str(tmp_path / "a"), 2.0)
+    there.write_bytes(b"")
+    assert adapter_file(str(there)) == (str(there), 1.0)
+    assert adapter_file("u@host/a.gguf") == ("u@host/a.gguf", 1.0)
+    assert adapter_file("@2") == ("@2", 1.0)

@@ -1,18 +1,16 @@
 """``gemloom adapter``: look into LoRA adapters, convert, merge and extract them."""
 
-import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemloom.cli.load import open_file
+from gemloom.cli.load import adapter_file, open_file
 from gemloom.cli.output import Force, check_folder, output
-from gemloom.cli.terminal import note, one_line, print_json, render, size, table
+from gemloom.cli.terminal import bar, note, one_line, print_json, render, size, table
 from gemloom.errors import AdapterError, OptionError
 
 if TYPE_CHECKING:
@@ -155,12 +153,12 @@ def merge(
     if len(files) < 2:
         raise OptionError("merge takes a model, one adapter or more, and the file to write")
     wanted = _type(kind)
-    named, out = [_scaled(name) for name in files[:-1]], Path(files[-1])
+    named, out = [adapter_file(name) for name in files[:-1]], Path(files[-1])
     with output(out, model, *(name for name, _ in named), force=force) as target:
         adapters = [(read(name), scale) for name, scale in named]
         base = _base(model)
-        with _bar("merging", _bytes(base)) as advance:
-            merged = merging.merge(base, adapters, target, wanted, advance)
+        with bar("merging", _bytes(base)) as show:
+            merged = merging.merge(base, adapters, target, wanted, _adding(show))
         _report_merged(merged, out, as_json)
 
 
@@ -194,8 +192,8 @@ def extract(
 
     with output(out, base, tuned, force=force) as target:
         before, after = _base(base), _base(tuned)
-        with _bar("extracting", _bytes(before)) as advance:
-            found = extracting.extract(before, after, rank, advance)
+        with bar("extracting", _bytes(before)) as show:
+            found = extracting.extract(before, after, rank, _adding(show))
         write_gguf(found.lora, before.config.architecture, target)
         _report_extracted(found, out, as_json)
 
@@ -232,17 +230,6 @@ def _bytes(base: "Base") -> int:
     return sum(info.nbytes for info in base.file.tensors.values())
 
 
-def _scaled(text: str) -> tuple[str, float]:
-    """ADAPTER@SCALE as the two; the scale of a plain name is 1."""
-    name, at, scale = text.rpartition("@")
-    if not at or os.path.exists(text):
-        return text, 1.0
-    try:
-        return name, float(scale)
-    except ValueError:
-        return text, 1.0
-
-
 def _type(name: str | None) -> "GGMLQuantizationType | None":
     from gguf.constants import GGMLQuantizationType
 
@@ -265,24 +252,16 @@ def _architecture(lora: "Lora", model: str | None) -> str:
     return lora.architecture
 
 
-@contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+def _adding(show: Callable[[int], None]) -> Callable[[int], None]:
+    """A function that adds up what a bar is to be told."""
+    total = 0
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.advance(task, done)
+    def advance(count: int) -> None:
+        nonlocal total
+        total += count
+        show(total)
+
+    return advance
 
 
 def _note_ignored(ignored: Any) -> None:

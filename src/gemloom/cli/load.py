@@ -61,10 +61,13 @@ def open_file(name: str, key: Path | None = None) -> "GGUF":
 
 
 def adapter_file(text: str) -> tuple[str, float]:
-    """PATH[@SCALE] taken apart; the scale is 1 where what follows the last @ is no number."""
-    path, at, scale = text.rpartition("@")
+    """PATH[@SCALE] taken apart; the scale is 1 where what follows the last @ is no number.
+
+    A file or folder that has that name, with an @ in it, is meant by it.
+    """
+    path, _, scale = text.rpartition("@")
     try:
-        return (path, float(scale)) if at and path else (text, 1.0)
+        return (path, float(scale)) if path and not os.path.exists(text) else (text, 1.0)
     except ValueError:
         return text, 1.0
 

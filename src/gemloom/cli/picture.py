@@ -39,7 +39,7 @@ def draw(path: Path, points: Sequence[Point]) -> None:
     """A PNG of ``picture``."""
     from io import BytesIO
 
-    from gemloom.files.writing import replace_file
+    from gemloom.files.replacing import replace_file
 
     image = BytesIO()
     picture(points).savefig(image, dpi="figure", format="png")

@@ -16,13 +16,14 @@ import os
 import secrets
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from gemloom.errors import FormatError, OptionError, SourceError
 from gemloom.files.blob import Blob, Blocks, Stream
+from gemloom.files.replacing import replaced
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -217,7 +218,7 @@ def _arriving(blob: Stream, form: _Format) -> Iterator[memoryview]:
 def seal(plain: Blob, path: Path, key: Key, advance: Callable[[int], None]) -> None:
     """Write a file sealed; ``advance`` is told bytes as they are done. Whole or not at all.
 
-    Raises FormatError for one that is empty or sealed already, SourceError where it cannot be
+    Raises FormatError for one that is empty or sealed already, OutputError where it cannot be
     written.
     """
     if not plain.size:
@@ -227,7 +228,7 @@ def seal(plain: Blob, path: Path, key: Key, advance: Callable[[int], None]) -> N
     salt, prefix = secrets.token_bytes(32), secrets.token_bytes(7)
     header = HEADER.pack(MAGIC, VERSION, CHUNK, plain.size, salt, prefix)
     form = _format(plain.name, header, key)
-    with _written(path) as file:
+    with replaced(path) as file:
         file.write(header + form.tag())
         for index in range(form.count):
             length = form.place(index)[1] - TAG
@@ -243,24 +244,7 @@ def unseal(blob: Blob, path: Path, key: Key, advance: Callable[[int], None]) -> 
     if not is_sealed(blob):
         raise FormatError(f"{blob.name}: not a sealed file")
     plain = opened(blob, key)
-    with _written(path) as file:
+    with replaced(path) as file:
         for piece in plain.pieces(0, plain.size):
             file.write(piece)
             advance(piece.nbytes)
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[BinaryIO]:
-    """A file beside ``path``, which takes that name when the block has ended well."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise SourceError(f"{path}: {error.strerror or error}; it was not written") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)

@@ -231,21 +231,6 @@ class GGUFWriter:
         return OutputError(f"{self.path}: {error.strerror or error}; {left}")
 
 
-def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a small file whole or not at all. OutputError where that cannot be."""
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: {error.strerror or error}; nothing is left there") from error
-
-
 # -- the header ------------------------------------------------------------------------------
 
 

@@ -21,7 +21,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
 from gemloom.errors import OptionError, OutputError, TensorError
-from gemloom.files.writing import GGUFWriter, replace_file
+from gemloom.files.replacing import replace_file
+from gemloom.files.writing import GGUFWriter
 from gemloom.ggml import quants
 from gemloom.tools.convert.checkpoint import Checkpoint, Stored
 from gemloom.tools.convert.plan import ConversionPlan, Item, plan

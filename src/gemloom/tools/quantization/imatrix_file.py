@@ -23,7 +23,8 @@ from gemloom.errors import FormatError
 from gemloom.files import gguf, source
 from gemloom.files.blob import Blob
 from gemloom.files.gguf import GGUF, MAGIC, MAX_ENTRIES, StringArray
-from gemloom.files.writing import GGUFWriter, Planned, replace_file
+from gemloom.files.replacing import replace_file
+from gemloom.files.writing import GGUFWriter, Planned
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _TYPE, _DATASETS = "general.type", "imatrix.datasets"
