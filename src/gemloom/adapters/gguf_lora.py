@@ -139,17 +139,18 @@ def _dequantized(name: str, info: TensorInfo, data: np.ndarray) -> np.ndarray:
     block, size = GGML_QUANT_SIZES[info.type]
     step = _BLOCKS * size
     values = np.empty(data.size // size * block, np.float32)
-    try:
-        if block > 1 or info.type == GGMLQuantizationType.BF16:
-            for start in range(0, data.size, step):
-                at = start // size * block
-                with np.errstate(all="ignore"):  # scales may be anything; what comes out is checked
-                    part = dequantize(data[start : start + step], info.type)
-                values[at : at + part.size] = part
-            return values
-    except NotImplementedError:
-        pass
-    raise AdapterError(f"{name}: {info.name} is of type {info.type.name}, unsupported")
+    unsupported = AdapterError(f"{name}: {info.name} is of type {info.type.name}, unsupported")
+    if block == 1 and info.type != GGMLQuantizationType.BF16:
+        raise unsupported
+    for start in range(0, data.size, step):
+        at = start // size * block
+        try:
+            with np.errstate(all="ignore"):  # scales may be anything; what comes out is checked
+                part = dequantize(data[start : start + step], info.type)
+        except NotImplementedError:
+            raise unsupported from None
+        values[at : at + part.size] = part
+    return values
 
 
 def _invocation(metadata: Metadata) -> tuple[int, ...]:
