@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +241,7 @@ def test_types_without_case_and_options_that_do_nothing(model: Path) -> None:
 
 
 def test_a_mistake_of_ours_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("gemloom.cli.inspect"), "open_file", lambda name: 1 / 0)
+    monkeypatch.setattr("gemloom.cli.inspect.open_file", lambda name: 1 / 0)
     result = call("inspect", "x")
     assert result.exit_code == 1
     assert result.stderr == (

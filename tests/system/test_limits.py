@@ -213,7 +213,7 @@ def test_free_is_never_more_than_any_group_has_left(
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_the_address_space_is_a_limit() -> None:
     code = (
-        "import resource; from gemloom import limits;"
+        "import resource; from gemloom.system import limits;"
         "resource.setrlimit(resource.RLIMIT_AS, (300 << 20, 300 << 20));"
         "print(limits.memory())"
     )
