@@ -175,18 +175,21 @@ class Program:
 
     def _allocated(self, key: GraphKey) -> _Plan:
         """The graph of ``key``, built unless it is kept, with memory to compute in."""
-        if key not in self._plans:
-            plan = self._build(key)
-            try:
-                plan.graph.allocate()
-            except BaseException:
-                plan.graph.close()
-                raise
-            self._plans[key] = plan
-            self._warn(plan)
-        plan = self._plans[key]
+        plan = self._plans.get(key) or self._added(key)
         self._plans.move_to_end(key)
         plan.graph.allocate()
+        return plan
+
+    def _added(self, key: GraphKey) -> _Plan:
+        """Build the graph of ``key`` and keep it; those unused for longest make room for it."""
+        plan = self._build(key)
+        try:
+            plan.graph.allocate()
+        except BaseException:
+            plan.graph.close()
+            raise
+        self._plans[key] = plan
+        self._warn(plan)
         while len(self._plans) > 1 and self.graph_bytes > GRAPH_BYTES:
             self._plans.popitem(last=False)[1].graph.close()
         return plan
